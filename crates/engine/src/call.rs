@@ -1,0 +1,312 @@
+//! One call, from its admission to its one answer.
+//!
+//! A call is answered exactly once: whoever takes the [`CallJob`] out of a queue, or runs it, owns its
+//! `settle`. A stop (timeout, signal) that comes while the job waits takes it out of the queue; one
+//! that comes while it runs goes to the instance's interrupter; [`CallControl`] is the point where
+//! the two are told apart.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use wasm_molt_lifecycle::{Ticket, WaitId};
+
+use crate::deadline::Deadline;
+use crate::error::{Error, Result};
+use crate::interrupt::{Interrupter, RunId, Stop};
+use crate::invoke;
+use crate::lease::Lease;
+use crate::manager::{Job, Shared};
+use crate::replica::Replica;
+use crate::value::Value;
+
+/// What is to be done.
+#[derive(Debug)]
+pub enum Work {
+    /// Call the function at this position of the module's functions.
+    Call {
+        /// Position.
+        function: usize,
+        /// One value for each parameter.
+        args: Vec<Value>,
+    },
+    /// Send a buffer through it.
+    Invoke {
+        /// Position.
+        function: usize,
+        /// What goes in.
+        input: Vec<u8>,
+    },
+}
+
+/// How a call ended well.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The results.
+    Values(Vec<Value>),
+    /// The buffer that came out.
+    Bytes(Vec<u8>),
+}
+
+/// Receives the one answer, on a pool thread or on the thread that stopped the call.
+pub type Settle = Box<dyn FnOnce(Result<Outcome>) + Send>;
+
+/// A call on its way.
+pub struct CallJob {
+    pub(crate) work: Work,
+    pub(crate) settle: Settle,
+    pub(crate) control: Option<Arc<CallControl>>,
+    pub(crate) admitted_at: Instant,
+    pub(crate) shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for CallJob {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CallJob").field("work", &self.work).finish_non_exhaustive()
+    }
+}
+
+/// How a call may be stopped.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CallLimits {
+    /// Milliseconds from the admission, waiting included.
+    pub timeout_ms: Option<u64>,
+    /// A signal may stop it.
+    pub can_abort: bool,
+}
+
+/// Where a call waits.
+#[derive(Clone)]
+pub(crate) enum Queue {
+    Gate(Weak<Shared>, WaitId),
+    Lease(Weak<Lease>, u64),
+}
+
+enum State {
+    Waiting(Option<Queue>),
+    Running(Arc<Interrupter>, RunId),
+    Stopped(Stop),
+    Done,
+}
+
+/// Stops one call, wherever it is. Any thread.
+pub struct CallControl {
+    state: Mutex<State>,
+    deadline: Mutex<Option<Deadline>>,
+}
+
+impl std::fmt::Debug for CallControl {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("CallControl")
+    }
+}
+
+impl CallControl {
+    /// A control, if there is anything that could stop the call.
+    pub(crate) fn new(limits: CallLimits) -> Result<Option<Arc<Self>>> {
+        if limits == CallLimits::default() {
+            return Ok(None);
+        }
+        let control = Arc::new(Self {
+            state: Mutex::new(State::Waiting(None)),
+            deadline: Mutex::new(None),
+        });
+        if let Some(ms) = limits.timeout_ms {
+            let weak = Arc::downgrade(&control);
+            let deadline = Deadline::after(Duration::from_millis(ms), move || {
+                if let Some(control) = weak.upgrade() {
+                    control.stop(Stop::Timeout(ms));
+                }
+            })?;
+            *control.deadline.lock().unwrap_or_else(PoisonError::into_inner) = Some(deadline);
+        }
+        Ok(Some(control))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn waits_in(&self, queue: Queue) {
+        let mut state = self.lock();
+        if matches!(*state, State::Waiting(None)) {
+            *state = State::Waiting(Some(queue));
+        }
+    }
+
+    /// Stops the call. The first stop wins; one after the end does nothing.
+    pub fn stop(&self, stop: Stop) {
+        let mut state = self.lock();
+        match &*state {
+            State::Waiting(queue) => {
+                let queue = queue.clone();
+                *state = State::Stopped(stop);
+                drop(state);
+                if let Some(job) = queue.and_then(Queue::take) {
+                    job.refuse_stopped();
+                }
+            }
+            State::Running(interrupter, run) => {
+                interrupter.stop(*run, stop);
+            }
+            State::Stopped(_) | State::Done => {}
+        }
+    }
+
+    /// The call gets its instance. `Err`: it was stopped while it waited.
+    fn start(&self, interrupter: &Arc<Interrupter>, run: RunId) -> Result<(), Stop> {
+        let mut state = self.lock();
+        if let State::Stopped(stop) = &*state {
+            return Err(stop.clone());
+        }
+        *state = State::Running(Arc::clone(interrupter), run);
+        Ok(())
+    }
+
+    fn finish(&self) {
+        *self.lock() = State::Done;
+        let deadline = self.deadline.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(deadline);
+    }
+
+    fn stopped(&self) -> Option<Stop> {
+        match &*self.lock() {
+            State::Stopped(stop) => Some(stop.clone()),
+            _ => None,
+        }
+    }
+}
+
+impl Queue {
+    fn take(self) -> Option<Box<CallJob>> {
+        match self {
+            Self::Gate(shared, id) => match shared.upgrade()?.gate.cancel(id)? {
+                Job::Call(job) => Some(job),
+                Job::Lease(_) => None,
+            },
+            Self::Lease(lease, id) => lease.upgrade()?.take_waiting(id),
+        }
+    }
+}
+
+impl CallJob {
+    fn what(&self) -> String {
+        let (Work::Call { function, .. } | Work::Invoke { function, .. }) = &self.work;
+        let name = self.shared.function_name(*function);
+        format!("{}: '{name}'", self.shared.name())
+    }
+
+    /// Answers a call that was stopped before it ran.
+    fn refuse_stopped(self: Box<Self>) {
+        let stop = self.control.as_ref().and_then(|c| c.stopped());
+        let stop = stop.unwrap_or_else(|| Stop::Interrupted("it was cancelled".into()));
+        let error = stop.into_error(&format!("{} (still waiting)", self.what()));
+        self.refuse(error);
+    }
+
+    /// Answers a call that never ran.
+    pub(crate) fn refuse(self: Box<Self>, error: Error) {
+        if let Some(control) = &self.control {
+            control.finish();
+        }
+        self.shared.stats.rejected();
+        (self.settle)(Err(error));
+    }
+
+    /// Runs on `replica`, which the calling thread holds through `seat`; gives the seat back, then answers.
+    pub(crate) fn run(self: Box<Self>, replica: &Replica, seat: Seat<'_>) {
+        let shared = Arc::clone(&self.shared);
+        let started = Instant::now();
+        shared.stats.waited(started - self.admitted_at);
+        let Self { work, settle, control, .. } = *self;
+        let interrupter = replica.interrupter();
+        let run = interrupter.begin();
+        if let Some(control) = &control
+            && let Err(stop) = control.start(interrupter, run)
+        {
+            interrupter.end(run);
+            seat.give_back(replica);
+            shared.stats.rejected();
+            settle(Err(stop.into_error(&format!("{} (still waiting)", shared.name()))));
+            return;
+        }
+        let outcome = run_guarded(&shared, replica, run, work);
+        if let Some(control) = &control {
+            control.finish();
+        }
+        interrupter.end(run);
+        shared.stats.ran(started.elapsed(), &outcome);
+        if let Err(error) = &outcome {
+            shared.call_failed(replica, error);
+        }
+        // The seat goes back before the answer: whoever gets the answer finds the instance free.
+        // `settling` keeps a swap from overtaking the answer.
+        shared.settling_begins();
+        seat.give_back(replica);
+        settle(outcome);
+        shared.settling_ends();
+    }
+}
+
+/// What a running call holds.
+pub(crate) enum Seat<'a> {
+    Ticket(Ticket<Job>),
+    Lease(&'a Arc<Lease>),
+}
+
+impl Seat<'_> {
+    fn give_back(self, replica: &Replica) {
+        match self {
+            Seat::Ticket(ticket) if replica.is_poisoned() => ticket.retire(),
+            Seat::Ticket(ticket) => drop(ticket),
+            Seat::Lease(lease) => lease.call_ended(),
+        }
+    }
+}
+
+/// Runs the guest; neither a panic nor a missing deadline may lose the answer.
+fn run_guarded(shared: &Arc<Shared>, replica: &Replica, run: RunId, work: Work) -> Result<Outcome> {
+    let deadline = shared
+        .options
+        .limits
+        .timeout_ms
+        .map(|ms| {
+            let interrupter = Arc::clone(replica.interrupter());
+            Deadline::after(Duration::from_millis(ms), move || {
+                interrupter.stop(run, Stop::Timeout(ms));
+            })
+        })
+        .transpose()?;
+    let outcome = catch_unwind(AssertUnwindSafe(|| run_guest(shared, replica, work)));
+    drop(deadline);
+    outcome.unwrap_or_else(|panic| {
+        replica.poison();
+        Err(Error::internal(format_args!("a panic: {}", panic_text(&*panic))))
+    })
+}
+
+fn run_guest(shared: &Shared, replica: &Replica, work: Work) -> Result<Outcome> {
+    let missing = || Error::internal("a function that the module does not have");
+    match work {
+        Work::Call { function, args } => {
+            let func = replica.function(function).ok_or_else(missing)?;
+            // SAFETY: the caller of `CallJob::run` holds the replica; the function is its own.
+            unsafe { replica.call(&func, args) }.map(Outcome::Values)
+        }
+        Work::Invoke { function, input } => {
+            let func = replica.function(function).ok_or_else(missing)?;
+            // SAFETY: as above.
+            unsafe { invoke::run(replica, &shared.options.abi, &func, function, &input) }
+                .map(Outcome::Bytes)
+        }
+    }
+}
+
+/// The words of a panic.
+pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    panic
+        .downcast_ref::<&str>()
+        .map(|s| (*s).to_owned())
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "without a text".into())
+}

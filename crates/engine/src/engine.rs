@@ -1,0 +1,111 @@
+//! wasmtime engines, one per distinct configuration, shared by all managers of the process.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use once_cell::sync::{Lazy, OnceCell};
+use wasmtime::{Cache, CacheConfig, Config};
+
+use crate::error::{Error, ErrorCode, Result};
+use crate::memory::{self, MemoryOptions};
+use crate::options::{CacheChoice, EngineOptions};
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Key {
+    options: EngineOptions,
+    stack_bytes: usize,
+    cache: CacheChoice,
+}
+
+type Slot = Arc<OnceCell<Engine>>;
+
+static ENGINES: Lazy<Mutex<HashMap<Key, Slot>>> = Lazy::new(Mutex::default);
+
+/// A compiler and its settings.
+#[derive(Clone)]
+pub(crate) struct Engine {
+    pub(crate) wasmtime: wasmtime::Engine,
+    pub(crate) options: EngineOptions,
+}
+
+impl Engine {
+    /// The engine for these options, made at most once per process.
+    pub(crate) fn shared(
+        options: &EngineOptions,
+        stack_bytes: usize,
+        cache: &CacheChoice,
+    ) -> Result<Self> {
+        let key = Key { options: options.clone(), stack_bytes, cache: cache.clone() };
+        let slot = ENGINES
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .entry(key)
+            .or_default()
+            .clone();
+        slot.get_or_try_init(|| Self::new(options, stack_bytes, cache)).cloned()
+    }
+
+    fn new(options: &EngineOptions, stack_bytes: usize, cache: &CacheChoice) -> Result<Self> {
+        let mut config = Config::new();
+        memory::configure(
+            &mut config,
+            &MemoryOptions {
+                reservation_bytes: options.memory_reservation_bytes,
+                signals_based_traps: options.signals_based_traps,
+            },
+        );
+        config
+            .signals_based_traps(options.signals_based_traps)
+            .max_wasm_stack(stack_bytes)
+            .consume_fuel(options.fuel)
+            .epoch_interruption(options.interruptible && !options.uses_poll_page())
+            .wasm_simd(options.simd)
+            // Relaxed SIMD cannot be on without SIMD: wasmtime refuses to start.
+            .wasm_relaxed_simd(options.simd && options.relaxed_simd)
+            .wasm_threads(options.threads)
+            .shared_memory(options.threads)
+            .wasm_multi_memory(true)
+            .wasm_memory64(true)
+            .wasm_tail_call(true)
+            .wasm_extended_const(true)
+            .wasm_function_references(true)
+            .wasm_gc(true)
+            .wasm_exceptions(true)
+            .wasm_backtrace_max_frames(std::num::NonZeroUsize::new(64))
+            .cache(open_cache(cache)?);
+        // V8 owns the Mach exception ports of a Node process.
+        #[cfg(target_os = "macos")]
+        config.macos_use_mach_ports(false);
+        let wasmtime = wasmtime::Engine::new(&config).map_err(|e| {
+            Error::invalid(format!("these engine options cannot be combined on this machine: {e}"))
+        })?;
+        Ok(Self { wasmtime, options: options.clone() })
+    }
+}
+
+impl EngineOptions {
+    /// Whether running guests are stopped by the poll page (else by epochs, if at all).
+    pub(crate) fn uses_poll_page(&self) -> bool {
+        self.interruptible && self.signals_based_traps && memory::HAS_POLL_PAGE
+    }
+}
+
+fn open_cache(choice: &CacheChoice) -> Result<Option<Cache>> {
+    let mut config = CacheConfig::new();
+    match choice {
+        CacheChoice::Off => return Ok(None),
+        // A machine without a usable home folder must still be able to run modules.
+        CacheChoice::User => return Ok(Cache::new(config).ok()),
+        CacheChoice::Folder(folder) => {
+            // wasmtime takes absolute paths only.
+            let folder = std::path::absolute(folder).unwrap_or_else(|_| folder.clone());
+            config.with_directory(folder);
+        }
+    }
+    Cache::new(config).map(Some).map_err(|e| {
+        Error::new(
+            ErrorCode::InvalidArgument,
+            format!("the cache folder cannot be used: {e:#}; name a folder that this user may write to, or cache: false"),
+        )
+    })
+}

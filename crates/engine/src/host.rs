@@ -1,0 +1,247 @@
+//! What the guest calls, and who answers for it.
+//!
+//! A host function may call back into the instance that called it. The running call's wasmtime
+//! `Caller` is therefore reachable for exactly as long as the host function runs, on exactly that
+//! thread ([`crate::Replica::call`] finds it): an expiring context, never a second lock on the store.
+
+use std::mem::MaybeUninit;
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+use wasmtime::{Caller, Func, FuncType, Store, Val, ValRaw};
+
+use wasm_molt_lifecycle::Home;
+
+use crate::error::{Error, Result};
+use crate::lease::Lease;
+use crate::manager::{Event, Job, Replaced};
+use crate::module::Module;
+use crate::replica::{Guest, Replica};
+use crate::value::{HostRef, Signature, Value, ValueType};
+
+/// A function that the guest imports.
+pub trait HostFunction: Send + Sync + 'static {
+    /// Runs on the thread on which the guest runs, which waits for it.
+    ///
+    /// # Errors
+    /// Whatever comes back unwinds the guest and ends its call with that very error.
+    fn call(&self, call: &mut HostCall<'_>) -> Result<()>;
+}
+
+/// One call of a host function.
+pub struct HostCall<'a> {
+    /// The instance that calls.
+    pub replica: &'a Replica,
+    /// Types of the arguments and results.
+    pub signature: &'a Signature,
+    /// One value for each parameter.
+    pub args: SmallVec<[Value; 6]>,
+    /// One default for each result; to be overwritten with values of the same types.
+    pub results: SmallVec<[Value; 2]>,
+}
+
+impl std::fmt::Debug for HostCall<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HostCall").field("signature", self.signature).finish_non_exhaustive()
+    }
+}
+
+/// What is given for one import.
+#[derive(Clone)]
+pub enum ImportValue {
+    /// A function.
+    Function(Arc<dyn HostFunction>),
+    /// The value of an immutable global, or the initial value of a mutable one.
+    Global(Value),
+    /// A memory of the instance's own, in pages.
+    Memory {
+        /// Pages at the start.
+        initial: u64,
+        /// Pages it may reach.
+        maximum: Option<u64>,
+    },
+    /// A table of the instance's own.
+    Table {
+        /// Elements at the start.
+        initial: u64,
+        /// Elements it may reach.
+        maximum: Option<u64>,
+    },
+}
+
+impl std::fmt::Debug for ImportValue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Function(_) => "Function",
+            Self::Global(_) => "Global",
+            Self::Memory { .. } => "Memory",
+            Self::Table { .. } => "Table",
+        })
+    }
+}
+
+/// A step that must run on the home thread.
+pub type HomeStep = Box<dyn FnOnce(Option<&Home<Job>>) + Send>;
+
+/// The host's side of a manager.
+///
+/// Every method blocks until it is done. The same methods are called on the home thread (synchronous
+/// paths) and on a control thread (asynchronous ones); the host knows which it is on.
+pub trait Host: Send + Sync + 'static {
+    /// The values of the module's imports, in the module's order, for one new instance.
+    ///
+    /// # Errors
+    /// [`crate::ErrorCode::Link`] where one is missing, or whatever the host's code threw.
+    fn imports(&self, replica: &Arc<Replica>, module: &Module) -> Result<Vec<ImportValue>>;
+
+    /// Prepares a fresh instance before it serves.
+    ///
+    /// # Errors
+    /// Whatever the host's code threw.
+    fn initialize(&self, lease: &Arc<Lease>) -> Result<()>;
+
+    /// Reads what must survive out of the old, quiescent instance. `None`: there is no such hook.
+    ///
+    /// # Errors
+    /// Whatever the host's code threw.
+    fn save_state(&self, lease: &Arc<Lease>, replica: usize) -> Result<Option<HostRef>>;
+
+    /// Puts it into the new instance before it serves.
+    ///
+    /// # Errors
+    /// Whatever the host's code threw.
+    fn restore_state(&self, lease: &Arc<Lease>, state: &HostRef, replica: usize) -> Result<()>;
+
+    /// Runs `step` on the home thread, with the home handle if there is one.
+    ///
+    /// # Errors
+    /// [`crate::ErrorCode::Closed`] if the home is gone; then `step` has not run.
+    fn at_home(&self, step: HomeStep) -> Result<()>;
+
+    /// These instances were replaced; called from inside a step at home, before the gate opens.
+    /// Views of the old ones must be detached and their handles expire now.
+    fn replaced(&self, change: &Replaced);
+
+    /// Something happened; called on any thread, must not block.
+    fn event(&self, event: Event);
+}
+
+/// Restores the previous context however the host function ends.
+struct Active<'a> {
+    replica: &'a Replica,
+    previous: *mut (),
+}
+
+impl Drop for Active<'_> {
+    fn drop(&mut self) {
+        self.replica.set_active(self.previous);
+    }
+}
+
+fn enter<'a>(caller: &mut Caller<'_, Guest>) -> Active<'a> {
+    let context = std::ptr::from_mut(caller).cast::<()>();
+    // SAFETY: the replica owns the store in which this call runs, so it outlives the call, and
+    // `Replica::create` stored its address before anything could call out.
+    let replica: &'a Replica = unsafe { &*caller.data().replica() };
+    let previous = replica.active();
+    replica.set_active(context);
+    Active { replica, previous }
+}
+
+fn run(
+    host: &dyn HostFunction,
+    signature: &Signature,
+    active: &Active<'_>,
+    args: SmallVec<[Value; 6]>,
+) -> Result<SmallVec<[Value; 2]>> {
+    let results = signature.results.iter().map(|t| Value::default_of(*t)).collect();
+    let mut call = HostCall { replica: active.replica, signature, args, results };
+    host.call(&mut call)?;
+    Ok(call.results)
+}
+
+/// Makes `host` callable from guests of `store`.
+pub(crate) fn host_function(
+    store: &mut Store<Guest>,
+    ty: FuncType,
+    host: Arc<dyn HostFunction>,
+) -> Func {
+    let signature = Signature::of(&ty);
+    if !signature.is_numeric() {
+        return reference_function(store, ty, signature, host);
+    }
+    let body = move |mut caller: Caller<'_, Guest>, raw: &mut [MaybeUninit<ValRaw>]| {
+        let args = read_numbers(&signature.params, raw);
+        let active = enter(&mut caller);
+        let results = run(&*host, &signature, &active, args).map_err(wasmtime::Error::new)?;
+        drop(active);
+        for (slot, value) in raw.iter_mut().zip(&results) {
+            slot.write(number_to_raw(value));
+        }
+        Ok(())
+    };
+    // SAFETY: `ty` is numeric; `raw` holds at least as many values as the larger of parameters and
+    // results, the parameters are initialised, and every result is written with its own type
+    // (`HostCall::results` starts with defaults of the right types).
+    unsafe { Func::new_unchecked(store, ty, body) }
+}
+
+/// The general way, for signatures with references.
+fn reference_function(
+    store: &mut Store<Guest>,
+    ty: FuncType,
+    signature: Signature,
+    host: Arc<dyn HostFunction>,
+) -> Func {
+    Func::new(store, ty, move |mut caller: Caller<'_, Guest>, params: &[Val], results: &mut [Val]| {
+        let id = caller.data().replica_id();
+        let mut args = SmallVec::new();
+        for param in params {
+            args.push(Value::from_val(param, id, &mut caller).map_err(wasmtime::Error::new)?);
+        }
+        let active = enter(&mut caller);
+        let values = run(&*host, &signature, &active, args).map_err(wasmtime::Error::new)?;
+        drop(active);
+        for (slot, value) in results.iter_mut().zip(values) {
+            *slot = value.into_val(id, &mut caller).map_err(wasmtime::Error::new)?;
+        }
+        Ok(())
+    })
+}
+
+fn read_numbers(types: &[ValueType], raw: &[MaybeUninit<ValRaw>]) -> SmallVec<[Value; 6]> {
+    types
+        .iter()
+        .zip(raw)
+        .map(|(ty, slot)| {
+            // SAFETY: wasmtime initialises one slot for each parameter.
+            let raw = unsafe { slot.assume_init_ref() };
+            number_from_raw(*ty, raw)
+        })
+        .collect()
+}
+
+pub(crate) fn number_from_raw(ty: ValueType, raw: &ValRaw) -> Value {
+    match ty {
+        ValueType::I64 => Value::I64(raw.get_i64()),
+        ValueType::F32 => Value::F32(f32::from_bits(raw.get_f32())),
+        ValueType::F64 => Value::F64(f64::from_bits(raw.get_f64())),
+        _ => Value::I32(raw.get_i32()),
+    }
+}
+
+pub(crate) fn number_to_raw(value: &Value) -> ValRaw {
+    match value {
+        Value::I32(v) => ValRaw::i32(*v),
+        Value::I64(v) => ValRaw::i64(*v),
+        Value::F32(v) => ValRaw::f32(v.to_bits()),
+        Value::F64(v) => ValRaw::f64(v.to_bits()),
+        Value::Extern(_) | Value::Func(_) => ValRaw::i32(0),
+    }
+}
+
+impl From<wasm_molt_lifecycle::InFlight> for Error {
+    fn from(in_flight: wasm_molt_lifecycle::InFlight) -> Self {
+        Self::DrainTimeout { what: "the drain".into(), in_flight: in_flight.0, waited_ms: 0 }
+    }
+}

@@ -1,0 +1,500 @@
+//! Splicing safepoint polls into a module before it is compiled.
+//!
+//! A poll is a store of zero to the first bytes of one extra memory, the *poll memory*, which is appended behind all others so
+//! that no index moves and which nothing but polls can name. Its page is ours (see [`crate::memory::PollPage`]):
+//! taking it away makes the next poll trap.
+//!
+//! It has to be a **store**. A load would be removed by the compiler's redundant-load elimination wherever another poll
+//! dominates it with no call between, which is to say in every inner loop. A store inside a loop always differs from the one before it.
+//!
+//! Polls stand
+//! - behind every `loop` header,
+//! - before every indirect call (tail calls too),
+//! - at the entry of enough functions that no cycle of direct calls is without one, and that no chain of direct calls
+//!   multiplies to more than [`MAX_WEIGHT`] instructions.
+//!
+//! So whatever a guest does, it reaches a poll soon, unless it sits in one bulk-memory operation or in the host.
+//!
+//! Sections are copied as they are; only the memory and code sections are touched. There is no validation here: what is not
+//! understood is refused as malformed, and the compiler validates the result.
+
+use std::borrow::Cow;
+
+use wasm_encoder::{Encode, RawSection, Section};
+use wasmparser::{
+    BinaryReader, FunctionBody, KnownCustom, Name, Operator, Parser, Payload, TypeRef, WasmFeatures,
+};
+
+/// Bytes of code that may run from the entry of a function without a poll, loops counted once.
+const MAX_WEIGHT: u64 = 1 << 16;
+/// What the validator allows (`wasmparser`'s own limits, which it does not export).
+const MAX_MEMORIES: usize = 100;
+const MAX_FUNCTION_BYTES: usize = 7_654_321;
+
+/// What to do to a module.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct InstrumentOptions {
+    /// Insert polls; otherwise the module is only looked through.
+    pub(crate) polls: bool,
+}
+
+/// A module ready to compile, and what was seen in it.
+#[derive(Debug)]
+pub(crate) struct Instrumented<'a> {
+    /// The module; the original bytes where nothing had to change.
+    pub(crate) bytes: Cow<'a, [u8]>,
+    /// From the name section.
+    pub(crate) name: Option<String>,
+    /// The guest's memories in the order of their indices: imported ones first. Without the poll memory.
+    pub(crate) memories: Vec<MemoryInfo>,
+    /// How many imports there are.
+    pub(crate) imports: usize,
+    /// Whether the poll memory was appended. Not if the module has no place that needs a poll: it always ends soon.
+    pub(crate) has_poll_memory: bool,
+    /// How many polls were inserted.
+    pub(crate) polls: usize,
+}
+
+impl Instrumented<'_> {
+    /// How many of the memories the module defines itself.
+    pub(crate) fn defined_memories(&self) -> usize {
+        self.memories.iter().filter(|m| !m.imported).count()
+    }
+}
+
+/// The type of a memory, as the module declares it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct MemoryInfo {
+    pub(crate) imported: bool,
+    /// In pages, as is the maximum.
+    pub(crate) minimum: u64,
+    pub(crate) maximum: Option<u64>,
+    pub(crate) shared: bool,
+    pub(crate) memory64: bool,
+    pub(crate) page_size_log2: u32,
+}
+
+impl MemoryInfo {
+    fn new(imported: bool, ty: &wasmparser::MemoryType) -> Self {
+        Self {
+            imported,
+            minimum: ty.initial,
+            maximum: ty.maximum,
+            shared: ty.shared,
+            memory64: ty.memory64,
+            page_size_log2: ty.page_size_log2.unwrap_or(16),
+        }
+    }
+}
+
+/// Why a module cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum InstrumentError {
+    /// Not WebAssembly at all.
+    #[error("these bytes are no WebAssembly module: they begin with {} and not with 00 61 73 6d", hex(first))]
+    NotWasm {
+        /// The first bytes, 8 at most.
+        first: Vec<u8>,
+    },
+    /// A component.
+    #[error("this is a WebAssembly component, not a core module")]
+    Component,
+    /// The encoding of exceptions that was given up.
+    #[error(
+        "the module uses the legacy encoding of exception handling (found at byte {offset}), which this engine does not run; \
+         translate it with `wasm-opt --translate-to-exnref`, or build it for the final encoding"
+    )]
+    LegacyExceptions {
+        /// Where the first such instruction is.
+        offset: usize,
+    },
+    /// Neither we nor the compiler can read it.
+    #[error("the module is malformed at byte {offset}: {message}")]
+    Malformed {
+        /// Where.
+        offset: usize,
+        /// What.
+        message: String,
+    },
+    /// It is so close to a limit of the format that polls do not fit in.
+    #[error("the module has no room for interruption: {what}; set engine.interruptible: false")]
+    NoRoom {
+        /// The limit that would be exceeded.
+        what: String,
+    },
+}
+
+fn hex(bytes: &[u8]) -> String {
+    let digits: Vec<String> = bytes.iter().map(|b| format!("{b:02x}")).collect();
+    if digits.is_empty() { "nothing".into() } else { digits.join(" ") }
+}
+
+impl From<wasmparser::Error> for InstrumentError {
+    fn from(error: wasmparser::Error) -> Self {
+        Self::Malformed { offset: error.offset(), message: error.message().to_owned() }
+    }
+}
+
+type Result<T> = std::result::Result<T, InstrumentError>;
+
+/// Looks a module through and, if asked, makes it interruptible.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "options grow")]
+pub(crate) fn instrument<'a>(wasm: &'a [u8], options: &InstrumentOptions) -> Result<Instrumented<'a>> {
+    check_header(wasm)?;
+    let seen = Seen::read(wasm, options.polls)?;
+    let entries = if options.polls { seen.calls.entries_to_poll() } else { Vec::new() };
+    let polls = seen.sites.len() + entries.iter().filter(|&&poll| poll).count();
+    let bytes = if polls == 0 { Cow::Borrowed(wasm) } else { Cow::Owned(splice(&seen, &entries)?) };
+    Ok(Instrumented {
+        bytes,
+        name: seen.name,
+        memories: seen.memories,
+        imports: seen.imports,
+        has_poll_memory: polls > 0,
+        polls,
+    })
+}
+
+fn check_header(wasm: &[u8]) -> Result<()> {
+    match wasm {
+        [0, b'a', b's', b'm', _, _, 1, 0, ..] => Err(InstrumentError::Component),
+        [0, b'a', b's', b'm', ..] => Ok(()),
+        _ => Err(InstrumentError::NotWasm { first: wasm.iter().take(8).copied().collect() }),
+    }
+}
+
+/// A section as it stands in the module, or the code section taken apart.
+enum Piece<'a> {
+    Raw { id: u8, data: &'a [u8] },
+    Memories { count: u32, data: &'a [u8] },
+    Code,
+}
+
+/// A function body.
+struct Body<'a> {
+    bytes: &'a [u8],
+    /// Where `bytes` begins in the module.
+    start: usize,
+    /// Where its first instruction is.
+    entry: usize,
+    /// The end of its part of [`Seen::sites`].
+    sites_end: usize,
+}
+
+/// What one pass over a module finds.
+#[derive(Default)]
+struct Seen<'a> {
+    pieces: Vec<Piece<'a>>,
+    bodies: Vec<Body<'a>>,
+    /// Offsets in the module before which a poll goes, in order.
+    sites: Vec<usize>,
+    calls: CallGraph,
+    name: Option<String>,
+    memories: Vec<MemoryInfo>,
+    imports: usize,
+}
+
+impl<'a> Seen<'a> {
+    fn read(wasm: &'a [u8], polls: bool) -> Result<Self> {
+        let mut seen = Self::default();
+        let mut parser = Parser::new(0);
+        parser.set_features(WasmFeatures::all());
+        for payload in parser.parse_all(wasm) {
+            let payload = payload?;
+            let section = payload.as_section();
+            match payload {
+                Payload::ImportSection(reader) => {
+                    for import in reader.into_imports() {
+                        seen.import(import?.ty);
+                    }
+                }
+                Payload::MemorySection(reader) => {
+                    let count = reader.count();
+                    for ty in reader.clone() {
+                        seen.memories.push(MemoryInfo::new(false, &ty?));
+                    }
+                    let data = wasm.get(reader.range()).unwrap_or_default();
+                    seen.pieces.push(Piece::Memories { count, data: after_count(data)? });
+                    continue;
+                }
+                Payload::CodeSectionStart { .. } => {
+                    seen.pieces.push(Piece::Code);
+                    continue;
+                }
+                Payload::CodeSectionEntry(body) => {
+                    seen.body(&body, polls)?;
+                    continue;
+                }
+                Payload::CustomSection(custom) => {
+                    if let KnownCustom::Name(names) = custom.as_known() {
+                        // A damaged name section is no reason to refuse a module.
+                        seen.name = names.into_iter().find_map(|name| match name {
+                            Ok(Name::Module { name, .. }) => Some(name.to_owned()),
+                            _ => None,
+                        });
+                    }
+                    if names_code_offsets(custom.name()) {
+                        continue;
+                    }
+                }
+                _ => {}
+            }
+            if let Some((id, range)) = section {
+                let data = wasm.get(range).unwrap_or_default();
+                seen.pieces.push(Piece::Raw { id, data });
+            }
+        }
+        Ok(seen)
+    }
+
+    fn import(&mut self, ty: TypeRef) {
+        self.imports += 1;
+        match ty {
+            TypeRef::Func(_) | TypeRef::FuncExact(_) => self.calls.imported += 1,
+            TypeRef::Memory(ty) => self.memories.push(MemoryInfo::new(true, &ty)),
+            _ => {}
+        }
+    }
+
+    fn body(&mut self, body: &FunctionBody<'a>, polls: bool) -> Result<()> {
+        let mut operators = body.get_operators_reader()?;
+        let entry = operators.original_position();
+        while !operators.eof() {
+            let at = operators.original_position();
+            match operators.read()? {
+                Operator::Loop { .. } if polls => self.sites.push(operators.original_position()),
+                Operator::Call { function_index } | Operator::ReturnCall { function_index } if polls => {
+                    self.calls.callees.push(function_index);
+                }
+                Operator::CallIndirect { .. }
+                | Operator::ReturnCallIndirect { .. }
+                | Operator::CallRef { .. }
+                | Operator::ReturnCallRef { .. }
+                | Operator::Resume { .. }
+                | Operator::ResumeThrow { .. }
+                | Operator::ResumeThrowRef { .. }
+                | Operator::Switch { .. }
+                    if polls =>
+                {
+                    self.sites.push(at);
+                }
+                Operator::Try { .. }
+                | Operator::Catch { .. }
+                | Operator::Rethrow { .. }
+                | Operator::Delegate { .. }
+                | Operator::CatchAll => return Err(InstrumentError::LegacyExceptions { offset: at }),
+                _ => {}
+            }
+        }
+        let bytes = body.as_bytes();
+        self.bodies.push(Body { bytes, start: body.range().start, entry, sites_end: self.sites.len() });
+        self.calls.functions.push(Function { size: bytes.len() as u64, callees_end: self.calls.callees.len() });
+        Ok(())
+    }
+}
+
+/// The items of a section, without their count.
+fn after_count(data: &[u8]) -> Result<&[u8]> {
+    let mut reader = BinaryReader::new(data, 0);
+    reader.read_var_u32()?;
+    Ok(data.get(reader.current_position()..).unwrap_or_default())
+}
+
+/// Whether a custom section speaks of places in the code, which polls move.
+fn names_code_offsets(name: &str) -> bool {
+    name.starts_with(".debug_")
+        || name.starts_with("reloc.")
+        || name.starts_with("metadata.code.")
+        || matches!(name, "linking" | "sourceMappingURL" | "external_debug_info")
+}
+
+/// A defined function in the graph of direct calls.
+struct Function {
+    size: u64,
+    /// The end of its part of [`CallGraph::callees`].
+    callees_end: usize,
+}
+
+/// Who calls whom by index.
+#[derive(Default)]
+struct CallGraph {
+    /// Imported functions come first in the index space and are none of our business.
+    imported: usize,
+    functions: Vec<Function>,
+    /// Function indices, with repetitions.
+    callees: Vec<u32>,
+}
+
+/// How far the walk has got with a function.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mark {
+    New,
+    Open,
+    Done,
+}
+
+impl CallGraph {
+    fn callees(&self, function: usize) -> &[u32] {
+        let end = |f: usize| self.functions.get(f).map_or(0, |f| f.callees_end);
+        let start = function.checked_sub(1).map_or(0, end);
+        self.callees.get(start..end(function)).unwrap_or_default()
+    }
+
+    /// Which functions need a poll at their entry.
+    ///
+    /// Every cycle has an edge that leads back to a function which a depth-first walk still has open: polling there cuts
+    /// all cycles. What remains is a tree of calls whose total weight is known from the leaves up.
+    fn entries_to_poll(&self) -> Vec<bool> {
+        let count = self.functions.len();
+        let mut polled = vec![false; count];
+        let mut marks = vec![Mark::New; count];
+        let mut weights = vec![0_u64; count];
+        // A function and how many of its callees have been looked at.
+        let mut open: Vec<(usize, usize)> = Vec::new();
+        for root in 0..count {
+            if marks[root] != Mark::New {
+                continue;
+            }
+            marks[root] = Mark::Open;
+            open.push((root, 0));
+            while let Some((function, next)) = open.last_mut() {
+                let function = *function;
+                let Some(&callee) = self.callees(function).get(*next) else {
+                    let weight = self.weigh(function, &polled, &weights);
+                    weights[function] = weight;
+                    polled[function] |= weight > MAX_WEIGHT;
+                    marks[function] = Mark::Done;
+                    open.pop();
+                    continue;
+                };
+                *next += 1;
+                let Some(callee) = self.defined(callee) else { continue };
+                match marks[callee] {
+                    Mark::New => {
+                        marks[callee] = Mark::Open;
+                        open.push((callee, 0));
+                    }
+                    Mark::Open => polled[callee] = true,
+                    Mark::Done => {}
+                }
+            }
+        }
+        polled
+    }
+
+    /// The position among the defined functions; `None` for imports and for indices that do not exist.
+    fn defined(&self, function_index: u32) -> Option<usize> {
+        (function_index as usize).checked_sub(self.imported).filter(|&f| f < self.functions.len())
+    }
+
+    /// Bytes of code that can run in a call of `function` before it ends or comes to a poll, at most.
+    fn weigh(&self, function: usize, polled: &[bool], weights: &[u64]) -> u64 {
+        let own = self.functions.get(function).map_or(0, |f| f.size);
+        let called = self.callees(function).iter().filter_map(|&callee| self.defined(callee));
+        called
+            .filter(|&callee| !polled.get(callee).is_some_and(|&polled| polled))
+            .fold(own, |sum, callee| sum.saturating_add(weights.get(callee).copied().unwrap_or(0)))
+    }
+}
+
+/// Writes the module anew, with the poll memory and the polls.
+fn splice(seen: &Seen<'_>, entries: &[bool]) -> Result<Vec<u8>> {
+    if seen.memories.len() >= MAX_MEMORIES {
+        return Err(InstrumentError::NoRoom { what: format!("it has {MAX_MEMORIES} memories") });
+    }
+    let poll = poll_code(seen.memories.len() as u32);
+    let mut out = wasm_encoder::Module::HEADER.to_vec();
+    let mut has_memories = false;
+    for piece in &seen.pieces {
+        match piece {
+            // An extension point: exports of hidden globals go into section 7 here.
+            Piece::Raw { id, data } => {
+                if !has_memories && comes_after_memories(*id) {
+                    append_memories(&mut out, 0, &[])?;
+                    has_memories = true;
+                }
+                append_raw(&mut out, *id, data);
+            }
+            Piece::Memories { count, data } => {
+                append_memories(&mut out, *count, data)?;
+                has_memories = true;
+            }
+            Piece::Code => {
+                if !has_memories {
+                    append_memories(&mut out, 0, &[])?;
+                    has_memories = true;
+                }
+                append_code(&mut out, seen, entries, &poll)?;
+            }
+        }
+    }
+    Ok(out)
+}
+
+/// `i32.const 0, i32.const 0, i32.store (memory n)`: leaves the stack as it was, wherever it stands.
+fn poll_code(memory: u32) -> Vec<u8> {
+    let mut code = Vec::with_capacity(12);
+    let argument = wasm_encoder::MemArg { offset: 0, align: 2, memory_index: memory };
+    wasm_encoder::InstructionSink::new(&mut code).i32_const(0).i32_const(0).i32_store(argument);
+    code
+}
+
+fn comes_after_memories(id: u8) -> bool {
+    // Custom, type, import, function and table sections may stand before it.
+    id > 4
+}
+
+fn append_raw(out: &mut Vec<u8>, id: u8, data: &[u8]) {
+    RawSection { id, data }.append_to(out);
+}
+
+fn append_memories(out: &mut Vec<u8>, count: u32, items: &[u8]) -> Result<()> {
+    let no_room = || InstrumentError::NoRoom { what: format!("it has {count} memories") };
+    let mut data = Vec::with_capacity(items.len() + 8);
+    count.checked_add(1).ok_or_else(no_room)?.encode(&mut data);
+    data.extend_from_slice(items);
+    // Exactly one page: its address is then a constant of the instance, and no check is compiled.
+    let ty = wasm_encoder::MemoryType {
+        minimum: 1,
+        maximum: Some(1),
+        memory64: false,
+        shared: false,
+        page_size_log2: None,
+    };
+    ty.encode(&mut data);
+    append_raw(out, wasm_encoder::SectionId::Memory.into(), &data);
+    Ok(())
+}
+
+fn append_code(out: &mut Vec<u8>, seen: &Seen<'_>, entries: &[bool], poll: &[u8]) -> Result<()> {
+    let code: usize = seen.bodies.iter().map(|body| body.bytes.len() + 5).sum();
+    let polls = seen.sites.len() + entries.len();
+    let mut data = Vec::with_capacity(code + polls * poll.len() + 5);
+    (seen.bodies.len() as u32).encode(&mut data);
+    let mut sites_start = 0;
+    for (body, &poll_entry) in seen.bodies.iter().zip(entries) {
+        let sites = seen.sites.get(sites_start..body.sites_end).unwrap_or_default();
+        sites_start = body.sites_end;
+        let size = body.bytes.len() + (sites.len() + usize::from(poll_entry)) * poll.len();
+        if size > MAX_FUNCTION_BYTES && body.bytes.len() <= MAX_FUNCTION_BYTES {
+            return Err(InstrumentError::NoRoom {
+                what: format!("the function at byte {} has {} bytes", body.start, body.bytes.len()),
+            });
+        }
+        (size as u32).encode(&mut data);
+        let mut copied = body.start;
+        for &site in poll_entry.then_some(&body.entry).into_iter().chain(sites) {
+            data.extend_from_slice(part(body, copied, site));
+            data.extend_from_slice(poll);
+            copied = site;
+        }
+        data.extend_from_slice(part(body, copied, body.start + body.bytes.len()));
+    }
+    append_raw(out, wasm_encoder::SectionId::Code.into(), &data);
+    Ok(())
+}
+
+/// The bytes of a body between two offsets in the module.
+fn part<'a>(body: &Body<'a>, from: usize, to: usize) -> &'a [u8] {
+    body.bytes.get(from - body.start..to - body.start).unwrap_or_default()
+}

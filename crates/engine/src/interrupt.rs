@@ -1,0 +1,168 @@
+//! Stopping a guest that runs, from any thread.
+//!
+//! Two mechanisms behind one type. With the *poll page* the guest reads one page of its own at every
+//! loop and at every recursion; taking the page away makes the next read fault. Where faults are not
+//! signals (`signalsBasedTraps: false`) the engine's epoch checks are used: bumping the epoch makes
+//! every instance of the engine look at its own flag, and only the one that is meant stops.
+//!
+//! A run is numbered. A stop names the run it means, so one that comes too late never hits the next.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+
+use crate::error::{Error, ErrorCode};
+use crate::memory::PollPage;
+use crate::value::HostRef;
+
+/// Why a run was stopped.
+#[derive(Debug, Clone)]
+pub enum Stop {
+    /// It took longer than this many milliseconds.
+    Timeout(u64),
+    /// Somebody needed it to end; the text says who.
+    Interrupted(String),
+    /// A signal was aborted, with this reason.
+    Aborted(HostRef),
+}
+
+impl Stop {
+    /// The error that the stopped call ends with.
+    pub(crate) fn into_error(self, what: &str) -> Error {
+        match self {
+            Self::Timeout(ms) => Error::new(
+                ErrorCode::Timeout,
+                format!("{what} did not end within timeoutMs = {ms}; the instance is replaced"),
+            ),
+            Self::Interrupted(why) => {
+                Error::new(ErrorCode::Interrupted, format!("{what} was interrupted: {why}"))
+            }
+            Self::Aborted(reason) => Error::Aborted(reason),
+        }
+    }
+}
+
+/// Names one run of one instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RunId(u64);
+
+#[derive(Debug, Default)]
+struct State {
+    /// The run under way, 0 for none.
+    current: u64,
+    last: u64,
+    stop: Option<Stop>,
+}
+
+/// Stops the runs of one instance.
+#[derive(Debug)]
+pub struct Interrupter {
+    state: Mutex<State>,
+    poll: OnceLock<PollPage>,
+    /// Epoch mode: the engine whose epoch is bumped.
+    epochs: Option<wasmtime::Engine>,
+    /// Epoch mode: read by the deadline callback.
+    flag: AtomicBool,
+    cancel: (Sender<()>, Receiver<()>),
+}
+
+impl Interrupter {
+    pub(crate) fn new(epochs: Option<wasmtime::Engine>) -> Self {
+        Self {
+            state: Mutex::default(),
+            poll: OnceLock::new(),
+            epochs,
+            flag: AtomicBool::new(false),
+            cancel: bounded(1),
+        }
+    }
+
+    pub(crate) fn set_poll(&self, page: PollPage) {
+        let _ = self.poll.set(page);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A run begins; `end` must follow.
+    pub(crate) fn begin(&self) -> RunId {
+        let mut state = self.lock();
+        state.last += 1;
+        state.current = state.last;
+        RunId(state.last)
+    }
+
+    /// The run is over; tells whether, and why, it was stopped. Afterwards the instance can run again.
+    pub(crate) fn end(&self, run: RunId) -> Option<Stop> {
+        let mut state = self.lock();
+        if state.current != run.0 {
+            return None;
+        }
+        state.current = 0;
+        let stop = state.stop.take()?;
+        self.flag.store(false, Ordering::Release);
+        if let Some(poll) = self.poll.get() {
+            // Failing to map the page back leaves an instance that stops at once: it is poisoned anyway.
+            let _ = poll.grant();
+        }
+        while self.cancel.1.try_recv().is_ok() {}
+        Some(stop)
+    }
+
+    /// Stops `run` if it is still under way. The first stop wins. Any thread.
+    pub(crate) fn stop(&self, run: RunId, stop: Stop) -> bool {
+        let mut state = self.lock();
+        if state.current != run.0 || state.stop.is_some() {
+            return false;
+        }
+        state.stop = Some(stop);
+        self.strike();
+        true
+    }
+
+    /// Stops the run that is under way, if there is one. Any thread.
+    pub fn stop_current(&self, stop: Stop) -> bool {
+        let current = RunId(self.lock().current);
+        current.0 != 0 && self.stop(current, stop)
+    }
+
+    /// Stops whatever runs now, even a run that was never announced. Any thread.
+    ///
+    /// For instances that will not serve again.
+    pub(crate) fn stop_for_good(&self, stop: Stop) {
+        let mut state = self.lock();
+        if state.stop.is_none() {
+            state.stop = Some(stop);
+        }
+        self.strike();
+    }
+
+    /// Called with the lock held, so that `end` cannot slip in between.
+    fn strike(&self) {
+        self.flag.store(true, Ordering::Release);
+        if let Some(poll) = self.poll.get() {
+            let _ = poll.revoke();
+        }
+        if let Some(engine) = &self.epochs {
+            engine.increment_epoch();
+        }
+        let _ = self.cancel.0.try_send(());
+    }
+
+    /// Epoch mode: whether this very instance is meant.
+    pub(crate) fn is_struck(&self) -> bool {
+        self.flag.load(Ordering::Acquire)
+    }
+
+    /// Why the present run was stopped, if it was.
+    pub(crate) fn pending(&self) -> Option<Stop> {
+        self.lock().stop.clone()
+    }
+
+    /// Becomes ready when the present run is stopped: for host functions that wait for something.
+    pub fn cancelled(&self) -> &Receiver<()> {
+        &self.cancel.1
+    }
+}

@@ -1,0 +1,53 @@
+//! WebAssembly instances that can be replaced under load: wasmtime, linear memories, the pool, the manager.
+//!
+//! No Node here: whoever embeds this gives a [`Host`].
+//!
+//! ## Terminology
+//! - **Replica**: one instance in a store of its own, in a slot of the manager's gate.
+//! - **Generation**: everything that one successful load or reload made, numbered from 1.
+//! - **Lease**: one replica held over several calls; no swap can come between.
+//! - **Home**: the thread that enters slot 0 synchronously (Node's JS thread).
+//! - **Poisoned**: a call did not end normally, so the instance is replaced before it serves again.
+
+mod call;
+mod deadline;
+mod engine;
+mod error;
+mod host;
+mod instrument;
+mod interrupt;
+mod invoke;
+mod lease;
+mod limits;
+mod manager;
+mod memory;
+mod module;
+mod options;
+mod pool;
+mod replica;
+mod stats;
+mod swap;
+mod trap;
+mod value;
+
+pub use call::{CallControl, CallLimits, Outcome, Settle, Work};
+pub use error::{Error, ErrorCode, Result, TrapInfo};
+pub use host::{HomeStep, Host, HostCall, HostFunction, ImportValue};
+pub use interrupt::{Interrupter, Stop};
+pub use lease::{Lease, LeaseInside};
+pub use limits::Limits;
+pub use manager::{
+    Done, Event, Job, LeaseDone, Manager, ManagerState, ManagerStats, Replaced,
+};
+pub use memory::{MemoryRecord, OutOfBounds, Reservation};
+pub use module::{ExportedFunction, Import, ImportKind, Module};
+pub use options::{
+    BufferAbi, BufferReturns, CacheChoice, EngineOptions, ManagerOptions, Source,
+};
+pub use replica::{RawValue, Replica};
+pub use stats::{CallCounts, Histogram, Times};
+pub use swap::{ReloadOptions, ReloadReport};
+pub use value::{FuncHandle, HostRef, Signature, Value, ValueType};
+pub use wasm_molt_lifecycle::{
+    Away, FailedPhase, Generation, Home, Inside, OnDrainTimeout, WaitId,
+};

@@ -1,0 +1,118 @@
+//! Limits refuse: growth beyond them fails in the guest, as the specification says.
+
+use wasmtime::ResourceLimiter;
+
+use crate::error::{Error, Result};
+
+/// What one instance, and one call, may use.
+#[derive(Debug, Clone, Default)]
+pub struct Limits {
+    /// Bytes of one linear memory. Default: what the module declares.
+    pub memory_bytes: Option<u64>,
+    /// Elements of one table. Default: what the module declares.
+    pub table_elements: Option<u64>,
+    /// Milliseconds a call may run. Default: none.
+    pub timeout_ms: Option<u64>,
+    /// Fuel units for one call.
+    pub fuel: Option<u64>,
+    /// Bytes of native stack a call may use. Default [`Limits::DEFAULT_STACK_BYTES`].
+    pub stack_bytes: Option<usize>,
+}
+
+impl Limits {
+    /// 512 KiB, wasmtime's own default.
+    pub const DEFAULT_STACK_BYTES: usize = 512 << 10;
+    const STACK_BYTES_RANGE: std::ops::RangeInclusive<usize> = (64 << 10)..=(256 << 20);
+
+    pub(crate) fn stack_bytes(&self) -> usize {
+        self.stack_bytes.unwrap_or(Self::DEFAULT_STACK_BYTES)
+    }
+
+    pub(crate) fn check(&self, fuel_is_on: bool) -> Result<()> {
+        if self.fuel.is_some() && !fuel_is_on {
+            return Err(Error::invalid(
+                "limits.fuel needs engine.fuel: true; without it no fuel is counted",
+            ));
+        }
+        let stack = self.stack_bytes();
+        let range = Self::STACK_BYTES_RANGE;
+        if !range.contains(&stack) {
+            return Err(Error::invalid(format!(
+                "limits.stackBytes is {stack}; it must lie between {} and {}",
+                range.start(),
+                range.end()
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Asked by wasmtime before memories and tables are made or grown.
+#[derive(Debug)]
+pub(crate) struct Limiter {
+    pub(crate) memory_bytes: usize,
+    pub(crate) table_elements: usize,
+    /// Set while the instance is being made: which limit refused, for a clear error.
+    pub(crate) refused: Option<String>,
+}
+
+impl Limiter {
+    pub(crate) fn new(limits: &Limits) -> Self {
+        let cap = |limit: Option<u64>| {
+            limit.map_or(usize::MAX, |v| usize::try_from(v).unwrap_or(usize::MAX))
+        };
+        Self {
+            memory_bytes: cap(limits.memory_bytes),
+            table_elements: cap(limits.table_elements),
+            refused: None,
+        }
+    }
+}
+
+impl ResourceLimiter for Limiter {
+    fn memory_growing(
+        &mut self,
+        current: usize,
+        desired: usize,
+        _maximum: Option<usize>,
+    ) -> wasmtime::Result<bool> {
+        let fits = desired <= self.memory_bytes;
+        if !fits && current == 0 {
+            self.refused = Some(format!(
+                "the module starts with {desired} bytes of linear memory and limits.memoryBytes is {}; \
+                 raise it to at least {desired}",
+                self.memory_bytes
+            ));
+        }
+        Ok(fits)
+    }
+
+    fn table_growing(
+        &mut self,
+        current: usize,
+        desired: usize,
+        _maximum: Option<usize>,
+    ) -> wasmtime::Result<bool> {
+        let fits = desired <= self.table_elements;
+        if !fits && current == 0 {
+            self.refused = Some(format!(
+                "the module starts with a table of {desired} elements and limits.tableElements is {}; \
+                 raise it to at least {desired}",
+                self.table_elements
+            ));
+        }
+        Ok(fits)
+    }
+
+    fn instances(&self) -> usize {
+        usize::MAX
+    }
+
+    fn tables(&self) -> usize {
+        usize::MAX
+    }
+
+    fn memories(&self) -> usize {
+        usize::MAX
+    }
+}

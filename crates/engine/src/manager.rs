@@ -1,0 +1,1251 @@
+//! The manager: replicas behind a gate, a pool, and one control thread at a time that changes them.
+//!
+//! # Threads
+//! - *Any thread* may hand over calls and leases, and read figures.
+//! - *Pool threads* run calls. They hold a ticket for as long as they are inside a guest, nothing else.
+//! - *The control thread* exists while something is to be changed: start, reload, close, destroy. It
+//!   may block on the host (hooks, steps at home) and on the drain; it holds no lock while it does.
+//! - *The home thread* enters slot 0 synchronously. Slot 0 changes hands only there
+//!   ([`wasm_molt_lifecycle::Home`]), so publishing and closing are steps that run at home.
+//!
+//! Lock order: `control` before `serving`; the gate's own lock and the statistics are leaves.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use wasm_molt_lifecycle::{
+    Admission, FailedPhase, Gate, GateCounts, GateOptions, Generation, Home, Refusal, Refused,
+    Ticket, WaitId, Waiter,
+};
+
+use crate::call::{CallControl, CallJob, CallLimits, Queue, Seat, Settle, Work};
+use crate::engine::Engine;
+use crate::error::{Error, ErrorCode, Result};
+use crate::host::Host;
+use crate::interrupt::Stop;
+use crate::invoke;
+use crate::lease::Lease;
+use crate::module::Module;
+use crate::options::{ManagerOptions, Source};
+use crate::pool::{Pool, thread_name};
+use crate::replica::{Blueprint, Replica};
+use crate::stats::{CallCounts, Stats, Times};
+use crate::swap::{self, ReloadOptions, ReloadReport};
+
+/// Receives the one answer of something asynchronous, on any thread.
+pub type Done<T> = Box<dyn FnOnce(Result<T>) + Send>;
+
+/// Where a manager is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum ManagerState {
+    /// The first generation is not there yet.
+    Starting,
+    /// Serving.
+    Ready,
+    /// A swap waits for what is in flight.
+    Draining,
+    /// A swap is under way.
+    Reloading,
+    /// `close()` or `destroy()` was called.
+    Closing,
+    /// Everything is released.
+    Closed,
+    /// Nothing can serve; a reload may help.
+    Failed,
+}
+
+impl ManagerState {
+    const ALL: [Self; 7] = [
+        Self::Starting,
+        Self::Ready,
+        Self::Draining,
+        Self::Reloading,
+        Self::Closing,
+        Self::Closed,
+        Self::Failed,
+    ];
+
+    /// As callers see it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Ready => "ready",
+            Self::Draining => "draining",
+            Self::Reloading => "reloading",
+            Self::Closing => "closing",
+            Self::Closed => "closed",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// Something that happened.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// A new generation serves.
+    Reload(Arc<ReloadReport>),
+    /// A reload did not happen.
+    ReloadFailed(Error),
+    /// A guest trapped.
+    Trap(Error),
+    /// The manager is closed.
+    Close,
+}
+
+/// Instances that were replaced.
+#[derive(Debug)]
+pub struct Replaced {
+    /// They do not serve any more.
+    pub old: Vec<Arc<Replica>>,
+    /// They serve now; empty at the end of the manager's life.
+    pub new: Vec<Arc<Replica>>,
+    /// The generation of the new ones.
+    pub generation: Generation,
+}
+
+/// Receives the instance that a lease got.
+pub type LeaseDone = Done<Arc<Lease>>;
+
+/// What waits at the gate.
+pub enum Job {
+    /// A call.
+    Call(Box<CallJob>),
+    /// Somebody who wants an instance for a while.
+    Lease(LeaseJob),
+}
+
+/// A lease that waits.
+pub struct LeaseJob {
+    shared: Arc<Shared>,
+    done: LeaseDone,
+}
+
+impl fmt::Debug for Job {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Call(_) => "Call",
+            Self::Lease(_) => "Lease",
+        })
+    }
+}
+
+impl fmt::Debug for LeaseJob {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("LeaseJob")
+    }
+}
+
+impl Waiter for Job {
+    fn start(self, ticket: Ticket<Self>) {
+        match self {
+            Self::Call(job) => {
+                let shared = Arc::clone(&job.shared);
+                let Some(replica) = shared.replica(ticket.slot()) else {
+                    ticket.retire();
+                    job.refuse(Error::internal("a slot without an instance"));
+                    return;
+                };
+                shared.pool.spawn(move || job.run(&replica, Seat::Ticket(ticket)));
+            }
+            Self::Lease(LeaseJob { shared, done }) => {
+                let Some(replica) = shared.replica(ticket.slot()) else {
+                    ticket.retire();
+                    done(Err(Error::internal("a slot without an instance")));
+                    return;
+                };
+                done(Ok(Lease::new(&shared, replica, Some(ticket), false)));
+            }
+        }
+    }
+}
+
+impl Job {
+    /// Answers without having run.
+    pub(crate) fn refuse(self, error: Error) {
+        match self {
+            Self::Call(job) => job.refuse(error),
+            Self::Lease(job) => (job.done)(Err(error)),
+        }
+    }
+}
+
+/// What serves now.
+pub(crate) struct Serving {
+    pub(crate) generation: Generation,
+    pub(crate) blueprint: Option<Arc<Blueprint>>,
+    pub(crate) replicas: Vec<Arc<Replica>>,
+}
+
+enum Op {
+    Start { source: Source, done: Done<()> },
+    Reload(PendingReload),
+    Close { drain_timeout: Option<Duration> },
+    Destroy,
+}
+
+struct PendingReload {
+    options: ReloadOptions,
+    done: Vec<Done<Arc<ReloadReport>>>,
+}
+
+#[derive(Default)]
+struct Control {
+    /// An operation runs, on the control thread or at home.
+    is_running: bool,
+    /// That operation is a swap: repairs wait for it.
+    is_swapping: bool,
+    queue: VecDeque<Op>,
+    /// The reload that runs: equal ones join it.
+    current_reload: Option<(ReloadOptions, Vec<Done<Arc<ReloadReport>>>)>,
+    /// Slots whose poisoned instance is being replaced.
+    repairing: Vec<usize>,
+    /// Slots that wait for a swap to end.
+    repairs_due: Vec<usize>,
+    closing: Vec<Done<()>>,
+}
+
+pub(crate) struct Shared {
+    name: OnceLock<String>,
+    pub(crate) options: ManagerOptions,
+    pub(crate) host: Arc<dyn Host>,
+    pub(crate) gate: Gate<Job>,
+    pub(crate) pool: Pool,
+    pub(crate) stats: Stats,
+    pub(crate) serving: Mutex<Serving>,
+    /// Every instance that may still be running, so that `destroy` finds it.
+    known: Mutex<Vec<Weak<Replica>>>,
+    control: Mutex<Control>,
+    control_changed: Condvar,
+    state: AtomicU8,
+    is_destroyed: AtomicBool,
+    /// Becomes disconnected when the manager is destroyed: wakes everything that waits for the host.
+    cancel: (Mutex<Option<Sender<()>>>, Receiver<()>),
+    settling: AtomicUsize,
+    memory_bytes_peak: AtomicUsize,
+}
+
+/// A module and its instances, replaceable while in use.
+#[derive(Clone)]
+pub struct Manager {
+    pub(crate) shared: Arc<Shared>,
+}
+
+impl fmt::Debug for Manager {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Manager").field("name", &self.shared.name()).finish_non_exhaustive()
+    }
+}
+
+/// Figures of one moment.
+#[derive(Debug, Clone)]
+pub struct ManagerStats {
+    /// Its name.
+    pub name: String,
+    /// Where it is in its life.
+    pub state: ManagerState,
+    /// What serves.
+    pub generation: u64,
+    /// Slots, and what they do.
+    pub gate: GateCounts,
+    /// Instances that wait to be replaced.
+    pub poisoned: usize,
+    /// Bytes of linear memory over all replicas.
+    pub memory_bytes: usize,
+    /// The most there was at any reading.
+    pub memory_bytes_peak: usize,
+    /// Calls by how they ended.
+    pub calls: CallCounts,
+    /// Reloads by reason.
+    pub reloads: BTreeMap<String, u64>,
+    /// Reloads that failed.
+    pub reloads_failed: u64,
+    /// Distributions.
+    pub times: Times,
+}
+
+impl Manager {
+    /// A manager that has not started yet, and its home handle if the options ask for one.
+    ///
+    /// # Errors
+    /// [`ErrorCode::InvalidArgument`] for options that cannot be used.
+    pub fn new(options: ManagerOptions, host: Arc<dyn Host>) -> Result<(Self, Option<Home<Job>>)> {
+        check(&options)?;
+        let name = options.name.clone().unwrap_or_else(|| "wasm".into());
+        let parallelism = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = options.threads.unwrap_or_else(|| options.instances.min(parallelism));
+        let pool = Pool::new(&name, threads, options.limits.stack_bytes())?;
+        let gate = Gate::new(GateOptions {
+            slots: options.instances,
+            max_queue: options.max_queue,
+            home: options.has_home,
+        });
+        let home = gate.take_home();
+        let (alive, cancelled) = bounded(0);
+        let shared = Arc::new(Shared {
+            name: OnceLock::new(),
+            options,
+            host,
+            gate,
+            pool,
+            stats: Stats::new()?,
+            serving: Mutex::new(Serving {
+                generation: Generation::FIRST,
+                blueprint: None,
+                replicas: Vec::new(),
+            }),
+            known: Mutex::default(),
+            control: Mutex::default(),
+            control_changed: Condvar::new(),
+            state: AtomicU8::new(ManagerState::Starting as u8),
+            is_destroyed: AtomicBool::new(false),
+            cancel: (Mutex::new(Some(alive)), cancelled),
+            settling: AtomicUsize::new(0),
+            memory_bytes_peak: AtomicUsize::new(0),
+        });
+        Ok((Self { shared }, home))
+    }
+
+    /// Loads the module and brings up the first generation on a control thread.
+    pub fn start(&self, source: Source, done: Done<()>) {
+        self.shared.push(Op::Start { source, done });
+    }
+
+    /// The same on this thread, which must be the home thread if there is one.
+    ///
+    /// # Errors
+    /// As `start` would report.
+    pub fn start_now(&self, source: &Source) -> Result<()> {
+        self.shared.start(source, true)
+    }
+
+    /// As in errors and thread names.
+    pub fn name(&self) -> &str {
+        self.shared.name()
+    }
+
+    /// Where it is in its life.
+    pub fn state(&self) -> ManagerState {
+        self.shared.state()
+    }
+
+    /// What serves now.
+    pub fn generation(&self) -> Generation {
+        self.shared.lock_serving().generation
+    }
+
+    /// The instance in a slot.
+    pub fn replica(&self, slot: usize) -> Option<Arc<Replica>> {
+        self.shared.replica(slot)
+    }
+
+    /// The module that serves; `None` before the start.
+    pub fn module(&self) -> Option<Arc<Module>> {
+        self.shared.module()
+    }
+
+    /// Disconnected once the manager is destroyed: for hosts that wait on somebody.
+    pub fn destroyed(&self) -> &Receiver<()> {
+        &self.shared.cancel.1
+    }
+
+    /// What the options said.
+    pub fn options(&self) -> &ManagerOptions {
+        &self.shared.options
+    }
+
+    /// Checks that `invoke` can use the function at this position.
+    ///
+    /// # Errors
+    /// [`ErrorCode::ExportNotFound`] or [`ErrorCode::InvalidArgument`].
+    pub fn check_invoke(&self, function: usize) -> Result<()> {
+        let module = self.module().ok_or_else(|| self.shared.closed())?;
+        invoke::check(&module, &self.shared.options.abi, function)
+    }
+
+    fn job(&self, work: Work, limits: CallLimits, settle: Settle) -> Result<Box<CallJob>, (Error, Settle)> {
+        match CallControl::new(limits) {
+            Ok(control) => Ok(Box::new(CallJob {
+                work,
+                settle,
+                control,
+                admitted_at: Instant::now(),
+                shared: Arc::clone(&self.shared),
+            })),
+            Err(error) => Err((error, settle)),
+        }
+    }
+
+    /// Hands a call to the pool. `settle` is called exactly once, also for a refusal.
+    ///
+    /// * `home`: the home handle, if this is the home thread.
+    pub fn call(
+        &self,
+        home: Option<&Home<Job>>,
+        work: Work,
+        limits: CallLimits,
+        settle: Settle,
+    ) -> Option<Arc<CallControl>> {
+        match self.job(work, limits, settle) {
+            Ok(job) => {
+                let control = job.control.clone();
+                self.admit(home, Job::Call(job));
+                control
+            }
+            Err((error, settle)) => {
+                settle(Err(error));
+                None
+            }
+        }
+    }
+
+    /// The same inside a lease.
+    pub fn call_in(
+        &self,
+        lease: &Arc<Lease>,
+        work: Work,
+        limits: CallLimits,
+        settle: Settle,
+    ) -> Option<Arc<CallControl>> {
+        match self.job(work, limits, settle) {
+            Ok(job) => {
+                let control = job.control.clone();
+                lease.call(job);
+                control
+            }
+            Err((error, settle)) => {
+                settle(Err(error));
+                None
+            }
+        }
+    }
+
+    /// Asks for an instance. The answer may come at once, on this thread.
+    pub fn lease(&self, home: Option<&Home<Job>>, done: LeaseDone) -> WaitId {
+        self.admit(home, Job::Lease(LeaseJob { shared: Arc::clone(&self.shared), done }))
+    }
+
+    /// Takes a lease that still waits out of the queue and answers it with `error`.
+    pub fn cancel_lease(&self, id: WaitId, error: Error) {
+        if let Some(job) = self.shared.gate.cancel(id) {
+            job.refuse(error);
+        }
+    }
+
+    fn admit(&self, home: Option<&Home<Job>>, job: Job) -> WaitId {
+        let shared = &self.shared;
+        let id = shared.gate.reserve_id();
+        if let Job::Call(call) = &job
+            && let Some(control) = &call.control
+        {
+            control.waits_in(Queue::Gate(Arc::downgrade(shared), id));
+        }
+        let admitted = match home {
+            Some(home) => home.admit_as(id, job),
+            None => shared.gate.admit_as(id, job),
+        };
+        match admitted {
+            Ok(Admission::Started) => {}
+            Ok(Admission::Queued(_)) => shared.repair_retired(),
+            Err(Refused { waiter, refusal }) => waiter.refuse(match refusal {
+                Refusal::QueueFull { max_queue } => shared.queue_full(max_queue),
+                Refusal::Shut => shared.closed(),
+            }),
+        }
+        id
+    }
+
+    /// Replaces every instance, keeping state through the host's hooks.
+    ///
+    /// A reload that equals one under way joins it; another one runs after it.
+    pub fn reload(&self, options: ReloadOptions, done: Done<Arc<ReloadReport>>) {
+        self.shared.reload(options, done);
+    }
+
+    /// The same on this thread, which must be the home thread if there is one.
+    ///
+    /// # Errors
+    /// [`ErrorCode::Busy`] if anything is in flight, [`ErrorCode::Reloading`] during another change.
+    pub fn reload_now(
+        &self,
+        home: Option<&Home<Job>>,
+        options: &ReloadOptions,
+    ) -> Result<Arc<ReloadReport>> {
+        self.shared.reload_now(home, options)
+    }
+
+    /// Replaces the poisoned instance of slot 0 on this thread, which must be the home thread.
+    ///
+    /// # Errors
+    /// Why it could not be replaced.
+    pub fn repair_now(&self) -> Result<()> {
+        if self.shared.is_over() {
+            return Err(self.shared.closed());
+        }
+        self.shared.repair(0, true)
+    }
+
+    /// Stops admitting, waits for what was admitted, releases. Idempotent.
+    pub fn close(&self, drain_timeout: Option<Duration>, done: Done<()>) {
+        self.shared.close(drain_timeout, done);
+    }
+
+    /// Stops what runs, refuses what waits, releases. Idempotent.
+    pub fn destroy(&self, done: Done<()>) {
+        self.shared.destroy(done);
+    }
+
+    /// Figures of this moment.
+    pub fn stats(&self, home: Option<&Home<Job>>) -> ManagerStats {
+        self.shared.read_stats(home)
+    }
+
+    /// Counts synchronous calls that ended well.
+    pub fn count_completed(&self, calls: u64) {
+        self.shared.stats.ran_at_home(calls);
+    }
+
+    /// A synchronous call failed: counts it and tells of traps.
+    pub fn call_failed_at_home(&self, replica: &Replica, error: &Error) {
+        self.shared.stats.failed_at_home(error);
+        self.shared.call_failed(replica, error);
+    }
+}
+
+fn check(options: &ManagerOptions) -> Result<()> {
+    const MOST: usize = 4096;
+    if options.instances == 0 || options.instances > MOST {
+        return Err(Error::invalid(format!(
+            "instances is {}; it must lie between 1 and {MOST}",
+            options.instances
+        )));
+    }
+    if let Some(threads) = options.threads
+        && (threads == 0 || threads > MOST)
+    {
+        return Err(Error::invalid(format!(
+            "threads is {threads}; it must lie between 1 and {MOST}"
+        )));
+    }
+    options.limits.check(options.engine.fuel)
+}
+
+impl Shared {
+    pub(crate) fn name(&self) -> &str {
+        self.name.get().map_or_else(
+            || self.options.name.as_deref().unwrap_or("wasm"),
+            String::as_str,
+        )
+    }
+
+    fn lock_control(&self) -> MutexGuard<'_, Control> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn lock_serving(&self) -> MutexGuard<'_, Serving> {
+        self.serving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn replica(&self, slot: usize) -> Option<Arc<Replica>> {
+        self.lock_serving().replicas.get(slot).cloned()
+    }
+
+    pub(crate) fn blueprint(&self) -> Result<Arc<Blueprint>> {
+        self.lock_serving().blueprint.clone().ok_or_else(|| self.closed())
+    }
+
+    fn module(&self) -> Option<Arc<Module>> {
+        Some(Arc::clone(&self.lock_serving().blueprint.as_ref()?.module))
+    }
+
+    pub(crate) fn function_name(&self, index: usize) -> String {
+        self.module()
+            .and_then(|m| m.functions().get(index).map(|f| f.name.clone()))
+            .unwrap_or_else(|| format!("function {index}"))
+    }
+
+    fn state(&self) -> ManagerState {
+        let index = usize::from(self.state.load(Ordering::Acquire));
+        ManagerState::ALL.get(index).copied().unwrap_or(ManagerState::Failed)
+    }
+
+    /// Once closing, only the end itself may change the state.
+    pub(crate) fn set_state(&self, state: ManagerState) {
+        let is_end = matches!(state, ManagerState::Closing | ManagerState::Closed);
+        if is_end || !self.is_over() {
+            self.state.store(state as u8, Ordering::Release);
+        }
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        matches!(self.state(), ManagerState::Closing | ManagerState::Closed)
+    }
+
+    pub(crate) fn is_destroyed(&self) -> bool {
+        self.is_destroyed.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn closed(&self) -> Error {
+        Error::new(
+            ErrorCode::Closed,
+            format!("{} is {}; create a new manager", self.name(), self.state().as_str()),
+        )
+    }
+
+    pub(crate) fn queue_full(&self, max_queue: usize) -> Error {
+        Error::new(
+            ErrorCode::QueueFull,
+            format!(
+                "{} has maxQueue = {max_queue} calls waiting already; wait for some, or raise maxQueue",
+                self.name()
+            ),
+        )
+    }
+
+    pub(crate) fn remember(&self, replica: &Arc<Replica>) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.retain(|r| r.strong_count() > 0);
+        known.push(Arc::downgrade(replica));
+        drop(known);
+        // A destroy that came before the replica was known must still stop it.
+        if self.is_destroyed() {
+            replica.interrupter().stop_for_good(destroyed());
+        }
+    }
+
+    pub(crate) fn stop_all(&self, stop: &Stop) {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        for replica in known.iter().filter_map(Weak::upgrade) {
+            replica.interrupter().stop_for_good(stop.clone());
+        }
+    }
+
+    /// A lease's ticket goes back; a poisoned instance does not serve on.
+    pub(crate) fn give_back(self: &Arc<Self>, ticket: Ticket<Job>, replica: &Replica) {
+        if replica.is_poisoned() {
+            let slot = ticket.slot();
+            ticket.retire();
+            self.request_repair(slot);
+        } else {
+            drop(ticket);
+        }
+    }
+
+    /// Tells of a failed call and has a poisoned instance replaced.
+    pub(crate) fn call_failed(self: &Arc<Self>, replica: &Replica, error: &Error) {
+        if matches!(error, Error::Trap { .. }) {
+            self.host.event(Event::Trap(error.clone()));
+        }
+        let is_home_alone = self.options.has_home && replica.slot() == 0;
+        if replica.is_poisoned() && !is_home_alone {
+            self.request_repair(replica.slot());
+        }
+    }
+
+    pub(crate) fn settling_begins(&self) {
+        self.settling.fetch_add(1, Ordering::SeqCst);
+    }
+
+    pub(crate) fn settling_ends(&self) {
+        self.settling.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Answers of calls that are out of flight are on their way: they come before the swap's own.
+    pub(crate) fn wait_settled(&self) {
+        while self.settling.load(Ordering::SeqCst) > 0 {
+            std::thread::yield_now();
+        }
+    }
+
+    // ------------------------------------------------------------------ the control thread
+
+    fn push(self: &Arc<Self>, op: Op) {
+        let mut control = self.lock_control();
+        control.queue.push_back(op);
+        if control.is_running {
+            return;
+        }
+        control.is_running = true;
+        drop(control);
+        self.spawn("ctl", Self::run_control);
+    }
+
+    fn spawn(self: &Arc<Self>, role: &str, body: impl FnOnce(&Arc<Self>) + Send + 'static) {
+        let shared = Arc::clone(self);
+        let stack = self.options.limits.stack_bytes() + (2 << 20);
+        let name = format!("{}-{role}", thread_name(self.name()));
+        let body = Mutex::new(Some(body));
+        let run = move || {
+            let body = body.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(body) = body {
+                body(&shared);
+            }
+        };
+        // Where no thread can be had, the work is done late on the pool rather than never.
+        let run = Arc::new(run);
+        let on_thread = Arc::clone(&run);
+        let started = std::thread::Builder::new()
+            .name(name)
+            .stack_size(stack)
+            .spawn(move || on_thread());
+        if started.is_err() {
+            self.pool.spawn(move || run());
+        }
+    }
+
+    fn run_control(self: &Arc<Self>) {
+        loop {
+            let op = {
+                let mut control = self.lock_control();
+                let Some(op) = control.queue.pop_front() else {
+                    control.is_running = false;
+                    drop(control);
+                    self.control_changed.notify_all();
+                    return;
+                };
+                op
+            };
+            self.run_op(op);
+        }
+    }
+
+    fn run_op(self: &Arc<Self>, op: Op) {
+        match op {
+            Op::Start { source, done } => done(guarded(|| self.start(&source, false))),
+            Op::Reload(pending) => self.run_reload(pending),
+            Op::Close { drain_timeout } => {
+                let outcome = guarded(|| self.run_close(drain_timeout));
+                self.finish_closing(&outcome);
+            }
+            Op::Destroy => {
+                let outcome = guarded(|| self.run_destroy());
+                self.finish_closing(&outcome);
+            }
+        }
+    }
+
+    // ------------------------------------------------------------------ start
+
+    fn start(self: &Arc<Self>, source: &Source, is_sync: bool) -> Result<()> {
+        let outcome = self.bring_up_first(source, is_sync);
+        if outcome.is_err() {
+            self.set_state(ManagerState::Failed);
+            for job in self.gate.cut() {
+                job.refuse(self.closed());
+            }
+        }
+        outcome
+    }
+
+    fn bring_up_first(self: &Arc<Self>, source: &Source, is_sync: bool) -> Result<()> {
+        let options = &self.options;
+        let engine =
+            Engine::shared(&options.engine, options.limits.stack_bytes(), &options.cache)?;
+        let module =
+            Module::load(&engine, Some(&self.pool), source, options.name.as_deref())?;
+        let _ = self.name.set(module.name().to_owned());
+        let blueprint = Arc::new(Blueprint { engine, module, limits: options.limits.clone() });
+        let mut replicas = Vec::with_capacity(options.instances);
+        let generation = Generation::FIRST;
+        for slot in 0..options.instances {
+            match self.make_replica(&blueprint, slot, generation, is_sync) {
+                Ok(replica) => replicas.push(replica),
+                Err((phase, cause)) => {
+                    let _ = self.discard(replicas, generation);
+                    return Err(self.start_failed(phase, cause));
+                }
+            }
+        }
+        if self.is_over() {
+            let _ = self.discard(replicas, generation);
+            return Err(self.closed());
+        }
+        let shared = Arc::clone(self);
+        self.host.at_home(Box::new(move |_| {
+            let change = Replaced { old: Vec::new(), new: replicas.clone(), generation };
+            {
+                let mut serving = shared.lock_serving();
+                serving.blueprint = Some(blueprint);
+                serving.replicas = replicas;
+            }
+            shared.host.replaced(&change);
+            shared.set_state(ManagerState::Ready);
+            shared.gate.open();
+        }))
+    }
+
+    /// Failures that have a code of their own keep it; what host code threw becomes the cause.
+    fn start_failed(&self, phase: FailedPhase, cause: Error) -> Error {
+        match cause {
+            Error::Thrown(_) => self.reload_failed("the start", phase, cause),
+            other => other,
+        }
+    }
+
+    pub(crate) fn reload_failed(&self, what: &str, phase: FailedPhase, cause: Error) -> Error {
+        Error::ReloadFailed {
+            what: format!("{what} of {}", self.name()),
+            phase,
+            cause: Box::new(cause),
+        }
+    }
+
+    /// Makes and initializes one instance.
+    pub(crate) fn make_replica(
+        self: &Arc<Self>,
+        blueprint: &Blueprint,
+        slot: usize,
+        generation: Generation,
+        is_sync: bool,
+    ) -> Result<Arc<Replica>, (FailedPhase, Error)> {
+        let replica = blueprint
+            .instantiate(&*self.host, slot, generation, |r| self.remember(r))
+            .map_err(|e| (FailedPhase::Instantiate, e))?;
+        let initialized =
+            self.with_lease(&replica, is_sync, |lease| self.host.initialize(lease));
+        let initialized = initialized.and_then(|()| {
+            if replica.is_poisoned() {
+                return Err(Error::new(
+                    ErrorCode::Trap,
+                    "the guest trapped during initialize and the hook went on",
+                ));
+            }
+            Ok(())
+        });
+        if let Err(error) = initialized {
+            let _ = self.discard(vec![replica], generation);
+            return Err((FailedPhase::Initialize, error));
+        }
+        Ok(replica)
+    }
+
+    /// Lends an instance that nobody else can reach to a hook.
+    pub(crate) fn with_lease<T>(
+        self: &Arc<Self>,
+        replica: &Arc<Replica>,
+        is_sync: bool,
+        hook: impl FnOnce(&Arc<Lease>) -> Result<T>,
+    ) -> Result<T> {
+        let lease = Lease::new(self, Arc::clone(replica), None, is_sync);
+        let outcome = hook(&lease);
+        lease.release();
+        if self.is_destroyed() {
+            replica.interrupter().stop_for_good(destroyed());
+        }
+        lease.wait_free();
+        outcome
+    }
+
+    /// Releases instances that never served, or do not any more.
+    pub(crate) fn discard(
+        self: &Arc<Self>,
+        replicas: Vec<Arc<Replica>>,
+        generation: Generation,
+    ) -> Result<()> {
+        if replicas.is_empty() {
+            return Ok(());
+        }
+        let shared = Arc::clone(self);
+        let old = replicas.clone();
+        let told = self.host.at_home(Box::new(move |_| {
+            shared.host.replaced(&Replaced { old, new: Vec::new(), generation });
+        }));
+        for replica in replicas {
+            // SAFETY: nobody serves on it any more: its handles expired just now, and the callers
+            // hold it (never published, or drained).
+            unsafe { replica.release() };
+        }
+        told
+    }
+
+    // ------------------------------------------------------------------ reload
+
+    fn reload(self: &Arc<Self>, options: ReloadOptions, done: Done<Arc<ReloadReport>>) {
+        if self.is_over() {
+            done(Err(self.closed()));
+            return;
+        }
+        let mut control = self.lock_control();
+        if let Some((current, waiting)) = &mut control.current_reload
+            && *current == options
+        {
+            waiting.push(done);
+            return;
+        }
+        let same = control.queue.iter_mut().find_map(|op| match op {
+            Op::Reload(pending) if pending.options == options => Some(&mut pending.done),
+            _ => None,
+        });
+        if let Some(waiting) = same {
+            waiting.push(done);
+            return;
+        }
+        drop(control);
+        self.push(Op::Reload(PendingReload { options, done: vec![done] }));
+    }
+
+    fn run_reload(self: &Arc<Self>, pending: PendingReload) {
+        let PendingReload { options, done } = pending;
+        {
+            let mut control = self.lock_control();
+            while !control.repairing.is_empty() {
+                control = self
+                    .control_changed
+                    .wait(control)
+                    .unwrap_or_else(PoisonError::into_inner);
+            }
+            control.is_swapping = true;
+            control.current_reload = Some((options.clone(), done));
+        }
+        let outcome = guarded(|| swap::run(self, &options, false));
+        let (done, due) = {
+            let mut control = self.lock_control();
+            control.is_swapping = false;
+            let done = control.current_reload.take().map(|(_, done)| done).unwrap_or_default();
+            (done, std::mem::take(&mut control.repairs_due))
+        };
+        self.swap_ended(&outcome);
+        for slot in due {
+            self.request_repair(slot);
+        }
+        for done in done {
+            done(outcome.clone());
+        }
+    }
+
+    fn swap_ended(self: &Arc<Self>, outcome: &Result<Arc<ReloadReport>>) {
+        match outcome {
+            Ok(report) => {
+                self.stats.reloaded(&report.reason, report.pause);
+                self.host.event(Event::Reload(Arc::clone(report)));
+            }
+            Err(error) => {
+                self.stats.reload_failed();
+                self.host.event(Event::ReloadFailed(error.clone()));
+            }
+        }
+    }
+
+    fn reload_now(
+        self: &Arc<Self>,
+        home: Option<&Home<Job>>,
+        options: &ReloadOptions,
+    ) -> Result<Arc<ReloadReport>> {
+        if self.is_over() {
+            return Err(self.closed());
+        }
+        let in_flight = home.map_or_else(|| self.gate.counts(), Home::counts).in_flight;
+        {
+            let mut control = self.lock_control();
+            if control.is_running || !control.repairing.is_empty() {
+                return Err(self.reloading());
+            }
+            if in_flight > 0 {
+                return Err(Error::new(
+                    ErrorCode::Busy,
+                    format!(
+                        "{} has {in_flight} calls or leases in flight; await them, or use reload()",
+                        self.name()
+                    ),
+                ));
+            }
+            control.is_running = true;
+            control.is_swapping = true;
+        }
+        let outcome = guarded(|| swap::run(self, options, true));
+        let due = {
+            let mut control = self.lock_control();
+            control.is_swapping = false;
+            std::mem::take(&mut control.repairs_due)
+        };
+        self.swap_ended(&outcome);
+        for slot in due {
+            self.request_repair(slot);
+        }
+        // Whatever was asked for in the meantime runs now, on a control thread.
+        let mut control = self.lock_control();
+        if control.queue.is_empty() {
+            control.is_running = false;
+            drop(control);
+            self.control_changed.notify_all();
+        } else {
+            drop(control);
+            self.spawn("ctl", Self::run_control);
+        }
+        outcome
+    }
+
+    pub(crate) fn reloading(&self) -> Error {
+        Error::new(
+            ErrorCode::Reloading,
+            format!("a swap of {} is under way; use call(), which waits its turn", self.name()),
+        )
+    }
+
+    // ------------------------------------------------------------------ repair
+
+    /// Has the poisoned instance of a slot replaced, in the background.
+    pub(crate) fn request_repair(self: &Arc<Self>, slot: usize) {
+        if self.is_over() && self.is_destroyed() {
+            return;
+        }
+        let mut control = self.lock_control();
+        if control.repairing.contains(&slot) {
+            return;
+        }
+        if control.is_swapping {
+            if !control.repairs_due.contains(&slot) {
+                control.repairs_due.push(slot);
+            }
+            return;
+        }
+        control.repairing.push(slot);
+        drop(control);
+        self.spawn("fix", move |shared| {
+            let outcome = guarded(|| shared.repair(slot, false));
+            {
+                let mut control = shared.lock_control();
+                control.repairing.retain(|s| *s != slot);
+            }
+            shared.control_changed.notify_all();
+            if let Err(error) = outcome {
+                shared.repair_failed(error);
+            }
+        });
+    }
+
+    /// Somebody waits: slots that a synchronous trap has left out of service are needed now.
+    fn repair_retired(self: &Arc<Self>) {
+        if self.gate.counts().retired == 0 {
+            return;
+        }
+        let poisoned: Vec<usize> = {
+            let serving = self.lock_serving();
+            serving.replicas.iter().filter(|r| r.is_poisoned()).map(|r| r.slot()).collect()
+        };
+        for slot in poisoned {
+            self.request_repair(slot);
+        }
+    }
+
+    /// Replaces one poisoned instance. Whoever commits first wins; the other one's work is dropped.
+    fn repair(self: &Arc<Self>, slot: usize, is_sync: bool) -> Result<()> {
+        let started = Instant::now();
+        let Some(old) = self.replica(slot).filter(|r| r.is_poisoned()) else { return Ok(()) };
+        let blueprint = self.blueprint()?;
+        let before = self.generation();
+        let fresh = self
+            .make_replica(&blueprint, slot, before.next(), is_sync)
+            .map_err(|(phase, cause)| self.reload_failed("the replacement", phase, cause))?;
+        let (tell, told) = bounded(1);
+        let shared = Arc::clone(self);
+        let made = Arc::clone(&fresh);
+        let poisoned = Arc::clone(&old);
+        let at_home = self.host.at_home(Box::new(move |_| {
+            let _ = tell.send(shared.publish_repair(&poisoned, made));
+        }));
+        let generation = at_home.ok().and_then(|()| told.recv().ok()).flatten();
+        let Some(generation) = generation else {
+            return self.discard(vec![fresh], before);
+        };
+        let memory_bytes_before = old.memory_bytes();
+        // SAFETY: the poisoned instance was retired by whoever held it, and its handles expired when
+        // the fresh one was published.
+        unsafe { old.release() };
+        let report = Arc::new(ReloadReport {
+            memory_bytes_before,
+            memory_bytes_after: fresh.memory_bytes(),
+            ..ReloadReport::of_repair(generation, before, started.elapsed())
+        });
+        self.set_state(ManagerState::Ready);
+        self.swap_ended(&Ok(report));
+        Ok(())
+    }
+
+    /// At home: puts a fresh instance into its slot, unless somebody else already has.
+    fn publish_repair(&self, old: &Arc<Replica>, fresh: Arc<Replica>) -> Option<Generation> {
+        let slot = old.slot();
+        let change = {
+            let mut serving = self.lock_serving();
+            let place = serving.replicas.get_mut(slot).filter(|r| Arc::ptr_eq(r, old))?;
+            *place = Arc::clone(&fresh);
+            serving.generation = serving.generation.next();
+            Replaced { old: vec![Arc::clone(old)], new: vec![fresh], generation: serving.generation }
+        };
+        self.host.replaced(&change);
+        self.gate.reinstate(slot);
+        Some(change.generation)
+    }
+
+    /// Nothing serves in that slot. If nothing serves at all, nobody may wait for ever.
+    fn repair_failed(self: &Arc<Self>, error: Error) {
+        self.swap_ended(&Err(error.clone()));
+        let counts = self.gate.counts();
+        if counts.retired < counts.slots {
+            return;
+        }
+        self.set_state(ManagerState::Failed);
+        for job in self.gate.take_waiting() {
+            job.refuse(error.clone());
+        }
+    }
+
+    fn generation(&self) -> Generation {
+        self.lock_serving().generation
+    }
+
+    // ------------------------------------------------------------------ the end
+
+    fn close(self: &Arc<Self>, drain_timeout: Option<Duration>, done: Done<()>) {
+        if self.state() == ManagerState::Closed {
+            done(Ok(()));
+            return;
+        }
+        self.set_state(ManagerState::Closing);
+        let is_first = {
+            let mut control = self.lock_control();
+            control.closing.push(done);
+            control.closing.len() == 1
+        };
+        if is_first {
+            self.gate.shut();
+            self.push(Op::Close { drain_timeout });
+        }
+    }
+
+    fn run_close(self: &Arc<Self>, drain_timeout: Option<Duration>) -> Result<()> {
+        if self.state() == ManagerState::Closed {
+            return Ok(());
+        }
+        let started = Instant::now();
+        let shared = Arc::clone(self);
+        self.host.at_home(Box::new(move |home| {
+            if let Some(home) = home {
+                home.shut();
+            }
+            shared.repair_retired();
+        }))?;
+        self.gate.wait_idle(drain_timeout).map_err(|in_flight| Error::DrainTimeout {
+            what: format!("close() of {}", self.name()),
+            in_flight: in_flight.0,
+            waited_ms: started.elapsed().as_millis(),
+        })?;
+        self.wait_settled();
+        self.release_all()
+    }
+
+    fn destroy(self: &Arc<Self>, done: Done<()>) {
+        if self.state() == ManagerState::Closed {
+            done(Ok(()));
+            return;
+        }
+        self.set_state(ManagerState::Closing);
+        self.lock_control().closing.push(done);
+        if self.is_destroyed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        drop(self.cancel.0.lock().unwrap_or_else(PoisonError::into_inner).take());
+        for job in self.gate.cut() {
+            job.refuse(self.closed());
+        }
+        self.stop_all(&destroyed());
+        self.push(Op::Destroy);
+    }
+
+    fn run_destroy(self: &Arc<Self>) -> Result<()> {
+        if self.state() == ManagerState::Closed {
+            return Ok(());
+        }
+        let shared = Arc::clone(self);
+        // Leases end first, else their tickets would never come back.
+        let _ = self.host.at_home(Box::new(move |home| {
+            if let Some(home) = home {
+                home.shut();
+            }
+            let old = shared.lock_serving().replicas.clone();
+            let generation = shared.generation();
+            shared.host.replaced(&Replaced { old, new: Vec::new(), generation });
+        }));
+        // Nothing can be waited for longer than the guests need to reach their next poll.
+        let _ = self.gate.wait_drained(None);
+        self.wait_settled();
+        self.release_all()
+    }
+
+    fn release_all(self: &Arc<Self>) -> Result<()> {
+        {
+            let mut control = self.lock_control();
+            while !control.repairing.is_empty() {
+                control = self
+                    .control_changed
+                    .wait(control)
+                    .unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+        let (replicas, generation) = {
+            let mut serving = self.lock_serving();
+            (std::mem::take(&mut serving.replicas), serving.generation)
+        };
+        // The home may be gone (its environment ends): releasing does not depend on it.
+        let _ = self.discard(replicas, generation);
+        self.set_state(ManagerState::Closed);
+        Ok(())
+    }
+
+    fn finish_closing(self: &Arc<Self>, outcome: &Result<()>) {
+        let closing = std::mem::take(&mut self.lock_control().closing);
+        let is_closed = self.state() == ManagerState::Closed;
+        if is_closed {
+            self.host.event(Event::Close);
+        }
+        for done in closing {
+            done(outcome.clone());
+        }
+    }
+
+    // ------------------------------------------------------------------ figures
+
+    fn read_stats(&self, home: Option<&Home<Job>>) -> ManagerStats {
+        let (generation, memory_bytes, poisoned) = {
+            let serving = self.lock_serving();
+            let bytes = serving.replicas.iter().map(|r| r.memory_bytes()).sum::<usize>();
+            let poisoned = serving.replicas.iter().filter(|r| r.is_poisoned()).count();
+            (serving.generation, bytes, poisoned)
+        };
+        self.memory_bytes_peak.fetch_max(memory_bytes, Ordering::Relaxed);
+        let (reloads, reloads_failed) = self.stats.reloads();
+        ManagerStats {
+            name: self.name().to_owned(),
+            state: self.state(),
+            generation: generation.get(),
+            gate: home.map_or_else(|| self.gate.counts(), Home::counts),
+            poisoned,
+            memory_bytes,
+            memory_bytes_peak: self.memory_bytes_peak.load(Ordering::Relaxed),
+            calls: self.stats.calls(),
+            reloads,
+            reloads_failed,
+            times: self.stats.times(),
+        }
+    }
+
+    /// Notes what is held just before memory is given back, so that the peak is true.
+    pub(crate) fn note_peak(&self, memory_bytes: usize) {
+        self.memory_bytes_peak.fetch_max(memory_bytes, Ordering::Relaxed);
+    }
+}
+
+fn destroyed() -> Stop {
+    Stop::Interrupted("the manager was destroyed".into())
+}
+
+/// A panic of ours must neither kill the thread nor lose the answer.
+fn guarded<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).unwrap_or_else(|panic| {
+        Err(Error::internal(format_args!("a panic: {}", crate::call::panic_text(&*panic))))
+    })
+}

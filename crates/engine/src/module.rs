@@ -1,0 +1,273 @@
+//! From a source to compiled code: read, look through, compile (or load from the cache).
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use wasmtime::ExternType;
+
+use crate::engine::Engine;
+use crate::error::{Error, ErrorCode, Result};
+use crate::instrument::{InstrumentError, InstrumentOptions, instrument};
+use crate::options::Source;
+use crate::pool::Pool;
+use crate::value::{Signature, ValueType};
+
+/// Compiled code and what is known about it. Immutable, shared by every instance.
+#[derive(Debug)]
+pub struct Module {
+    name: String,
+    pub(crate) compiled: wasmtime::Module,
+    imports: Vec<Import>,
+    functions: Vec<ExportedFunction>,
+    /// Name of the exported memory that `manager.memory` shows.
+    pub(crate) main_memory: Option<String>,
+    pub(crate) defined_memories: usize,
+    pub(crate) has_poll_memory: bool,
+}
+
+/// Something the module needs.
+#[derive(Debug, Clone)]
+pub struct Import {
+    /// First name.
+    pub module: String,
+    /// Second name.
+    pub name: String,
+    /// What it must be.
+    pub kind: ImportKind,
+    pub(crate) ty: ExternType,
+}
+
+/// What an import must be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ImportKind {
+    /// A function of this signature.
+    Function(Signature),
+    /// A linear memory.
+    Memory {
+        /// Pages at the start.
+        minimum: u64,
+        /// Pages it may reach.
+        maximum: Option<u64>,
+        /// Shared between threads.
+        shared: bool,
+    },
+    /// A global.
+    Global {
+        /// Its type.
+        ty: ValueType,
+        /// Whether the guest may write it.
+        mutable: bool,
+    },
+    /// A table.
+    Table {
+        /// Its element type.
+        element: ValueType,
+        /// Elements at the start.
+        minimum: u64,
+        /// Elements it may reach.
+        maximum: Option<u64>,
+    },
+    /// An exception tag.
+    Tag,
+}
+
+impl ImportKind {
+    fn of(ty: &ExternType) -> Self {
+        match ty {
+            ExternType::Func(f) => Self::Function(Signature::of(f)),
+            ExternType::Memory(m) => Self::Memory {
+                minimum: m.minimum(),
+                maximum: m.maximum(),
+                shared: m.is_shared(),
+            },
+            ExternType::Global(g) => Self::Global {
+                ty: ValueType::from(g.content()),
+                mutable: g.mutability() == wasmtime::Mutability::Var,
+            },
+            ExternType::Table(t) => Self::Table {
+                element: ValueType::from(&wasmtime::ValType::Ref(t.element().clone())),
+                minimum: t.minimum(),
+                maximum: t.maximum(),
+            },
+            ExternType::Tag(_) => Self::Tag,
+        }
+    }
+
+    /// How an error calls it.
+    pub fn describe(&self) -> String {
+        match self {
+            Self::Function(signature) => format!("a function {signature}"),
+            Self::Memory { minimum, maximum, shared } => {
+                let max = maximum.map_or(String::new(), |m| format!(", maximum: {m}"));
+                let shared = if *shared { ", shared: true" } else { "" };
+                format!("a memory {{ initial: {minimum}{max}{shared} }}")
+            }
+            Self::Global { ty, mutable } => {
+                format!("a {}global of type {ty}", if *mutable { "mutable " } else { "" })
+            }
+            Self::Table { element, minimum, .. } => {
+                format!("a table {{ element: '{element}', initial: {minimum} }}")
+            }
+            Self::Tag => "an exception tag".into(),
+        }
+    }
+}
+
+/// A function the module offers.
+#[derive(Debug, Clone)]
+pub struct ExportedFunction {
+    /// Its name.
+    pub name: String,
+    /// Its parameters and results.
+    pub signature: Signature,
+}
+
+impl Module {
+    /// Reads and compiles `source` on the threads of `pool`.
+    pub(crate) fn load(
+        engine: &Engine,
+        pool: Option<&Pool>,
+        source: &Source,
+        name: Option<&str>,
+    ) -> Result<Arc<Self>> {
+        let (bytes, file_stem) = read(source)?;
+        let options = InstrumentOptions { polls: engine.options.uses_poll_page() };
+        let spliced = instrument(&bytes, &options).map_err(|e| refuse_bytes(&e))?;
+        let name = name
+            .map(ToOwned::to_owned)
+            .or_else(|| spliced.name.clone().filter(|n| !n.is_empty()))
+            .or(file_stem)
+            .unwrap_or_else(|| "wasm".into());
+        let compile = || wasmtime::Module::new(&engine.wasmtime, &*spliced.bytes);
+        let compiled = pool
+            .map_or_else(compile, |pool| pool.install(compile))
+            .map_err(|e| refuse_module(&name, engine, &e))?;
+        let imports = compiled
+            .imports()
+            .map(|i| Import {
+                module: i.module().to_owned(),
+                name: i.name().to_owned(),
+                kind: ImportKind::of(&i.ty()),
+                ty: i.ty(),
+            })
+            .collect();
+        let mut functions = Vec::new();
+        let mut memories = Vec::new();
+        for export in compiled.exports() {
+            match export.ty() {
+                ExternType::Func(ty) => functions.push(ExportedFunction {
+                    name: export.name().to_owned(),
+                    signature: Signature::of(&ty),
+                }),
+                ExternType::Memory(_) => memories.push(export.name().to_owned()),
+                _ => {}
+            }
+        }
+        let main_memory = memories
+            .iter()
+            .find(|name| *name == "memory")
+            .or_else(|| memories.first())
+            .cloned();
+        Ok(Arc::new(Self {
+            name,
+            imports,
+            functions,
+            main_memory,
+            defined_memories: spliced.defined_memories(),
+            has_poll_memory: spliced.has_poll_memory,
+            compiled,
+        }))
+    }
+
+    /// As in errors, events and thread names.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What it needs, in order.
+    pub fn imports(&self) -> &[Import] {
+        &self.imports
+    }
+
+    /// The functions it offers, in order.
+    pub fn functions(&self) -> &[ExportedFunction] {
+        &self.functions
+    }
+
+    /// Position in [`Module::functions`].
+    pub fn function_index(&self, name: &str) -> Result<usize> {
+        self.functions.iter().position(|f| f.name == name).ok_or_else(|| {
+            let names: Vec<_> = self.functions.iter().take(20).map(|f| f.name.as_str()).collect();
+            let more = self.functions.len().saturating_sub(names.len());
+            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            Error::new(
+                ErrorCode::ExportNotFound,
+                format!(
+                    "{} exports no function '{name}'; it exports: {}{more}",
+                    self.name,
+                    if names.is_empty() { "none".into() } else { names.join(", ") }
+                ),
+            )
+        })
+    }
+}
+
+fn read(source: &Source) -> Result<(Vec<u8>, Option<String>)> {
+    let path = match source {
+        Source::Bytes(bytes) => return Ok((bytes.clone(), None)),
+        Source::File(path) => path,
+    };
+    let bytes = fs::read(path).map_err(|e| {
+        Error::new(
+            ErrorCode::InvalidArgument,
+            format!("the module file '{}' cannot be read: {e}", path.display()),
+        )
+    })?;
+    let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned());
+    let is_text = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("wat"));
+    if is_text && !bytes.starts_with(b"\0asm") {
+        return Ok((assemble(path, &bytes)?, stem));
+    }
+    Ok((bytes, stem))
+}
+
+fn assemble(path: &Path, text: &[u8]) -> Result<Vec<u8>> {
+    let compile_error = |message: String| Error::new(ErrorCode::Compile, message);
+    let text = std::str::from_utf8(text)
+        .map_err(|e| compile_error(format!("'{}' is not UTF-8 text: {e}", path.display())))?;
+    wat::parse_str(text).map_err(|mut e| {
+        e.set_path(path);
+        compile_error(format!("'{}' is not valid WebAssembly text: {e}", path.display()))
+    })
+}
+
+fn refuse_bytes(error: &InstrumentError) -> Error {
+    Error::new(ErrorCode::Compile, error.to_string())
+}
+
+fn refuse_module(name: &str, engine: &Engine, error: &wasmtime::Error) -> Error {
+    let text = format!("{error:#}");
+    let message = match feature_off(&text, engine) {
+        Some(remedy) => format!("{name} uses a feature that is off: {text}; {remedy}"),
+        None => format!("{name} is not a module that this engine can compile: {text}"),
+    };
+    Error::new(ErrorCode::Compile, message)
+}
+
+/// The option that would let the module in, read off the validator's words.
+fn feature_off(text: &str, engine: &Engine) -> Option<&'static str> {
+    let text = text.to_ascii_lowercase();
+    let options = &engine.options;
+    if text.contains("relaxed simd") && !(options.simd && options.relaxed_simd) {
+        Some("set engine.relaxedSimd: true (and engine.simd: true)")
+    } else if text.contains("simd") && !options.simd {
+        Some("set engine.simd: true")
+    } else if (text.contains("threads") || text.contains("shared memor")) && !options.threads {
+        Some("set engine.threads: true")
+    } else if text.contains("not enabled") || text.contains("must be enabled") {
+        Some("this engine does not offer it; build the module without it")
+    } else {
+        None
+    }
+}

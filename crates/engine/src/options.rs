@@ -1,0 +1,135 @@
+//! What a manager is asked to be.
+
+use std::path::PathBuf;
+
+use crate::limits::Limits;
+
+/// How guests are compiled and checked. Two managers with equal options share one engine.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct EngineOptions {
+    /// Running code can be stopped by timeouts, signals and `destroy()`.
+    pub interruptible: bool,
+    /// Instructions are counted (`limits.fuel`).
+    pub fuel: bool,
+    /// Faults become traps through signal handlers; otherwise explicit bounds checks.
+    pub signals_based_traps: bool,
+    /// Fixed-width SIMD.
+    pub simd: bool,
+    /// Relaxed SIMD.
+    pub relaxed_simd: bool,
+    /// Atomics and shared memories.
+    pub threads: bool,
+    /// Bytes of address space reserved for each memory.
+    pub memory_reservation_bytes: u64,
+}
+
+impl EngineOptions {
+    /// 4 GiB: all that a 32-bit memory can reach, so that no access needs a bounds check.
+    pub const DEFAULT_MEMORY_RESERVATION_BYTES: u64 = 4 << 30;
+}
+
+impl Default for EngineOptions {
+    fn default() -> Self {
+        Self {
+            interruptible: true,
+            fuel: false,
+            signals_based_traps: true,
+            simd: true,
+            relaxed_simd: true,
+            threads: true,
+            memory_reservation_bytes: Self::DEFAULT_MEMORY_RESERVATION_BYTES,
+        }
+    }
+}
+
+/// Where compiled code is kept between processes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub enum CacheChoice {
+    /// The user's cache folder; none if there is no such folder.
+    #[default]
+    User,
+    /// This folder.
+    Folder(PathBuf),
+    /// Nowhere.
+    Off,
+}
+
+/// Where the module comes from.
+#[derive(Debug, Clone)]
+pub enum Source {
+    /// A `.wasm` or `.wat` file.
+    File(PathBuf),
+    /// The bytes themselves.
+    Bytes(Vec<u8>),
+}
+
+/// How a guest takes and returns buffers.
+#[derive(Debug, Clone)]
+pub struct BufferAbi {
+    /// `(size: i32) -> ptr`.
+    pub allocate: String,
+    /// `(ptr: i32, size: i32)`, if the guest has one.
+    pub deallocate: Option<String>,
+    /// How the result comes back.
+    pub returns: BufferReturns,
+}
+
+impl Default for BufferAbi {
+    fn default() -> Self {
+        Self {
+            allocate: "allocate".into(),
+            deallocate: Some("deallocate".into()),
+            returns: BufferReturns::OutPointer,
+        }
+    }
+}
+
+/// How a buffer comes back from the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BufferReturns {
+    /// `f(ptr, len, out_len_ptr) -> ptr`.
+    OutPointer,
+    /// `f(ptr, len) -> (ptr << 32 | len)` as one i64.
+    PackedI64,
+    /// `f(ptr, len) -> (ptr, len)`.
+    MultiValue,
+}
+
+/// Everything a manager is made of.
+#[derive(Debug, Clone)]
+pub struct ManagerOptions {
+    /// In errors, events and thread names. Default: the module's own name, else its file's.
+    pub name: Option<String>,
+    /// Replicas. Default 1.
+    pub instances: usize,
+    /// Threads of the pool. Default: as many as replicas, at most the available parallelism.
+    pub threads: Option<usize>,
+    /// Calls and leases that may wait. Default 1024.
+    pub max_queue: usize,
+    /// Hard limits.
+    pub limits: Limits,
+    /// The engine.
+    pub engine: EngineOptions,
+    /// Compiled code between processes.
+    pub cache: CacheChoice,
+    /// For `invoke`.
+    pub abi: BufferAbi,
+    /// Slot 0 is entered synchronously by one home thread (the JS thread).
+    pub has_home: bool,
+}
+
+impl Default for ManagerOptions {
+    fn default() -> Self {
+        Self {
+            name: None,
+            instances: 1,
+            threads: None,
+            max_queue: 1024,
+            limits: Limits::default(),
+            engine: EngineOptions::default(),
+            cache: CacheChoice::default(),
+            abi: BufferAbi::default(),
+            has_home: false,
+        }
+    }
+}

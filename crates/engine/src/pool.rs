@@ -1,0 +1,55 @@
+//! The manager's own rayon pool.
+//!
+//! Never rayon's global pool: its threads would be shared with whatever else lives in the process,
+//! and a guest may keep one for as long as it likes.
+
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use crate::error::{Error, ErrorCode, Result};
+
+/// Room beside the guest's own stack: host frames, and the compiler's when it runs on the pool.
+const HOST_STACK_BYTES: usize = 2 << 20;
+
+/// Threads that run calls and compile modules.
+#[derive(Debug)]
+pub(crate) struct Pool(ThreadPool);
+
+impl Pool {
+    /// * `guest_stack_bytes`: what a call may use (`limits.stackBytes`).
+    pub(crate) fn new(name: &str, threads: usize, guest_stack_bytes: usize) -> Result<Self> {
+        let prefix = thread_name(name);
+        ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .thread_name(move |index| format!("{prefix}-{index}"))
+            .stack_size(guest_stack_bytes + HOST_STACK_BYTES)
+            // Rayon aborts the process on a panic that nobody handles. Jobs catch their own; this is the net.
+            .panic_handler(drop)
+            .build()
+            .map(Self)
+            .map_err(|e| {
+                Error::new(
+                    ErrorCode::Internal,
+                    format!("the pool of {threads} threads could not be started: {e}; lower `threads` or the process limit on threads"),
+                )
+            })
+    }
+
+    pub(crate) fn spawn(&self, job: impl FnOnce() + Send + 'static) {
+        self.0.spawn_fifo(job);
+    }
+
+    /// Runs `job` inside the pool and waits for it, so that parallel compilation uses these threads.
+    pub(crate) fn install<R: Send>(&self, job: impl FnOnce() -> R + Send) -> R {
+        self.0.install(job)
+    }
+
+    pub(crate) fn threads(&self) -> usize {
+        self.0.current_num_threads()
+    }
+}
+
+/// Linux shows 15 bytes of a thread's name; the index needs some of them.
+pub(crate) fn thread_name(name: &str) -> String {
+    let short: String = name.chars().filter(char::is_ascii_graphic).take(8).collect();
+    format!("molt-{short}")
+}

@@ -1,0 +1,643 @@
+//! One instance in a store of its own, and the right to enter it.
+//!
+//! # Who may enter
+//! A replica is entered by one thread at a time: the thread that *holds* it. Holding is decided
+//! elsewhere (a ticket of the gate, a lease, the home thread, or a control thread while nobody else
+//! knows the replica); the `unsafe` methods here name that as their contract. While the guest is
+//! inside a host function, the same thread may enter again: the call then runs in the context of the
+//! running one. Everything else on the type may be used by any thread at any time.
+
+use std::cell::UnsafeCell;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use wasm_molt_lifecycle::Generation;
+use wasmtime::{
+    AsContextMut, Caller, Extern, ExternType, Instance, RootScope, Store, StoreContextMut, Val,
+    ValRaw,
+};
+
+use crate::deadline::Deadline;
+use crate::engine::Engine;
+use crate::error::{Error, ErrorCode, Result};
+use crate::host::{Host, ImportValue, host_function};
+use crate::interrupt::{Interrupter, Stop};
+use crate::limits::{Limiter, Limits};
+use crate::memory::{MemoryPlan, MemoryRecord, with_plan};
+use crate::module::{Import, ImportKind, Module};
+use crate::trap::triage;
+use crate::value::{FuncHandle, Value, ValueType, default_val, null_ref};
+
+/// Externrefs made between two collections of the guest's reference heap.
+const EXTERNREFS_PER_COLLECTION: u64 = 4096;
+
+/// What wasmtime keeps beside each instance.
+pub(crate) struct Guest {
+    limiter: Limiter,
+    replica: *const Replica,
+    replica_id: u64,
+}
+
+// SAFETY: the pointer is only read while the replica it names is alive and entered (see `host::enter`);
+// a `Replica` is itself `Send` and `Sync`.
+unsafe impl Send for Guest {}
+// SAFETY: as above.
+unsafe impl Sync for Guest {}
+
+impl Guest {
+    pub(crate) fn replica(&self) -> *const Replica {
+        self.replica
+    }
+
+    pub(crate) fn replica_id(&self) -> u64 {
+        self.replica_id
+    }
+}
+
+/// What exists once instantiation has succeeded.
+struct Live {
+    functions: Vec<FuncHandle>,
+    memories: Vec<Arc<MemoryRecord>>,
+    main_memory: Option<Arc<MemoryRecord>>,
+}
+
+/// One instance, its store and its memories.
+pub struct Replica {
+    id: u64,
+    slot: usize,
+    generation: Generation,
+    module: Arc<Module>,
+    interrupter: Arc<Interrupter>,
+    is_poisoned: AtomicBool,
+    is_released: AtomicBool,
+    /// The innermost host call's `Caller`, null while no host function runs. Read and written only by
+    /// the thread that holds the replica; atomic so that the type stays `Sync`.
+    active: AtomicPtr<()>,
+    fuel: Option<u64>,
+    externrefs: AtomicU64,
+    live: OnceLock<Live>,
+    /// Entered only by the thread that holds the replica. `None` once released.
+    store: UnsafeCell<Option<Store<Guest>>>,
+}
+
+// SAFETY: `store` is entered only under the contract of the unsafe methods below (one thread at a
+// time), `Store<Guest>` may move between threads, and every other field is `Sync`.
+unsafe impl Sync for Replica {}
+// SAFETY: as above.
+unsafe impl Send for Replica {}
+
+impl fmt::Debug for Replica {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Replica")
+            .field("module", &self.module.name())
+            .field("slot", &self.slot)
+            .field("generation", &self.generation)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What every instance of a manager shares.
+pub(crate) struct Blueprint {
+    pub(crate) engine: Engine,
+    pub(crate) module: Arc<Module>,
+    pub(crate) limits: Limits,
+}
+
+impl Blueprint {
+    /// Makes one instance: store, imports, instantiation, start function, `_initialize`.
+    ///
+    /// * `known`: is told of the replica before any guest code runs, so that it can be stopped.
+    pub(crate) fn instantiate(
+        &self,
+        host: &dyn Host,
+        slot: usize,
+        generation: Generation,
+        known: impl FnOnce(&Arc<Replica>),
+    ) -> Result<Arc<Replica>> {
+        static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+        let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
+        let options = &self.engine.options;
+        let epochs = options.interruptible && !options.uses_poll_page();
+        let interrupter =
+            Arc::new(Interrupter::new(epochs.then(|| self.engine.wasmtime.clone())));
+        let guest = Guest {
+            limiter: Limiter::new(&self.limits),
+            replica: std::ptr::null(),
+            replica_id: id,
+        };
+        let mut store = Store::new(&self.engine.wasmtime, guest);
+        store.limiter(|guest| &mut guest.limiter);
+        if epochs {
+            // A deadline of 0 would trap at once; 1 is reached by the first strike.
+            store.set_epoch_deadline(1);
+            let interrupter = Arc::clone(&interrupter);
+            store.epoch_deadline_callback(move |_| {
+                if interrupter.is_struck() {
+                    Ok(wasmtime::UpdateDeadline::Interrupt)
+                } else {
+                    Ok(wasmtime::UpdateDeadline::Continue(1))
+                }
+            });
+        }
+        let replica = Arc::new(Replica {
+            id,
+            slot,
+            generation,
+            module: Arc::clone(&self.module),
+            interrupter,
+            is_poisoned: AtomicBool::new(false),
+            is_released: AtomicBool::new(false),
+            active: AtomicPtr::new(std::ptr::null_mut()),
+            fuel: options.fuel.then(|| self.limits.fuel.unwrap_or(u64::MAX)),
+            externrefs: AtomicU64::new(0),
+            live: OnceLock::new(),
+            store: UnsafeCell::new(Some(store)),
+        });
+        known(&replica);
+        let imports = host.imports(&replica, &self.module)?;
+        // SAFETY: nobody else can enter a replica that has no exports yet.
+        let outcome = unsafe { replica.bring_up(&imports, &self.limits) };
+        if outcome.is_err() {
+            // SAFETY: as above; the guest has been left.
+            unsafe { replica.release() };
+        }
+        outcome.map(|()| replica)
+    }
+}
+
+impl Replica {
+    /// Unique in the process.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Its place among the manager's replicas.
+    pub fn slot(&self) -> usize {
+        self.slot
+    }
+
+    /// The generation it was made for.
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    /// The code it runs.
+    pub fn module(&self) -> &Arc<Module> {
+        &self.module
+    }
+
+    /// Stops what runs inside.
+    pub fn interrupter(&self) -> &Arc<Interrupter> {
+        &self.interrupter
+    }
+
+    /// A call did not end normally; the guest's own state is unknown.
+    pub fn is_poisoned(&self) -> bool {
+        self.is_poisoned.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn poison(&self) {
+        self.is_poisoned.store(true, Ordering::Release);
+    }
+
+    /// Its store is gone.
+    pub fn is_released(&self) -> bool {
+        self.is_released.load(Ordering::Acquire)
+    }
+
+    /// A host function of this instance is running.
+    pub fn is_in_host_call(&self) -> bool {
+        !self.active().is_null()
+    }
+
+    /// The function at that position of [`Module::functions`]; `None` before the instance exists.
+    pub fn function(&self, index: usize) -> Option<FuncHandle> {
+        self.live.get()?.functions.get(index).copied()
+    }
+
+    /// The memory that `manager.memory` shows.
+    pub fn memory(&self) -> Option<&Arc<MemoryRecord>> {
+        self.live.get()?.main_memory.as_ref()
+    }
+
+    /// Bytes of linear memory, over all its memories.
+    pub fn memory_bytes(&self) -> usize {
+        if self.is_released() {
+            return 0;
+        }
+        self.live.get().map_or(0, |live| live.memories.iter().map(|m| m.byte_len()).sum())
+    }
+
+    pub(crate) fn active(&self) -> *mut () {
+        self.active.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_active(&self, context: *mut ()) {
+        self.active.store(context, Ordering::Relaxed);
+    }
+
+    /// # Safety
+    /// The calling thread holds the replica, which has not been instantiated yet.
+    unsafe fn bring_up(self: &Arc<Self>, imports: &[ImportValue], limits: &Limits) -> Result<()> {
+        // SAFETY: the caller holds the replica, and no other reference into the store exists yet.
+        let cell = unsafe { &mut *self.store.get() };
+        let store = cell.as_mut().ok_or_else(|| self.stale())?;
+        store.data_mut().replica = Arc::as_ptr(self);
+        let run = self.interrupter.begin();
+        let interrupter = Arc::clone(&self.interrupter);
+        let deadline = limits
+            .timeout_ms
+            .map(|ms| {
+                Deadline::after(Duration::from_millis(ms), move || {
+                    interrupter.stop(run, Stop::Timeout(ms));
+                })
+            })
+            .transpose()?;
+        let outcome = self.instantiate(store, imports);
+        drop(deadline);
+        match outcome {
+            Ok(live) => {
+                let _ = self.live.set(live);
+                let ended = self.run_initialize();
+                self.interrupter.end(run);
+                ended
+            }
+            Err(error) => {
+                self.interrupter.end(run);
+                Err(error)
+            }
+        }
+    }
+
+    fn instantiate(&self, store: &mut Store<Guest>, imports: &[ImportValue]) -> Result<Live> {
+        if let Some(fuel) = self.fuel {
+            store.set_fuel(fuel).map_err(Error::internal)?;
+        }
+        let module = &self.module;
+        let mut memories = Vec::new();
+        let mut main_memory = None;
+        let mut externs = Vec::with_capacity(imports.len());
+        for (import, value) in module.imports().iter().zip(imports) {
+            let (made, created) = with_plan(MemoryPlan { guests: 1, poll: false }, || {
+                link(store, import, value, self.id)
+            });
+            externs.push(made.map_err(|e| self.refused(store, e))?);
+            if let Some(record) = created.guests.into_iter().next() {
+                main_memory.get_or_insert_with(|| Arc::clone(&record));
+                memories.push(record);
+            }
+        }
+        let plan = MemoryPlan { guests: module.defined_memories, poll: module.has_poll_memory };
+        let (instance, created) =
+            with_plan(plan, || Instance::new(&mut *store, &module.compiled, &externs));
+        if let Some(poll) = created.poll {
+            self.interrupter.set_poll(poll);
+        }
+        let instance = instance.map_err(|e| self.start_failed(store, e))?;
+        memories.extend(created.guests);
+        if let Some(name) = &module.main_memory {
+            main_memory = self.find_memory(store, &instance, name, &memories).or(main_memory);
+        }
+        let main_memory = main_memory.or_else(|| memories.first().cloned());
+        let mut functions = Vec::with_capacity(module.functions().len());
+        for exported in module.functions() {
+            let func = instance
+                .get_func(&mut *store, &exported.name)
+                .ok_or_else(|| Error::internal("an exported function is missing"))?;
+            let address = func.to_raw(&mut *store) as usize;
+            functions.push(FuncHandle { func, replica: self.id, address });
+        }
+        Ok(Live { functions, memories, main_memory })
+    }
+
+    /// An exported memory is known by the address of its pages.
+    #[expect(clippy::unused_self, reason = "reads better beside its only caller")]
+    fn find_memory(
+        &self,
+        store: &mut Store<Guest>,
+        instance: &Instance,
+        name: &str,
+        memories: &[Arc<MemoryRecord>],
+    ) -> Option<Arc<MemoryRecord>> {
+        let base = match instance.get_export(&mut *store, name)? {
+            Extern::Memory(memory) => memory.data_ptr(&*store),
+            Extern::SharedMemory(memory) => memory.data().as_ptr().cast_mut().cast::<u8>(),
+            _ => return None,
+        };
+        memories.iter().find(|m| m.base() == base).cloned()
+    }
+
+    fn start_failed(&self, store: &Store<Guest>, error: wasmtime::Error) -> Error {
+        if store.data().limiter.refused.is_some() {
+            return self.refused(store, Error::internal("refused"));
+        }
+        let is_run = error.is::<wasmtime::Trap>()
+            || error.is::<Error>()
+            || error.is::<wasmtime::WasmBacktrace>();
+        if is_run {
+            return self.triage(error, "the start function");
+        }
+        Error::new(
+            ErrorCode::Link,
+            format!("{} could not be instantiated: {error:#}", self.module.name()),
+        )
+    }
+
+    fn refused(&self, store: &Store<Guest>, error: Error) -> Error {
+        match &store.data().limiter.refused {
+            Some(why) => Error::invalid(format!("{}: {why}", self.module.name())),
+            None => error,
+        }
+    }
+
+    /// WASI reactors and their like want this before anything else.
+    fn run_initialize(&self) -> Result<()> {
+        let Ok(index) = self.module.function_index("_initialize") else { return Ok(()) };
+        let Some(func) = self.function(index) else { return Ok(()) };
+        let plain = self
+            .module
+            .functions()
+            .get(index)
+            .is_some_and(|f| f.signature.params.is_empty() && f.signature.results.is_empty());
+        if plain {
+            // SAFETY: only `bring_up` calls this, and its caller holds the replica.
+            unsafe { self.call_raw(&func, &mut []) }?;
+        }
+        Ok(())
+    }
+
+    /// Runs `f` in the innermost context: the running host call's, else the store's own.
+    ///
+    /// # Safety
+    /// The calling thread holds the replica; if a host function of it runs, it runs on this thread.
+    #[inline]
+    unsafe fn with_context<R>(
+        &self,
+        f: impl FnOnce(StoreContextMut<'_, Guest>) -> R,
+    ) -> Option<R> {
+        let active = self.active();
+        if active.is_null() {
+            // SAFETY: the thread holds the replica and no call runs, so this is the only reference.
+            let cell = unsafe { &mut *self.store.get() };
+            return cell.as_mut().map(|store| f(store.as_context_mut()));
+        }
+        // SAFETY: `active` is the `Caller` of a host function that runs further up on this very
+        // stack (contract), which does not use it until that function returns.
+        let caller = unsafe { &mut *active.cast::<Caller<'_, Guest>>() };
+        Some(f(caller.as_context_mut()))
+    }
+
+    /// Calls a function of numeric signature; `values` holds the arguments and receives the results.
+    ///
+    /// # Safety
+    /// The calling thread holds the replica (see the module's text); `func` belongs to it; `values`
+    /// is as long as the larger of its parameters and results, with arguments of the right types.
+    ///
+    /// # Errors
+    /// [`ErrorCode::StaleHandle`] once released; else however the guest ended.
+    #[inline]
+    pub unsafe fn call_raw(&self, func: &FuncHandle, values: &mut [RawValue]) -> Result<()> {
+        let len = values.len();
+        let raw: *mut [ValRaw] =
+            std::ptr::slice_from_raw_parts_mut(values.as_mut_ptr().cast::<ValRaw>(), len);
+        let run = |mut context: StoreContextMut<'_, Guest>| {
+            if let Some(fuel) = self.fuel {
+                self.refuel(&mut context, fuel);
+            }
+            // SAFETY: contract of this function; `RawValue` is `ValRaw`.
+            unsafe { func.func.call_unchecked(context, raw) }
+        };
+        // SAFETY: contract of this function.
+        match unsafe { self.with_context(run) } {
+            Some(Ok(())) => Ok(()),
+            Some(Err(error)) => Err(self.call_failed(func, error)),
+            None => Err(self.stale()),
+        }
+    }
+
+    /// Calls any function.
+    ///
+    /// # Safety
+    /// The calling thread holds the replica (see the module's text) and `func` belongs to it.
+    ///
+    /// # Errors
+    /// [`ErrorCode::InvalidArgument`] for a value of another type, [`ErrorCode::StaleHandle`] once
+    /// released; else however the guest ended.
+    pub unsafe fn call(&self, func: &FuncHandle, args: Vec<Value>) -> Result<Vec<Value>> {
+        let run = |context: StoreContextMut<'_, Guest>| self.call_values(context, func, args);
+        // SAFETY: contract of this function.
+        unsafe { self.with_context(run) }.unwrap_or_else(|| Err(self.stale()))
+    }
+
+    fn call_values(
+        &self,
+        mut context: StoreContextMut<'_, Guest>,
+        func: &FuncHandle,
+        args: Vec<Value>,
+    ) -> Result<Vec<Value>> {
+        if let Some(fuel) = self.fuel {
+            self.refuel(&mut context, fuel);
+        }
+        let made = args.iter().filter(|v| matches!(v, Value::Extern(Some(_)))).count() as u64;
+        let mut scope = RootScope::new(&mut context);
+        let ty = func.func.ty(&scope);
+        let mut params = Vec::with_capacity(args.len());
+        for arg in args {
+            params.push(arg.into_val(self.id, &mut scope)?);
+        }
+        let mut results: Vec<Val> = ty.results().map(|t| default_val(&t)).collect();
+        func.func
+            .call(&mut scope, &params, &mut results)
+            .map_err(|error| self.call_failed(func, error))?;
+        let values = results.iter().map(|v| Value::from_val(v, self.id, &mut scope)).collect();
+        drop(scope);
+        self.collect_now_and_then(&mut context, made);
+        values
+    }
+
+    /// Releases host values that the guest has let go of, now and then.
+    fn collect_now_and_then(&self, context: &mut StoreContextMut<'_, Guest>, made: u64) {
+        if made == 0 {
+            return;
+        }
+        let before = self.externrefs.fetch_add(made, Ordering::Relaxed);
+        if before / EXTERNREFS_PER_COLLECTION != (before + made) / EXTERNREFS_PER_COLLECTION {
+            // A collection that fails is tried again after the next round.
+            let _ = context.gc(None);
+        }
+    }
+
+    /// Outermost calls start with a full tank; nested ones burn what is left.
+    fn refuel(&self, context: &mut StoreContextMut<'_, Guest>, fuel: u64) {
+        if self.active().is_null() {
+            // Only fails where fuel is off, and then `self.fuel` is None.
+            let _ = context.set_fuel(fuel);
+        }
+    }
+
+    #[cold]
+    fn call_failed(&self, func: &FuncHandle, error: wasmtime::Error) -> Error {
+        let name = self.live.get().and_then(|live| {
+            let index = live.functions.iter().position(|f| f.address == func.address)?;
+            self.module.functions().get(index).map(|f| f.name.as_str())
+        });
+        let what = name.map_or_else(|| "a function".to_owned(), |n| format!("'{n}'"));
+        self.triage(error, &what)
+    }
+
+    fn triage(&self, error: wasmtime::Error, what: &str) -> Error {
+        let what = format!("{}: {what}", self.module.name());
+        let error = triage(error, &what, self.interrupter.pending(), self.fuel);
+        if error.poisons_instance() {
+            self.poison();
+        }
+        error
+    }
+
+    #[cold]
+    pub(crate) fn stale(&self) -> Error {
+        Error::new(
+            ErrorCode::StaleHandle,
+            format!(
+                "this handle belongs to generation {} of {}, which is gone; take it again from the manager",
+                self.generation,
+                self.module.name()
+            ),
+        )
+    }
+
+    /// Drops the store: memory goes back to the system here. Idempotent.
+    ///
+    /// # Safety
+    /// The calling thread holds the replica, and nobody will enter it any more.
+    pub(crate) unsafe fn release(&self) {
+        self.is_released.store(true, Ordering::Release);
+        // SAFETY: contract of this function.
+        let store = unsafe { &mut *self.store.get() }.take();
+        drop(store);
+    }
+}
+
+/// A number in the engine's own representation.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug)]
+pub struct RawValue(ValRaw);
+
+impl RawValue {
+    /// From an i32.
+    #[inline]
+    pub fn i32(v: i32) -> Self {
+        Self(ValRaw::i32(v))
+    }
+    /// From an i64.
+    #[inline]
+    pub fn i64(v: i64) -> Self {
+        Self(ValRaw::i64(v))
+    }
+    /// From an f32.
+    #[inline]
+    pub fn f32(v: f32) -> Self {
+        Self(ValRaw::f32(v.to_bits()))
+    }
+    /// From an f64.
+    #[inline]
+    pub fn f64(v: f64) -> Self {
+        Self(ValRaw::f64(v.to_bits()))
+    }
+    /// As an i32.
+    #[inline]
+    pub fn to_i32(&self) -> i32 {
+        self.0.get_i32()
+    }
+    /// As an i64.
+    #[inline]
+    pub fn to_i64(&self) -> i64 {
+        self.0.get_i64()
+    }
+    /// As an f32.
+    #[inline]
+    pub fn to_f32(&self) -> f32 {
+        f32::from_bits(self.0.get_f32())
+    }
+    /// As an f64.
+    #[inline]
+    pub fn to_f64(&self) -> f64 {
+        f64::from_bits(self.0.get_f64())
+    }
+}
+
+fn link(
+    store: &mut Store<Guest>,
+    import: &Import,
+    value: &ImportValue,
+    replica: u64,
+) -> Result<Extern> {
+    let wrong = |given: &str| {
+        Error::new(
+            ErrorCode::Link,
+            format!(
+                "import '{}'.'{}' must be {}, but {given} was given",
+                import.module,
+                import.name,
+                import.kind.describe()
+            ),
+        )
+    };
+    let failed = |e: wasmtime::Error| {
+        Error::new(
+            ErrorCode::Link,
+            format!("import '{}'.'{}' could not be made: {e:#}", import.module, import.name),
+        )
+    };
+    match (&import.ty, value) {
+        (ExternType::Func(ty), ImportValue::Function(host)) => {
+            Ok(host_function(store, ty.clone(), Arc::clone(host)).into())
+        }
+        (ExternType::Global(ty), ImportValue::Global(value)) => {
+            if value.ty() != ValueType::from(ty.content()) {
+                return Err(wrong(&format!("a value of type {}", value.ty())));
+            }
+            let val = value.clone().into_val(replica, &mut *store)?;
+            Ok(wasmtime::Global::new(&mut *store, ty.clone(), val).map_err(failed)?.into())
+        }
+        (ExternType::Memory(ty), ImportValue::Memory { initial, maximum }) => {
+            let fits = *initial >= ty.minimum()
+                && ty.maximum().is_none_or(|most| maximum.is_some_and(|m| m <= most));
+            if !fits {
+                let max = maximum.map_or("none".into(), |m| m.to_string());
+                return Err(wrong(&format!("a memory of initial: {initial}, maximum: {max}")));
+            }
+            if ty.is_shared() {
+                return Err(wrong("a memory that is not shared"));
+            }
+            let ty = if ty.is_64() {
+                wasmtime::MemoryType::new64(*initial, *maximum)
+            } else {
+                let pages = |n: u64| u32::try_from(n).map_err(|_| wrong("a memory too large for 32 bits"));
+                wasmtime::MemoryType::new(pages(*initial)?, maximum.map(pages).transpose()?)
+            };
+            Ok(wasmtime::Memory::new(&mut *store, ty).map_err(failed)?.into())
+        }
+        (ExternType::Table(ty), ImportValue::Table { initial, maximum }) => {
+            let fits = *initial >= ty.minimum()
+                && ty.maximum().is_none_or(|most| maximum.is_some_and(|m| m <= most));
+            let pages = |n: u64| u32::try_from(n).map_err(|_| wrong("a table too large"));
+            if !fits {
+                return Err(wrong(&format!("a table of initial: {initial}")));
+            }
+            let ImportKind::Table { element, .. } = &import.kind else { return Err(wrong("a table")) };
+            let made = wasmtime::TableType::new(
+                ty.element().clone(),
+                pages(*initial)?,
+                maximum.map(pages).transpose()?,
+            );
+            Ok(wasmtime::Table::new(&mut *store, made, null_ref(*element)).map_err(failed)?.into())
+        }
+        (_, ImportValue::Function(_)) => Err(wrong("a function")),
+        (_, ImportValue::Global(_)) => Err(wrong("a value")),
+        (_, ImportValue::Memory { .. }) => Err(wrong("a memory")),
+        (_, ImportValue::Table { .. }) => Err(wrong("a table")),
+    }
+}

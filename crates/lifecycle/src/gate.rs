@@ -1,0 +1,689 @@
+//! The admission point in front of the slots.
+//!
+//! Why this is hard: slot 0 can be entered by one thread without a lock (see [`Home`]), while every
+//! other thread admits, cancels, closes and drains under one; no waiter may be lost or started twice,
+//! and none may run under the lock, because it may come back to the gate.
+//!
+//! * [`Gate`]: the shared handle.
+//! * `State`: what the mutex guards; pure, in its own module.
+//! * [`Waiter`], [`WaitId`]: who wants a slot, and its name in the queue.
+//! * [`Admission`], [`Refused`], [`Refusal`]: the answers.
+
+use std::fmt;
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use crate::clock::{Clock, SystemClock};
+use crate::home::Home;
+use crate::start::start_all;
+use crate::state::{Asker, Entry, Start, State};
+use crate::sync::{Arc, AtomicU8, AtomicU64, Condvar, Mutex, Ordering, lock};
+use crate::ticket::Ticket;
+
+/// Something that wants a slot: a call, or a lease, which is a call that lasts.
+pub trait Waiter: Send + Sized + 'static {
+    /// Is called exactly once, when the waiter has got its slot; unless it was refused, cancelled or cut, or the last
+    /// handle to the gate went while it was queued.
+    ///
+    /// Runs without the gate's lock, on whichever thread made it possible: the admitting one, the one
+    /// that dropped the previous ticket, or the one that opened the gate. It should hand the work over rather
+    /// than do it, for that thread has something else to do; and it may use the gate.
+    ///
+    /// Dropping the ticket in here starts the next waiter within this call, down to a small depth;
+    /// deeper ones start when this one has returned. So it must not block until another waiter has run.
+    ///
+    /// # Panics
+    ///
+    /// It should not. If it does, its ticket is given back, the other waiters start, and the panic then goes on
+    /// into the thread that is named above.
+    fn start(self, ticket: Ticket<Self>);
+}
+
+/// How a gate is built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GateOptions {
+    /// Number of slots, which is the number of replicas. At least 1; 0 counts as 1.
+    pub slots: usize,
+    /// How many waiters may queue. One that starts at once does not count. 0: nobody waits.
+    pub max_queue: usize,
+    /// Whether slot 0 may live [at home](Home).
+    pub home: bool,
+}
+
+/// The name of a waiter in the queue. Never reused within a gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct WaitId(u64);
+
+/// How a waiter was let in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Admission {
+    /// [`Waiter::start`] has been called.
+    Started,
+    /// It waits, and can be cancelled under this name.
+    Queued(WaitId),
+}
+
+/// A waiter that was not let in, given back, with the reason.
+pub struct Refused<W> {
+    /// The waiter, never started.
+    pub waiter: W,
+    /// Why.
+    pub refusal: Refusal,
+}
+
+impl<W> fmt::Debug for Refused<W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Refused").field("refusal", &self.refusal).finish_non_exhaustive()
+    }
+}
+
+/// Why a gate did not let a waiter in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// As many wait as may.
+    QueueFull {
+        /// The bound, as in [`GateOptions::max_queue`].
+        max_queue: usize,
+    },
+    /// The gate admits nobody any more.
+    Shut,
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::QueueFull { max_queue } => {
+                write!(f, "all slots are in use and {max_queue} waiters, the maximum, are queued")
+            }
+            Self::Shut => f.write_str("the gate is shut"),
+        }
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+/// How many had not ended when the time was up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct InFlight(pub usize);
+
+impl fmt::Display for InFlight {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} still in flight", self.0)
+    }
+}
+
+impl std::error::Error for InFlight {}
+
+/// Plain numbers at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GateCounts {
+    /// Tickets that are out. [`Home::counts`] adds the home's own entry; [`Gate::counts`] sees that only once the gate has closed.
+    pub in_flight: usize,
+    /// Waiters that wait for a slot.
+    pub queued: usize,
+    /// All slots, retired ones too.
+    pub slots: usize,
+    /// Slots out of service.
+    pub retired: usize,
+    /// Whether slots are given out.
+    pub is_open: bool,
+    /// Whether nobody is admitted any more.
+    pub is_shut: bool,
+}
+
+/// The value of the word while slot 0 is at home.
+pub(crate) const AT_HOME: u8 = 1;
+/// The value of the word while it is not.
+pub(crate) const AWAY: u8 = 0;
+
+/// The word that the home thread reads on its fast path.
+///
+/// Alone on its cache lines (two, because they are fetched in pairs): the mutex beside it is written
+/// by every call on every thread, and would make the home's load miss each time.
+#[repr(align(128))]
+pub(crate) struct Word(pub(crate) AtomicU8);
+
+pub(crate) struct Shared<W> {
+    pub(crate) word: Word,
+    state: Mutex<State<W>>,
+    /// Signalled when something ended while a thread waits for that.
+    ended: Condvar,
+    next_id: AtomicU64,
+}
+
+/// Admits calls and leases to the slots, in arrival order, and keeps them out while a swap is at work.
+///
+/// Clones are handles to the same gate; any thread may have one. A gate begins closed: nothing is
+/// instantiated yet. **Closed** lets waiters queue, **shut** refuses them, for ever; the two are independent, and a
+/// gate that is shut but open still starts those that wait (a graceful close).
+///
+/// # Who may do what
+///
+/// Every method may be called on any thread, with or without a home, but three know less than their counterparts on [`Home`],
+/// because only the home thread can tell whether it is inside slot 0:
+///
+/// | | slot 0 at home |
+/// | --- | --- |
+/// | [`admit`](Self::admit) | leaves it there. With no other slot in service the waiter stays queued until the home thread comes by |
+/// | [`close`](Self::close) | counts it as in flight until the home thread comes by |
+/// | [`shut`](Self::shut), [`cut`](Self::cut) | leaves it there; the home's owner checks its own flag before it enters |
+///
+/// The home thread *comes by* with any method of [`Home`] except `enter` and `depth`, and when it leaves slot 0.
+///
+/// # Memory ordering
+///
+/// All decisions are made under one mutex, which also orders what successive holders of a slot do to its replica.
+/// The home's word is the only atomic that carries a decision; it is written under the mutex, with `Release`.
+pub struct Gate<W: Waiter> {
+    pub(crate) shared: Arc<Shared<W>>,
+}
+
+impl<W: Waiter> Clone for Gate<W> {
+    fn clone(&self) -> Self {
+        Self { shared: Arc::clone(&self.shared) }
+    }
+}
+
+impl<W: Waiter> fmt::Debug for Gate<W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gate").field("counts", &self.counts()).finish()
+    }
+}
+
+impl<W: Waiter> Gate<W> {
+    /// A closed gate with all its slots free.
+    pub fn new(options: GateOptions) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                word: Word(AtomicU8::new(AWAY)),
+                state: Mutex::new(State::new(&options)),
+                ended: Condvar::new(),
+                next_id: AtomicU64::new(1),
+            }),
+        }
+    }
+
+    /// The home of slot 0, for the calling thread. `None` if the gate was built without, or it has been taken.
+    ///
+    /// Until it is taken, and after it was dropped, slot 0 is a slot like any other.
+    pub fn take_home(&self) -> Option<Home<W>> {
+        self.locked(State::take_home).then(|| Home::new(self.clone()))
+    }
+
+    /// A name for a waiter, ahead of its admission, so that whoever wants to cancel it knows it in time.
+    pub fn reserve_id(&self) -> WaitId {
+        // Only uniqueness matters.
+        WaitId(self.shared.next_id.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Lets a waiter in: [starts](Waiter::start) it at once if a slot is free and nobody waits before it, else queues it.
+    ///
+    /// # Errors
+    ///
+    /// Gives the waiter back if the queue is full or the gate is shut.
+    pub fn admit(&self, waiter: W) -> Result<Admission, Refused<W>> {
+        self.admit_as(self.reserve_id(), waiter)
+    }
+
+    /// Like [`admit`](Self::admit), under a name from [`reserve_id`](Self::reserve_id), which is used once.
+    ///
+    /// A [`cancel`](Self::cancel) that came before this finds nothing: look at the call's own flag afterwards.
+    ///
+    /// # Errors
+    ///
+    /// Gives the waiter back if the queue is full or the gate is shut.
+    pub fn admit_as(&self, id: WaitId, waiter: W) -> Result<Admission, Refused<W>> {
+        match self.locked(|state| state.admit(id, waiter, Asker::Anyone))? {
+            Entry::Start(start) => {
+                self.start(Some(start));
+                Ok(Admission::Started)
+            }
+            Entry::Queued => Ok(Admission::Queued(id)),
+        }
+    }
+
+    /// Takes a waiter out of the queue. `None` if it has started, was taken out before, or is not here yet.
+    ///
+    /// # Cost
+    ///
+    /// O(log queued) to find it, O(queued) if names were reserved in another order than admitted; then moves the shorter side of the queue.
+    pub fn cancel(&self, id: WaitId) -> Option<W> {
+        self.locked(|state| state.cancel(id))
+    }
+
+    /// Opens the gate: starts as many waiters, in arrival order, as slots are free; slot 0 goes home if nobody waits.
+    ///
+    /// Does nothing to an open gate. A gate that is shut opens too, for those that wait already.
+    pub fn open(&self) {
+        let starts = self.locked(State::open);
+        self.start(starts);
+    }
+
+    /// Closes the gate: no slot is given out until it opens again, and waiters queue. Returns how many are in flight now.
+    ///
+    /// If slot 0 is at home it is recalled, and counts as in flight until the home thread comes by; that thread itself calls
+    /// [`Home::close`], which knows better.
+    pub fn close(&self) -> usize {
+        self.locked(State::close)
+    }
+
+    /// Takes every waiter out of the queue, in arrival order; the gate goes on admitting.
+    #[must_use = "the waiters have to be told"]
+    pub fn take_waiting(&self) -> Vec<W> {
+        self.locked(State::take_queue)
+    }
+
+    /// Takes a slot out of service that nobody holds, as [`Ticket::retire`] does for one that is held.
+    ///
+    /// For a closed and drained gate: a hook of the swap left the instance in an unknown state.
+    pub fn retire(&self, slot: usize) {
+        self.locked(|state| state.retire(slot));
+    }
+
+    /// Refuses every further admission, for ever. What already waits still runs when slots come free.
+    pub fn shut(&self) {
+        self.locked(State::shut);
+    }
+
+    /// [Shuts](Self::shut) the gate and takes every waiter out of the queue, in arrival order.
+    #[must_use = "the waiters have to be told"]
+    pub fn cut(&self) -> Vec<W> {
+        self.locked(|state| {
+            state.shut();
+            state.take_queue()
+        })
+    }
+
+    /// Blocks until nothing is in flight: no ticket is out, and the home is not inside slot 0.
+    ///
+    /// In an open gate the home comes and goes unseen, and further waiters start; so close or shut it first, from home if there is one.
+    /// Must not be called by a thread that holds a ticket or is inside.
+    ///
+    /// # Errors
+    ///
+    /// After `timeout`, with what is still in flight. `None` waits for ever, zero does not wait.
+    pub fn wait_drained(&self, timeout: Option<Duration>) -> Result<(), InFlight> {
+        self.wait_for_none(timeout, State::in_flight)
+    }
+
+    /// Blocks like [`wait_drained`](Self::wait_drained), and until the queue is empty too.
+    ///
+    /// # Errors
+    ///
+    /// After `timeout`, with what is still in flight or queued.
+    pub fn wait_idle(&self, timeout: Option<Duration>) -> Result<(), InFlight> {
+        self.wait_for_none(timeout, |state| state.in_flight() + state.queued())
+    }
+
+    /// Puts a retired slot back into service, which starts the next waiter on it if the gate is open.
+    ///
+    /// Does nothing to a slot that is not retired or does not exist.
+    pub fn reinstate(&self, slot: usize) {
+        let starts = self.locked(|state| state.reinstate(slot));
+        self.start(starts);
+    }
+
+    /// Puts every retired slot back into service: after a committed swap all replicas are fresh.
+    pub fn reinstate_all(&self) {
+        let starts = self.locked(State::reinstate_all);
+        self.start(starts);
+    }
+
+    /// The counts at this moment. An entry of the home into slot 0 of an open gate is not seen from here.
+    pub fn counts(&self) -> GateCounts {
+        self.locked(|state| state.counts())
+    }
+
+    /// A ticket is gone.
+    pub(crate) fn end(&self, slot: usize, is_retired: bool) {
+        let next = self.locked(|state| {
+            if is_retired {
+                state.retire(slot);
+                None
+            } else {
+                state.give_back(slot)
+            }
+        });
+        self.start(next);
+    }
+
+    /// Makes a decision under the lock, and tells those who depend on it: the home's word and the threads that wait.
+    pub(crate) fn locked<R>(&self, decide: impl FnOnce(&mut State<W>) -> R) -> R {
+        let mut state = lock(&self.shared.state);
+        let decision = decide(&mut state);
+        debug_assert!(state.is_consistent(), "the gate broke its invariants");
+        let word = if state.is_at_home() { AT_HOME } else { AWAY };
+        // All writes are under the mutex, so this load is exact; and a store that changes nothing
+        // would only cost the home thread its cache line.
+        if self.shared.word.0.load(Ordering::Relaxed) != word {
+            self.shared.word.0.store(word, Ordering::Release);
+        }
+        let does_wake = state.drainers > 0 && state.in_flight() == 0;
+        drop(state);
+        if does_wake {
+            self.shared.ended.notify_all();
+        }
+        decision
+    }
+
+    /// Starts waiters that the state has just given slots to. The lock must not be held.
+    pub(crate) fn start(&self, starts: impl IntoIterator<Item = Start<W>>) {
+        start_all(
+            starts.into_iter().map(|(waiter, slot)| (waiter, Ticket::new(self.clone(), slot))),
+        );
+    }
+
+    fn wait_for_none(
+        &self,
+        timeout: Option<Duration>,
+        remaining: impl Fn(&State<W>) -> usize,
+    ) -> Result<(), InFlight> {
+        let clock = SystemClock::default();
+        let mut state = lock(&self.shared.state);
+        state.drainers += 1;
+        let outcome = loop {
+            let count = remaining(&state);
+            if count == 0 {
+                break Ok(());
+            }
+            let ended = &self.shared.ended;
+            state = match timeout.map(|timeout| timeout.saturating_sub(clock.now())) {
+                None => ended.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some(Duration::ZERO) => break Err(InFlight(count)),
+                Some(left) => {
+                    ended.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
+        };
+        state.drainers -= 1;
+        outcome
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicUsize;
+    use std::thread;
+
+    use super::*;
+    use crate::testing::Bench;
+
+    const NOW: Option<Duration> = Some(Duration::ZERO);
+
+    #[test]
+    fn a_new_gate_is_closed_and_starts_its_queue_in_arrival_order_when_it_opens() {
+        let bench = Bench::closed(GateOptions { slots: 2, max_queue: 8, home: false });
+        for number in 0..3 {
+            bench.queue(number);
+        }
+        assert!(!bench.gate.counts().is_open);
+        bench.gate.open();
+        let first = bench.next(0);
+        let second = bench.next(1);
+        assert_ne!(first.slot(), second.slot());
+        bench.assert_quiet();
+        let slot = second.slot();
+        drop(second);
+        assert_eq!(bench.next(2).slot(), slot, "the freed slot goes to the next");
+    }
+
+    #[test]
+    fn no_slots_means_one() {
+        let bench = Bench::closed(GateOptions { slots: 0, max_queue: 0, home: false });
+        bench.gate.open();
+        assert_eq!(bench.hold(0).slot(), 0);
+        assert_eq!(bench.gate.counts().slots, 1);
+    }
+
+    #[test]
+    fn only_those_that_wait_count_towards_the_queue_s_bound() {
+        let bench = Bench::closed(GateOptions { slots: 1, max_queue: 1, home: false });
+        bench.gate.open();
+        let ticket = bench.hold(0);
+        bench.queue(1);
+        let refused = bench.admit(2).unwrap_err();
+        assert_eq!(refused.refusal, Refusal::QueueFull { max_queue: 1 });
+        assert_eq!(refused.waiter.number, 2);
+        assert_eq!(
+            refused.refusal.to_string(),
+            "all slots are in use and 1 waiters, the maximum, are queued"
+        );
+        drop(ticket);
+        let _ticket = bench.next(1);
+        bench.queue(3);
+    }
+
+    #[test]
+    fn a_retired_slot_stays_out_until_it_is_reinstated() {
+        let bench = Bench::open(2);
+        let (first, second) = (bench.hold(0), bench.hold(1));
+        bench.queue(2);
+        let slot = first.slot();
+        first.retire();
+        bench.assert_quiet();
+        assert_eq!(
+            bench.gate.counts(),
+            GateCounts {
+                in_flight: 1,
+                queued: 1,
+                slots: 2,
+                retired: 1,
+                is_open: true,
+                is_shut: false
+            }
+        );
+        bench.gate.close();
+        bench.gate.open();
+        bench.assert_quiet();
+        bench.gate.reinstate(7);
+        bench.gate.reinstate(second.slot());
+        bench.assert_quiet();
+        bench.gate.reinstate(slot);
+        assert_eq!(bench.next(2).slot(), slot);
+        drop(second);
+    }
+
+    #[test]
+    fn all_slots_are_reinstated_at_once() {
+        let bench = Bench::open(3);
+        for ticket in [bench.hold(0), bench.hold(1), bench.hold(2)] {
+            ticket.retire();
+        }
+        bench.gate.close();
+        bench.queue(3);
+        bench.queue(4);
+        bench.gate.reinstate_all();
+        bench.assert_quiet();
+        bench.gate.open();
+        let _tickets = (bench.next(3), bench.next(4));
+        assert_eq!(bench.gate.counts().retired, 0);
+    }
+
+    #[test]
+    fn a_waiter_is_cancelled_once_and_only_while_it_waits() {
+        let bench = Bench::open(1);
+        let ticket = bench.hold(0);
+        // Admitted in another order than reserved.
+        let late = bench.gate.reserve_id();
+        let ids = [bench.queue(1), bench.queue(2)];
+        bench.gate.admit_as(late, bench.call(3)).unwrap();
+        assert_eq!(bench.gate.cancel(late).unwrap().number, 3);
+        assert!(bench.gate.cancel(late).is_none());
+        assert_eq!(bench.gate.cancel(ids[0]).unwrap().number, 1);
+        drop(ticket);
+        let _ticket = bench.next(2);
+        assert!(bench.gate.cancel(ids[1]).is_none(), "it has started");
+        assert!(bench.gate.cancel(bench.gate.reserve_id()).is_none(), "it never came");
+    }
+
+    #[test]
+    fn a_shut_gate_refuses_but_runs_what_waits() {
+        let bench = Bench::open(1);
+        let ticket = bench.hold(0);
+        bench.queue(1);
+        bench.gate.shut();
+        assert_eq!(bench.admit(2).unwrap_err().refusal, Refusal::Shut);
+        assert_eq!(bench.gate.wait_idle(NOW), Err(InFlight(2)));
+        drop(ticket);
+        drop(bench.next(1));
+        assert_eq!(bench.gate.wait_idle(NOW), Ok(()));
+        bench.gate.close();
+        bench.gate.open();
+        assert_eq!(bench.admit(3).unwrap_err().refusal, Refusal::Shut);
+    }
+
+    #[test]
+    fn a_cut_gives_the_waiters_back_in_arrival_order() {
+        let bench = Bench::open(1);
+        let ticket = bench.hold(0);
+        bench.queue(1);
+        bench.queue(2);
+        let cut: Vec<_> = bench.gate.cut().iter().map(|call| call.number).collect();
+        assert_eq!(cut, [1, 2]);
+        assert!(bench.gate.cut().is_empty());
+        drop(ticket);
+        bench.assert_quiet();
+        assert_eq!(bench.gate.wait_idle(NOW), Ok(()));
+    }
+
+    #[test]
+    fn a_drain_ends_with_the_last_ticket_wherever_that_is_dropped() {
+        let bench = Bench::open(2);
+        let tickets = [bench.hold(0), bench.hold(1)];
+        assert_eq!(bench.gate.close(), 2);
+        assert_eq!(bench.gate.wait_drained(NOW), Err(InFlight(2)));
+        let timeout = Some(Duration::from_millis(1));
+        assert_eq!(bench.gate.wait_drained(timeout), Err(InFlight(2)));
+        let worker = thread::spawn(move || drop(tickets));
+        bench.gate.wait_drained(None).unwrap();
+        bench.gate.wait_drained(Some(Duration::MAX)).unwrap();
+        worker.join().unwrap();
+    }
+
+    #[test]
+    fn idle_means_that_nobody_waits_either() {
+        let bench = Bench::open(1);
+        bench.gate.close();
+        let id = bench.queue(0);
+        assert_eq!(bench.gate.wait_drained(NOW), Ok(()));
+        assert_eq!(bench.gate.wait_idle(NOW), Err(InFlight(1)));
+        let idle = {
+            let gate = bench.gate.clone();
+            thread::spawn(move || gate.wait_idle(None))
+        };
+        drop(bench.gate.cancel(id));
+        idle.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_ticket_is_given_back_by_a_call_that_panics() {
+        let bench = Bench::open(1);
+        let ticket = bench.hold(0);
+        bench.queue(1);
+        let outcome = catch_unwind(AssertUnwindSafe(move || {
+            let _ticket = ticket;
+            std::panic::resume_unwind(Box::new("trap"));
+        }));
+        assert!(outcome.is_err());
+        drop(bench.next(1));
+        assert_eq!(bench.gate.counts().in_flight, 0);
+    }
+
+    /// Ends as it starts; one of them by a panic.
+    struct Brief {
+        starts: Arc<AtomicUsize>,
+        does_panic: bool,
+    }
+
+    impl Waiter for Brief {
+        fn start(self, ticket: Ticket<Self>) {
+            self.starts.fetch_add(1, Ordering::Relaxed);
+            if self.does_panic {
+                std::panic::resume_unwind(Box::new("start"));
+            }
+            drop(ticket);
+        }
+    }
+
+    fn queue_brief(gate: &Gate<Brief>, count: usize, panics: &[usize]) -> Arc<AtomicUsize> {
+        let starts = Arc::<AtomicUsize>::default();
+        for index in 0..count {
+            let does_panic = panics.contains(&index);
+            gate.admit(Brief { starts: Arc::clone(&starts), does_panic }).unwrap();
+        }
+        starts
+    }
+
+    #[test]
+    fn a_queue_of_any_length_starts_on_a_small_stack() {
+        const QUEUED: usize = 100_000;
+        let worker = thread::Builder::new().stack_size(128 * 1024).spawn(|| {
+            let gate = Gate::new(GateOptions { slots: 1, max_queue: QUEUED, home: false });
+            let starts = queue_brief(&gate, QUEUED, &[]);
+            gate.open();
+            assert_eq!(starts.load(Ordering::Relaxed), QUEUED);
+            assert_eq!(gate.counts().in_flight, 0);
+        });
+        worker.unwrap().join().unwrap();
+    }
+
+    #[test]
+    fn a_waiter_that_panics_keeps_no_other_from_starting() {
+        // At the top, nested, and so deep that it was deferred.
+        for panics in [&[0][..], &[3], &[50], &[0, 3, 50, 99]] {
+            for slots in [1, 4] {
+                let gate = Gate::new(GateOptions { slots, max_queue: 100, home: false });
+                let starts = queue_brief(&gate, 100, panics);
+                let outcome = catch_unwind(AssertUnwindSafe(|| gate.open()));
+                let payload = outcome.unwrap_err().downcast::<&str>().unwrap();
+                assert_eq!(*payload, "start");
+                assert_eq!(starts.load(Ordering::Relaxed), 100);
+                assert_eq!(gate.counts().in_flight, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn a_panic_of_a_waiter_does_not_meet_another_on_its_way() {
+        let gate = Gate::new(GateOptions { slots: 1, max_queue: 8, home: false });
+        let starts = queue_brief(&gate, 2, &[0, 1]);
+        // The second starts while the first unwinds.
+        assert!(catch_unwind(AssertUnwindSafe(|| gate.open())).is_err());
+        assert_eq!(starts.load(Ordering::Relaxed), 2);
+        assert_eq!(gate.counts().in_flight, 0);
+    }
+
+    /// Comes back to the gate as it starts.
+    struct Reentrant(Gate<Reentrant>, u32);
+
+    impl Waiter for Reentrant {
+        fn start(self, ticket: Ticket<Self>) {
+            let Self(gate, left) = self;
+            if left > 0 {
+                let again = Self(gate.clone(), left - 1);
+                assert!(matches!(gate.admit(again).unwrap(), Admission::Queued(_)));
+            }
+            assert_eq!(gate.counts().in_flight, 1);
+            drop(ticket);
+        }
+    }
+
+    #[test]
+    fn a_waiter_may_use_the_gate_as_it_starts() {
+        let gate = Gate::new(GateOptions { slots: 1, max_queue: 1, home: false });
+        gate.open();
+        gate.admit(Reentrant(gate.clone(), 40)).unwrap();
+        assert_eq!(gate.wait_idle(NOW), Ok(()));
+    }
+
+    #[test]
+    fn what_crosses_threads_may_do_so() {
+        fn is_shared<T: Send + Sync>() {}
+        fn is_sent<T: Send>() {}
+        is_shared::<Gate<crate::testing::Call>>();
+        is_sent::<Ticket<crate::testing::Call>>();
+    }
+}

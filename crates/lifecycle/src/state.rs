@@ -1,0 +1,408 @@
+//! The gate's state: everything that is decided under its mutex, and nothing else.
+//!
+//! No threads, no blocking and no foreign code in here; [`gate`](crate::gate) adds those. Every method leaves the invariants true:
+//!
+//! 1. Open and somebody queued: no slot is `Free`. (A slot that came free has been handed on.)
+//! 2. Slot 0 is `AtHome`, `Recalled` or `Inside` only while the home lives.
+//! 3. Open, not shut and the home lives: slot 0 is not `Free`. (It went home.)
+//! 4. `in_flight` counts the slots that are `Held`, `Recalled` or `Inside`; `retired` those that are `Retired`.
+//! 5. `free` holds exactly the `Free` slots other than slot 0.
+
+use std::collections::VecDeque;
+
+use crate::gate::{GateCounts, GateOptions, Refusal, Refused, WaitId};
+
+/// What a slot is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Slot {
+    /// Nobody has it, and anybody may.
+    Free,
+    /// A ticket has it.
+    Held,
+    /// Slot 0 only: the home thread owns it and may be inside or not. Only that thread knows.
+    AtHome,
+    /// Slot 0 only: taken from home by another thread. Whether the home is inside will be known when its thread next comes by.
+    Recalled,
+    /// Slot 0 only: the home thread is inside, and takes the slow path when it leaves.
+    Inside,
+    /// Out of service until it is reinstated.
+    Retired,
+}
+
+impl Slot {
+    const fn is_in_flight(self) -> bool {
+        matches!(self, Self::Held | Self::Recalled | Self::Inside)
+    }
+}
+
+/// There is at most one home handle in the life of a gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum HomeLife {
+    /// It can be taken.
+    Offered,
+    /// A thread has it.
+    Living,
+    /// It is gone, or never was.
+    Over,
+}
+
+/// Whether the home thread is inside slot 0, as told by that thread itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum HomeIs {
+    Inside,
+    Outside,
+}
+
+/// Who asks for admission, which decides whether slot 0 may be taken from home.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Asker {
+    /// Some thread: what is at home stays there.
+    Anyone,
+    /// The home thread: it may give up its slot, now or when it leaves it.
+    Home(HomeIs),
+}
+
+/// A waiter and the slot that it may start on.
+pub(crate) type Start<W> = (W, usize);
+
+/// What became of a waiter that was let in.
+pub(crate) enum Entry<W> {
+    Start(Start<W>),
+    Queued,
+}
+
+pub(crate) struct State<W> {
+    slots: Vec<Slot>,
+    /// A stack, so that the slot used last, whose memory is warm, is used next.
+    free: Vec<usize>,
+    queue: VecDeque<(WaitId, W)>,
+    max_queue: usize,
+    in_flight: usize,
+    retired: usize,
+    is_open: bool,
+    is_shut: bool,
+    home: HomeLife,
+    /// Threads that wait for the gate to drain. With none there is nobody to wake.
+    pub(crate) drainers: usize,
+}
+
+impl<W> State<W> {
+    pub(crate) fn new(options: &GateOptions) -> Self {
+        let slots = options.slots.max(1);
+        Self {
+            slots: vec![Slot::Free; slots],
+            free: (1..slots).rev().collect(),
+            queue: VecDeque::new(),
+            max_queue: options.max_queue,
+            in_flight: 0,
+            retired: 0,
+            is_open: false,
+            is_shut: false,
+            home: if options.home { HomeLife::Offered } else { HomeLife::Over },
+            drainers: 0,
+        }
+    }
+
+    /// What the home's word has to say.
+    pub(crate) fn is_at_home(&self) -> bool {
+        self.home_slot() == Slot::AtHome
+    }
+
+    pub(crate) fn home_slot(&self) -> Slot {
+        self.slots.first().copied().unwrap_or(Slot::Retired)
+    }
+
+    pub(crate) fn is_open(&self) -> bool {
+        self.is_open
+    }
+
+    pub(crate) fn is_shut(&self) -> bool {
+        self.is_shut
+    }
+
+    pub(crate) fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    pub(crate) fn queued(&self) -> usize {
+        self.queue.len()
+    }
+
+    pub(crate) fn counts(&self) -> GateCounts {
+        GateCounts {
+            in_flight: self.in_flight,
+            queued: self.queue.len(),
+            slots: self.slots.len(),
+            retired: self.retired,
+            is_open: self.is_open,
+            is_shut: self.is_shut,
+        }
+    }
+
+    /// Lets a waiter in: onto a slot if nobody waits before it, else into the queue.
+    pub(crate) fn admit(
+        &mut self,
+        id: WaitId,
+        waiter: W,
+        asker: Asker,
+    ) -> Result<Entry<W>, Refused<W>> {
+        if self.is_shut {
+            return Err(Refused { waiter, refusal: Refusal::Shut });
+        }
+        if self.is_open
+            && self.queue.is_empty()
+            && let Some(slot) = self.claim(asker)
+        {
+            return Ok(Entry::Start((waiter, slot)));
+        }
+        if self.queue.len() >= self.max_queue {
+            let refusal = Refusal::QueueFull { max_queue: self.max_queue };
+            return Err(Refused { waiter, refusal });
+        }
+        self.queue.push_back((id, waiter));
+        if asker == Asker::Home(HomeIs::Inside) && self.is_at_home() {
+            // Makes the home thread come by when it leaves, and hand its slot on.
+            self.set(0, Slot::Inside);
+        }
+        Ok(Entry::Queued)
+    }
+
+    /// Takes a waiter out of the queue.
+    pub(crate) fn cancel(&mut self, id: WaitId) -> Option<W> {
+        // Identities are mostly handed out and admitted in the same order; when they were not, look at each.
+        let position = match self.queue.binary_search_by_key(&id, |(waiting, _)| *waiting) {
+            Ok(position) => position,
+            Err(_) => self.queue.iter().position(|(waiting, _)| *waiting == id)?,
+        };
+        self.queue.remove(position).map(|(_, waiter)| waiter)
+    }
+
+    /// Opens the gate. Returns who may start now, in arrival order.
+    pub(crate) fn open(&mut self) -> Vec<Start<W>> {
+        self.is_open = true;
+        if self.home_slot() == Slot::Recalled {
+            // Its thread has not come by since the gate closed, so it need never know.
+            self.set(0, Slot::AtHome);
+        }
+        let starts = self.serve(Asker::Anyone);
+        self.send_home();
+        starts
+    }
+
+    /// Closes the gate from any thread. Returns how many are in flight.
+    pub(crate) fn close(&mut self) -> usize {
+        self.is_open = false;
+        if self.is_at_home() {
+            self.set(0, Slot::Recalled);
+        }
+        self.in_flight
+    }
+
+    /// Closes the gate from the home thread, which can say whether it is inside. Returns how many are in flight.
+    pub(crate) fn close_from_home(&mut self, home: HomeIs) -> usize {
+        self.is_open = false;
+        self.leave_home(home);
+        self.in_flight
+    }
+
+    pub(crate) fn shut(&mut self) {
+        self.is_shut = true;
+    }
+
+    /// Shuts the gate from the home thread: slot 0 does not go home again, but serves who still waits.
+    pub(crate) fn shut_from_home(&mut self, home: HomeIs) -> Vec<Start<W>> {
+        self.is_shut = true;
+        self.leave_home(home);
+        self.serve(Asker::Anyone)
+    }
+
+    /// Empties the queue, oldest first.
+    pub(crate) fn take_queue(&mut self) -> Vec<W> {
+        std::mem::take(&mut self.queue).into_iter().map(|(_, waiter)| waiter).collect()
+    }
+
+    /// Takes back a slot whose ticket is gone. Returns who has it next.
+    pub(crate) fn give_back(&mut self, slot: usize) -> Option<Start<W>> {
+        if self.is_open
+            && let Some((_, waiter)) = self.queue.pop_front()
+        {
+            self.set(slot, Slot::Held);
+            return Some((waiter, slot));
+        }
+        self.set(slot, Slot::Free);
+        self.send_home();
+        None
+    }
+
+    pub(crate) fn retire(&mut self, slot: usize) {
+        self.set(slot, Slot::Retired);
+    }
+
+    /// Puts a retired slot back into service; any other stays as it is. Returns who may start now.
+    pub(crate) fn reinstate(&mut self, slot: usize) -> Vec<Start<W>> {
+        self.free_retired(slot);
+        self.settle()
+    }
+
+    /// Puts every retired slot back into service. Returns who may start now.
+    pub(crate) fn reinstate_all(&mut self) -> Vec<Start<W>> {
+        for slot in 0..self.slots.len() {
+            self.free_retired(slot);
+        }
+        self.settle()
+    }
+
+    /// Gives the home to whoever asks first. Slot 0 goes there at once if it is free in an open gate.
+    pub(crate) fn take_home(&mut self) -> bool {
+        if self.home != HomeLife::Offered {
+            return false;
+        }
+        self.home = HomeLife::Living;
+        self.send_home();
+        true
+    }
+
+    /// The home thread comes by: what another thread recalled is now known to be in use or not.
+    pub(crate) fn meet_home(&mut self, home: HomeIs) {
+        if self.home_slot() == Slot::Recalled {
+            self.leave_home(home);
+        }
+    }
+
+    /// The home thread comes by while waiters may be queued that no other thread can start. Returns who may start now.
+    pub(crate) fn serve_from_home(&mut self, home: HomeIs) -> Vec<Start<W>> {
+        self.meet_home(home);
+        let starts = self.serve(Asker::Home(home));
+        if home == HomeIs::Inside && !self.queue.is_empty() && self.is_open && self.is_at_home() {
+            self.set(0, Slot::Inside);
+        }
+        starts
+    }
+
+    /// The home thread left slot 0 and found that it is not at home any more. Returns who has it next.
+    pub(crate) fn leave_inside(&mut self, is_retired: bool) -> Option<Start<W>> {
+        if !matches!(self.home_slot(), Slot::Inside | Slot::Recalled) {
+            // Recalled and sent home again between the look at the word and the lock.
+            return None;
+        }
+        if is_retired {
+            self.set(0, Slot::Retired);
+            return None;
+        }
+        self.give_back(0)
+    }
+
+    /// The home thread is inside and its slot must not be used after it.
+    pub(crate) fn mark_inside(&mut self) {
+        if matches!(self.home_slot(), Slot::AtHome | Slot::Recalled) {
+            self.set(0, Slot::Inside);
+        }
+    }
+
+    /// The home is gone: slot 0 is a slot like any other. Returns who may start now.
+    pub(crate) fn drop_home(&mut self, home: HomeIs) -> Vec<Start<W>> {
+        self.home = HomeLife::Over;
+        if matches!(self.home_slot(), Slot::AtHome | Slot::Recalled | Slot::Inside) {
+            // Inside without a home: its guard was leaked, and nobody can say in what state the instance is.
+            self.set(0, if home == HomeIs::Inside { Slot::Retired } else { Slot::Free });
+        }
+        self.serve(Asker::Anyone)
+    }
+
+    /// Starts who waits on what is free, and sends slot 0 home if nobody wanted it.
+    fn settle(&mut self) -> Vec<Start<W>> {
+        let starts = self.serve(Asker::Anyone);
+        self.send_home();
+        starts
+    }
+
+    fn serve(&mut self, asker: Asker) -> Vec<Start<W>> {
+        let mut starts = Vec::new();
+        while self.is_open
+            && !self.queue.is_empty()
+            && let Some(slot) = self.claim(asker)
+        {
+            starts.extend(self.queue.pop_front().map(|(_, waiter)| (waiter, slot)));
+        }
+        starts
+    }
+
+    /// Takes a free slot. Slot 0 comes last, so that it stays at home as long as it can.
+    fn claim(&mut self, asker: Asker) -> Option<usize> {
+        let slot = match (self.free.last(), self.home_slot(), asker) {
+            (Some(&slot), _, _) => slot,
+            (None, Slot::Free, _) | (None, Slot::AtHome, Asker::Home(HomeIs::Outside)) => 0,
+            _ => return None,
+        };
+        self.set(slot, Slot::Held);
+        Some(slot)
+    }
+
+    fn send_home(&mut self) {
+        if self.home == HomeLife::Living
+            && self.is_open
+            && !self.is_shut
+            && self.queue.is_empty()
+            && self.home_slot() == Slot::Free
+        {
+            self.set(0, Slot::AtHome);
+        }
+    }
+
+    fn leave_home(&mut self, home: HomeIs) {
+        if matches!(self.home_slot(), Slot::AtHome | Slot::Recalled) {
+            self.set(0, if home == HomeIs::Inside { Slot::Inside } else { Slot::Free });
+        }
+    }
+
+    fn free_retired(&mut self, slot: usize) {
+        if self.slots.get(slot) == Some(&Slot::Retired) {
+            self.set(slot, Slot::Free);
+        }
+    }
+
+    /// The only place that changes a slot, and with it everything that is counted.
+    fn set(&mut self, slot: usize, to: Slot) {
+        let Some(place) = self.slots.get_mut(slot) else { return };
+        let from = std::mem::replace(place, to);
+        self.in_flight -= usize::from(from.is_in_flight());
+        self.in_flight += usize::from(to.is_in_flight());
+        self.retired -= usize::from(from == Slot::Retired);
+        self.retired += usize::from(to == Slot::Retired);
+        if slot == 0 || from == to {
+            return;
+        }
+        if from == Slot::Free {
+            // Only `claim` takes a free slot, and it takes the top of the stack.
+            let top = self.free.pop();
+            debug_assert_eq!(top, Some(slot), "a free slot was taken out of turn");
+        }
+        if to == Slot::Free {
+            self.free.push(slot);
+        }
+    }
+
+    /// Whether the invariants of this module hold.
+    pub(crate) fn is_consistent(&self) -> bool {
+        let count = |is: fn(Slot) -> bool| self.slots.iter().filter(|slot| is(**slot)).count();
+        let home = self.home_slot();
+        let is_somebody_idle = self.is_open
+            && !self.queue.is_empty()
+            && (home == Slot::Free || !self.free.is_empty());
+        let does_home_live = self.home == HomeLife::Living;
+        let is_home_empty =
+            self.is_open && !self.is_shut && does_home_live && home == Slot::Free;
+        let is_at_no_home = !does_home_live
+            && matches!(home, Slot::AtHome | Slot::Recalled | Slot::Inside);
+        let mut free = self.free.clone();
+        free.sort_unstable();
+        let expected = (1..self.slots.len()).filter(|slot| self.slots[*slot] == Slot::Free);
+        !is_somebody_idle
+            && !is_home_empty
+            && !is_at_no_home
+            && self.in_flight == count(Slot::is_in_flight)
+            && self.retired == count(|slot| slot == Slot::Retired)
+            && self.queue.len() <= self.max_queue
+            && free.iter().copied().eq(expected)
+    }
+}

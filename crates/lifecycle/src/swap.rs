@@ -1,0 +1,288 @@
+//! The swap: one generation replaces another, or nothing has happened.
+//!
+//! [`run`] is the exclusive strategy: new calls wait while the old generation drains. It decides the order of the steps, what
+//! follows a failure, and what is measured; [`Backend`] does the work. A rolling strategy is another driver over the same steps.
+
+use std::any::Any;
+use std::error::Error;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::time::Duration;
+
+use crate::clock::Clock;
+use crate::gate::InFlight;
+use crate::phase::{FailedPhase, Phase};
+
+/// The work behind each step of a swap.
+///
+/// One run calls each step at most once, in the order of this trait, with two exceptions: `drain` twice when it interrupts, and
+/// `is_cancelled` between any two. Every run ends in exactly one of a returned `commit` and a `roll_back`.
+/// A step that panics counts as failed; the panic goes on to the caller of [`run`] after the roll-back.
+pub trait Backend {
+    /// What a failed step reports, such as the user's own exception.
+    type Cause;
+
+    /// Builds and initializes the whole next generation while the old one serves.
+    ///
+    /// # Errors
+    ///
+    /// The phase, [`FailedPhase::Instantiate`] or [`FailedPhase::Initialize`], and the cause.
+    fn instantiate(&mut self) -> Result<(), (FailedPhase, Self::Cause)>;
+
+    /// Closes the gate. Returns how many are in flight at that moment.
+    fn close_gate(&mut self) -> usize;
+
+    /// Blocks until nothing is in flight.
+    ///
+    /// # Errors
+    ///
+    /// After `timeout`, with what still is.
+    fn drain(&mut self, timeout: Option<Duration>) -> Result<(), InFlight>;
+
+    /// Makes what is in flight end soon; it is then drained again, with the same timeout.
+    fn interrupt_in_flight(&mut self);
+
+    /// Reads the state of the old generation.
+    ///
+    /// # Errors
+    ///
+    /// With the cause, as [`FailedPhase::Save`].
+    fn save(&mut self) -> Result<(), Self::Cause>;
+
+    /// Writes the saved state into the new generation; does nothing where nothing was saved.
+    ///
+    /// # Errors
+    ///
+    /// With the cause, as [`FailedPhase::Restore`].
+    fn restore(&mut self) -> Result<(), Self::Cause>;
+
+    /// Publishes the new generation. Cannot fail.
+    fn commit(&mut self);
+
+    /// Drops whatever there is of a new generation that is not published. Calls wait meanwhile, so leave slow releases to another thread.
+    fn roll_back(&mut self);
+
+    /// Opens the gate on the generation that serves now. Returns how many had waited.
+    fn open_gate(&mut self) -> usize;
+
+    /// Whether the run should give up before its next step.
+    fn is_cancelled(&self) -> bool;
+}
+
+/// What is done about calls that do not end in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnDrainTimeout {
+    /// Give up; the old generation serves on.
+    #[default]
+    Abort,
+    /// Interrupt them, and wait once more.
+    Interrupt,
+}
+
+/// How one swap is run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Plan {
+    /// Longest wait for what is in flight. `None`: for ever.
+    pub drain_timeout: Option<Duration>,
+    /// What follows when it is over.
+    pub on_drain_timeout: OnDrainTimeout,
+    /// Whether to leave the old generation unread, because its instance is poisoned.
+    pub skip_save: bool,
+}
+
+/// What a swap cost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Timings {
+    /// Calls that were in flight when the gate closed.
+    pub drained: usize,
+    /// Calls that had waited when it opened.
+    pub queued: usize,
+    /// From before the gate closed until after it opened.
+    pub pause: Duration,
+    /// Waiting for what was in flight, including the wait after an interruption.
+    pub drain: Duration,
+    /// Saving. Zero if skipped.
+    pub save: Duration,
+    /// Building the new generation, while the old one served.
+    pub instantiate: Duration,
+    /// Restoring.
+    pub restore: Duration,
+}
+
+/// Why a swap did not happen. The old generation serves on, behind an open gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failure<C> {
+    /// What was in flight did not end in time.
+    DrainTimeout(InFlight),
+    /// A step failed.
+    Step {
+        /// Which.
+        phase: FailedPhase,
+        /// What it reported.
+        cause: C,
+    },
+    /// [`Backend::is_cancelled`] said so.
+    Cancelled,
+}
+
+impl<C> Failure<C> {
+    /// The step that failed; `None` if none did.
+    pub fn phase(&self) -> Option<FailedPhase> {
+        match self {
+            Self::DrainTimeout(_) => Some(FailedPhase::Drain),
+            Self::Step { phase, .. } => Some(*phase),
+            Self::Cancelled => None,
+        }
+    }
+}
+
+impl<C> fmt::Display for Failure<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::DrainTimeout(in_flight) => write!(f, "the drain timed out: {in_flight}"),
+            Self::Step { phase, .. } => write!(f, "the swap failed in phase '{phase}'"),
+            Self::Cancelled => f.write_str("the swap was cancelled"),
+        }
+    }
+}
+
+impl<C: Error + 'static> Error for Failure<C> {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        match self {
+            Self::DrainTimeout(in_flight) => Some(in_flight),
+            Self::Step { cause, .. } => Some(cause),
+            Self::Cancelled => None,
+        }
+    }
+}
+
+/// Runs one exclusive swap: instantiate, close the gate, drain, save, restore, commit, open the gate.
+///
+/// Blocks the calling thread throughout.
+///
+/// # Errors
+///
+/// With the first failure. The new generation is rolled back, the gate is open, the old generation serves.
+///
+/// # Panics
+///
+/// Only if the backend does, and then with the same guarantees.
+pub fn run<B: Backend>(
+    backend: &mut B,
+    clock: &dyn Clock,
+    plan: &Plan,
+) -> Result<Timings, Failure<B::Cause>> {
+    let mut swap = Swap { backend, phase: Phase::Serving, is_over: false };
+    let mut timings = Timings::default();
+
+    swap.check_cancelled()?;
+    let started = clock.now();
+    swap.backend.instantiate().map_err(|(phase, cause)| Failure::Step { phase, cause })?;
+    timings.instantiate = clock.now().saturating_sub(started);
+    swap.advance();
+
+    swap.check_cancelled()?;
+    let closing = clock.now();
+    // Before the call: if it panics, the gate may be closed.
+    swap.advance();
+    timings.drained = swap.backend.close_gate();
+
+    let started = clock.now();
+    swap.drain(plan)?;
+    timings.drain = clock.now().saturating_sub(started);
+    swap.advance();
+
+    if !plan.skip_save {
+        swap.check_cancelled()?;
+        let started = clock.now();
+        swap.backend.save().map_err(step_failed(FailedPhase::Save))?;
+        timings.save = clock.now().saturating_sub(started);
+    }
+    swap.advance();
+
+    swap.check_cancelled()?;
+    let started = clock.now();
+    swap.backend.restore().map_err(step_failed(FailedPhase::Restore))?;
+    timings.restore = clock.now().saturating_sub(started);
+    swap.advance();
+
+    swap.check_cancelled()?;
+    swap.backend.commit();
+    swap.advance();
+
+    timings.queued = swap.open_gate();
+    timings.pause = clock.now().saturating_sub(closing);
+    Ok(timings)
+}
+
+fn step_failed<C>(phase: FailedPhase) -> impl FnOnce(C) -> Failure<C> {
+    move |cause| Failure::Step { phase, cause }
+}
+
+/// A swap under way. Dropped before it is over, by an error or a panic, it is undone.
+struct Swap<'a, B: Backend> {
+    backend: &'a mut B,
+    phase: Phase,
+    is_over: bool,
+}
+
+impl<B: Backend> Swap<'_, B> {
+    fn advance(&mut self) {
+        self.phase = self.phase.advance();
+    }
+
+    fn check_cancelled(&self) -> Result<(), Failure<B::Cause>> {
+        if self.backend.is_cancelled() { Err(Failure::Cancelled) } else { Ok(()) }
+    }
+
+    fn drain(&mut self, plan: &Plan) -> Result<(), Failure<B::Cause>> {
+        self.check_cancelled()?;
+        let mut drained = self.backend.drain(plan.drain_timeout);
+        if drained.is_err() && plan.on_drain_timeout == OnDrainTimeout::Interrupt {
+            self.check_cancelled()?;
+            self.backend.interrupt_in_flight();
+            drained = self.backend.drain(plan.drain_timeout);
+        }
+        if drained.is_err() {
+            // Whoever cancelled wants to hear of that, rather than of the calls that it did not wait for.
+            self.check_cancelled()?;
+        }
+        drained.map_err(Failure::DrainTimeout)
+    }
+
+    fn open_gate(mut self) -> usize {
+        // Before the call: it is not made twice, whatever happens in it.
+        self.is_over = true;
+        self.backend.open_gate()
+    }
+}
+
+impl<B: Backend> Drop for Swap<'_, B> {
+    fn drop(&mut self) {
+        if self.is_over {
+            return;
+        }
+        let mut panic = None;
+        if !self.phase.is_committed() {
+            keep(&mut panic, || self.backend.roll_back());
+        }
+        if self.phase.is_gated() {
+            keep(&mut panic, || {
+                self.backend.open_gate();
+            });
+        }
+        // A second panic while the first unwinds would abort the process; the first says what happened.
+        if let Some(payload) = panic
+            && !std::thread::panicking()
+        {
+            resume_unwind(payload);
+        }
+    }
+}
+
+/// Runs one step of the undoing, whatever became of the others, and keeps the first panic.
+fn keep(panic: &mut Option<Box<dyn Any + Send>>, step: impl FnOnce()) {
+    if let Err(payload) = catch_unwind(AssertUnwindSafe(step)) {
+        panic.get_or_insert(payload);
+    }
+}

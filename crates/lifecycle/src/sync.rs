@@ -1,0 +1,43 @@
+//! The one place that chooses between std and its loom twin.
+//!
+//! Everything that threads share in this crate comes from here, so that loom sees it.
+
+#[cfg(not(loom))]
+pub(crate) use std::sync::{
+    Arc, Condvar, Mutex, MutexGuard,
+    atomic::{AtomicU8, AtomicU64, Ordering},
+};
+
+#[cfg(loom)]
+pub(crate) use loom::sync::{
+    Arc, Condvar, Mutex, MutexGuard,
+    atomic::{AtomicU8, AtomicU64, Ordering},
+};
+
+/// Declares thread locals with constant values.
+#[cfg(not(loom))]
+macro_rules! thread_locals {
+    ($($declarations:tt)+) => {
+        std::thread_local! { $($declarations)+ }
+    };
+}
+
+/// Loom runs its threads on one thread of the system, so they need loom's own thread locals, whose macro knows no `const` blocks.
+#[cfg(loom)]
+macro_rules! thread_locals {
+    ($(static $name:ident: $type:ty = const $value:block;)+) => {
+        loom::thread_local! { $(static $name: $type = $value;)+ }
+    };
+}
+
+pub(crate) use thread_locals;
+
+use std::sync::PoisonError;
+
+/// Locks `mutex`, poisoned or not.
+///
+/// No foreign code runs under a lock of this crate, so a poisoned one still guards a consistent value;
+/// and a panic here would take down a process that is not ours.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

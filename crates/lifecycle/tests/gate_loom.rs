@@ -1,0 +1,496 @@
+//! The gate under every interleaving that loom can find.
+//!
+//! Run with `RUSTFLAGS="--cfg loom" LOOM_MAX_PREEMPTIONS=3 cargo test -p wasm-molt-lifecycle --release --test gate_loom`.
+//!
+//! Each slot has a [`Replica`], which every holder uses with relaxed accesses only: two holders at a time, or two in turn
+//! without a happens-before between them, lose a use in some interleaving. Lost wake-ups show as loom's deadlock.
+#![cfg(loom)]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use loom::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use loom::sync::{Arc, Mutex};
+use loom::thread;
+use wasm_molt_lifecycle::{
+    Admission, Away, Gate, GateOptions, Home, Refusal, Ticket, WaitId, Waiter,
+};
+
+/// What belongs to one slot, as an engine's store does.
+#[derive(Default)]
+struct Replica {
+    uses: AtomicUsize,
+}
+
+impl Replica {
+    fn use_it(&self) {
+        let uses = self.uses.load(Relaxed);
+        self.uses.store(uses + 1, Relaxed);
+    }
+
+    fn uses(&self) -> usize {
+        self.uses.load(Relaxed)
+    }
+}
+
+/// A call that uses its replica as it starts, and ends at once or leaves its ticket in a hand.
+struct Call {
+    replica: Arc<Replica>,
+    starts: Arc<AtomicUsize>,
+    hand: Option<Hand>,
+}
+
+type Hand = Arc<Mutex<Option<Ticket<Call>>>>;
+
+impl Waiter for Call {
+    fn start(self, ticket: Ticket<Self>) {
+        assert_eq!(ticket.slot(), 0);
+        self.replica.use_it();
+        self.starts.fetch_add(1, Relaxed);
+        if let Some(hand) = self.hand {
+            *hand.lock().unwrap() = Some(ticket);
+        }
+    }
+}
+
+/// A gate with one slot, and the replica in it.
+#[derive(Clone)]
+struct Bench {
+    gate: Gate<Call>,
+    replica: Arc<Replica>,
+    starts: Arc<AtomicUsize>,
+}
+
+impl Bench {
+    fn new(home: bool) -> Self {
+        let bench = Self {
+            gate: Gate::new(GateOptions { slots: 1, max_queue: 2, home }),
+            replica: Arc::default(),
+            starts: Arc::default(),
+        };
+        bench.gate.open();
+        bench
+    }
+
+    fn with_home() -> (Self, Home<Call>) {
+        let bench = Self::new(true);
+        let home = bench.gate.take_home().unwrap();
+        (bench, home)
+    }
+
+    fn call(&self) -> Call {
+        Call {
+            replica: Arc::clone(&self.replica),
+            starts: Arc::clone(&self.starts),
+            hand: None,
+        }
+    }
+
+    /// Has a call admitted that must start at once, and takes its ticket.
+    fn hold(&self, admit: impl FnOnce(Call) -> Admission) -> Ticket<Call> {
+        let hand = Hand::default();
+        let call = Call { hand: Some(Arc::clone(&hand)), ..self.call() };
+        assert_eq!(admit(call), Admission::Started);
+        hand.lock().unwrap().take().unwrap()
+    }
+
+    fn held(&self) -> Ticket<Call> {
+        self.hold(|call| self.gate.admit(call).unwrap())
+    }
+
+    fn queue(&self) -> WaitId {
+        match self.gate.admit(self.call()).unwrap() {
+            Admission::Queued(id) => id,
+            Admission::Started => unreachable!("the slot is held"),
+        }
+    }
+
+    fn starts(&self) -> usize {
+        self.starts.load(Relaxed)
+    }
+
+    /// Everything has ended, and nobody's use of the replica was lost.
+    fn assert_at_rest(&self, uses: usize) {
+        let counts = self.gate.counts();
+        assert_eq!((counts.in_flight, counts.queued), (0, 0));
+        assert_eq!(self.replica.uses(), uses);
+    }
+}
+
+#[test]
+fn drain_after_close_sees_what_the_last_ticket_did() {
+    loom::model(|| {
+        let bench = Bench::new(false);
+        let ticket = bench.held();
+        let worker = {
+            let replica = Arc::clone(&bench.replica);
+            thread::spawn(move || {
+                replica.use_it();
+                drop(ticket);
+            })
+        };
+        assert!(bench.gate.close() <= 1);
+        bench.gate.wait_drained(None).unwrap();
+        bench.assert_at_rest(2);
+        worker.join().unwrap();
+    });
+}
+
+#[test]
+fn a_queued_waiter_runs_before_the_close_or_after_the_opening() {
+    loom::model(|| {
+        let bench = Bench::new(false);
+        let ticket = bench.held();
+        bench.queue();
+        let worker = thread::spawn(move || drop(ticket));
+        bench.gate.close();
+        bench.gate.wait_drained(None).unwrap();
+        let started = bench.starts();
+        assert_eq!(bench.replica.uses(), started);
+        assert_eq!(bench.gate.counts().queued, 2 - started);
+        bench.gate.open();
+        assert_eq!(bench.starts(), 2);
+        worker.join().unwrap();
+        bench.assert_at_rest(2);
+    });
+}
+
+#[test]
+fn two_threads_may_drain_at_once() {
+    loom::model(|| {
+        let bench = Bench::new(false);
+        let ticket = bench.held();
+        bench.queue();
+        let idle = {
+            let gate = bench.gate.clone();
+            thread::spawn(move || gate.wait_idle(None).unwrap())
+        };
+        let drained = {
+            let gate = bench.gate.clone();
+            thread::spawn(move || gate.wait_drained(None).unwrap())
+        };
+        drop(ticket);
+        idle.join().unwrap();
+        drained.join().unwrap();
+        bench.assert_at_rest(2);
+    });
+}
+
+#[test]
+fn no_wake_up_is_lost_between_admission_and_a_ticket_s_end() {
+    loom::model(|| {
+        let bench = Bench::new(false);
+        let ticket = bench.held();
+        let worker = thread::spawn(move || drop(ticket));
+        let other = {
+            let bench = bench.clone();
+            thread::spawn(move || {
+                bench.gate.admit(bench.call()).unwrap();
+            })
+        };
+        bench.gate.admit(bench.call()).unwrap();
+        worker.join().unwrap();
+        other.join().unwrap();
+        assert_eq!(bench.starts(), 3);
+        bench.assert_at_rest(3);
+    });
+}
+
+#[test]
+fn no_wake_up_is_lost_between_admission_and_opening() {
+    loom::model(|| {
+        let bench = Bench::new(false);
+        bench.gate.close();
+        let opener = {
+            let gate = bench.gate.clone();
+            thread::spawn(move || gate.open())
+        };
+        bench.gate.admit(bench.call()).unwrap();
+        opener.join().unwrap();
+        assert_eq!(bench.starts(), 1);
+        bench.assert_at_rest(1);
+    });
+}
+
+#[test]
+fn no_wake_up_is_lost_between_admission_and_reinstatement() {
+    loom::model(|| {
+        let bench = Bench::new(false);
+        let ticket = bench.held();
+        let worker = {
+            let gate = bench.gate.clone();
+            thread::spawn(move || {
+                ticket.retire();
+                gate.reinstate(0);
+            })
+        };
+        bench.gate.admit(bench.call()).unwrap();
+        worker.join().unwrap();
+        assert_eq!(bench.starts(), 2);
+        bench.assert_at_rest(2);
+    });
+}
+
+#[test]
+fn a_waiter_is_cancelled_or_started_never_both() {
+    loom::model(|| {
+        let bench = Bench::new(false);
+        let ticket = bench.held();
+        let id = bench.queue();
+        let worker = thread::spawn(move || drop(ticket));
+        let other = {
+            let gate = bench.gate.clone();
+            thread::spawn(move || usize::from(gate.cancel(id).is_some()))
+        };
+        let cancelled = usize::from(bench.gate.cancel(id).is_some()) + other.join().unwrap();
+        worker.join().unwrap();
+        assert_eq!(cancelled + bench.starts(), 2);
+        bench.assert_at_rest(2 - cancelled);
+    });
+}
+
+#[test]
+fn a_waiter_is_refused_cut_or_started_exactly_once() {
+    loom::model(|| {
+        let bench = Bench::new(false);
+        let ticket = bench.held();
+        let worker = thread::spawn(move || drop(ticket));
+        let cutter = {
+            let gate = bench.gate.clone();
+            thread::spawn(move || gate.cut().len())
+        };
+        let refused = match bench.gate.admit(bench.call()) {
+            Ok(_) => 0,
+            Err(refused) => {
+                assert_eq!(refused.refusal, Refusal::Shut);
+                1
+            }
+        };
+        let cut = cutter.join().unwrap();
+        worker.join().unwrap();
+        assert_eq!(bench.starts() + cut + refused, 2);
+        bench.assert_at_rest(bench.starts());
+    });
+}
+
+#[test]
+fn a_shut_gate_still_runs_what_was_admitted() {
+    loom::model(|| {
+        let bench = Bench::new(false);
+        let ticket = bench.held();
+        let worker = thread::spawn(move || drop(ticket));
+        let shutter = {
+            let gate = bench.gate.clone();
+            thread::spawn(move || {
+                gate.shut();
+                gate.wait_idle(None).unwrap();
+                assert_eq!(gate.counts().in_flight, 0);
+            })
+        };
+        let admitted = usize::from(bench.gate.admit(bench.call()).is_ok());
+        worker.join().unwrap();
+        shutter.join().unwrap();
+        assert_eq!(bench.starts(), 1 + admitted);
+        bench.assert_at_rest(1 + admitted);
+    });
+}
+
+#[test]
+fn home_enters_after_a_ticket_and_is_drained_after_a_close() {
+    loom::model(|| {
+        let (bench, home) = Bench::with_home();
+        let ticket = bench.hold(|call| home.admit(call).unwrap());
+        let worker = {
+            let replica = Arc::clone(&bench.replica);
+            thread::spawn(move || {
+                replica.use_it();
+                drop(ticket);
+            })
+        };
+        let mut uses = 2;
+        if let Some(inside) = home.enter() {
+            bench.replica.use_it();
+            uses += 1;
+            drop(inside);
+        } else {
+            assert_eq!(home.refusal(), Away::Busy);
+        }
+        home.close();
+        bench.gate.wait_drained(None).unwrap();
+        bench.assert_at_rest(uses);
+        assert!(home.enter().is_none());
+        worker.join().unwrap();
+    });
+}
+
+#[test]
+fn another_thread_drains_while_home_closes_and_leaves() {
+    loom::model(|| {
+        let (bench, home) = Bench::with_home();
+        let inside = home.enter().unwrap();
+        assert_eq!(home.close(), 1);
+        let swapper = {
+            let bench = bench.clone();
+            thread::spawn(move || {
+                bench.gate.wait_drained(None).unwrap();
+                bench.replica.use_it();
+                bench.gate.open();
+            })
+        };
+        bench.replica.use_it();
+        let nested = home.enter().unwrap();
+        bench.replica.use_it();
+        drop(nested);
+        drop(inside);
+        let mut uses = 3;
+        if let Some(_inside) = home.enter() {
+            bench.replica.use_it();
+            uses += 1;
+        }
+        swapper.join().unwrap();
+        assert!(home.enter().is_some());
+        bench.assert_at_rest(uses);
+    });
+}
+
+#[test]
+fn leaving_home_hands_the_slot_to_who_waits() {
+    loom::model(|| {
+        let (bench, home) = Bench::with_home();
+        let inside = home.enter().unwrap();
+        let id = bench.gate.reserve_id();
+        home.admit_as(id, bench.call()).unwrap();
+        let canceller = {
+            let gate = bench.gate.clone();
+            thread::spawn(move || usize::from(gate.cancel(id).is_some()))
+        };
+        bench.replica.use_it();
+        drop(inside);
+        let cancelled = canceller.join().unwrap();
+        assert_eq!(bench.starts() + cancelled, 1);
+        assert!(home.enter().is_some());
+        bench.assert_at_rest(2 - cancelled);
+    });
+}
+
+#[test]
+fn home_comes_by_for_what_others_have_queued() {
+    loom::model(|| {
+        let (bench, home) = Bench::with_home();
+        let admitter = {
+            let bench = bench.clone();
+            thread::spawn(move || {
+                bench.gate.admit(bench.call()).unwrap();
+            })
+        };
+        if let Some(inside) = home.enter() {
+            home.serve_queued();
+            bench.replica.use_it();
+            drop(inside);
+        }
+        admitter.join().unwrap();
+        home.serve_queued();
+        assert_eq!(bench.starts(), 1);
+        bench.assert_at_rest(2);
+    });
+}
+
+#[test]
+fn a_close_from_another_thread_waits_for_home_to_come_by() {
+    loom::model(|| {
+        let (bench, home) = Bench::with_home();
+        let swapper = {
+            let bench = bench.clone();
+            thread::spawn(move || {
+                assert_eq!(bench.gate.close(), 1);
+                bench.gate.wait_drained(None).unwrap();
+                bench.replica.use_it();
+                bench.gate.open();
+            })
+        };
+        let mut uses = 1;
+        for _ in 0..2 {
+            if let Some(inside) = home.enter() {
+                bench.replica.use_it();
+                uses += 1;
+                drop(inside);
+            }
+        }
+        // The swapper may only close now, with nobody inside: come by until it has done its work.
+        while bench.replica.uses() < uses {
+            home.counts();
+            thread::yield_now();
+        }
+        swapper.join().unwrap();
+        assert!(home.enter().is_some());
+        bench.assert_at_rest(uses);
+    });
+}
+
+#[test]
+fn a_closing_and_an_opening_thread_leave_home_usable() {
+    loom::model(|| {
+        let (bench, home) = Bench::with_home();
+        let closer = {
+            let gate = bench.gate.clone();
+            thread::spawn(move || {
+                gate.close();
+                gate.open();
+            })
+        };
+        let inside = home.enter();
+        let uses = usize::from(inside.is_some());
+        if inside.is_some() {
+            bench.replica.use_it();
+        }
+        let admitted = home.admit(bench.call());
+        drop(inside);
+        closer.join().unwrap();
+        assert!(admitted.is_ok());
+        assert_eq!(bench.starts(), 1);
+        assert!(home.enter().is_some());
+        bench.assert_at_rest(uses + 1);
+    });
+}
+
+#[test]
+fn a_cut_from_another_thread_loses_nobody_at_home() {
+    loom::model(|| {
+        let (bench, home) = Bench::with_home();
+        let cutter = {
+            let gate = bench.gate.clone();
+            thread::spawn(move || gate.cut().len())
+        };
+        let inside = home.enter().unwrap();
+        let refused = usize::from(home.admit(bench.call()).is_err());
+        bench.replica.use_it();
+        drop(inside);
+        let cut = cutter.join().unwrap();
+        assert_eq!(bench.starts() + cut + refused, 1);
+        bench.assert_at_rest(1 + bench.starts());
+    });
+}
+
+#[test]
+fn dropping_the_home_leaves_its_slot_to_the_others() {
+    loom::model(|| {
+        let (bench, home) = Bench::with_home();
+        let ticket = bench.hold(|call| home.admit(call).unwrap());
+        let worker = {
+            let bench = bench.clone();
+            thread::spawn(move || {
+                drop(ticket);
+                bench.gate.admit(bench.call()).unwrap();
+            })
+        };
+        if let Some(_inside) = home.enter() {
+            bench.replica.use_it();
+            bench.replica.uses();
+            drop(home.admit(bench.call()));
+        } else {
+            home.admit(bench.call()).unwrap();
+            bench.replica.uses();
+        }
+        drop(home);
+        worker.join().unwrap();
+        assert_eq!(bench.starts(), 3);
+    });
+}

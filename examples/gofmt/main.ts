@@ -1,0 +1,99 @@
+// npm run demo [-- --calls N --bound MB --out FILE]: a leaking module on Node's own engine and behind a manager, side by side.
+import { type ChildProcess, fork } from 'node:child_process'
+import { mkdirSync, writeFileSync } from 'node:fs'
+import { dirname, relative, resolve } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { parseArgs } from 'node:util'
+import { drawChart } from './chart.ts'
+import { Screen, table } from './screen.ts'
+import type { Ending, News } from './workload.ts'
+
+const here = dirname(fileURLToPath(import.meta.url))
+const { values: flags } = parseArgs({
+  options: {
+    calls: { type: 'string', default: '50000' },
+    bound: { type: 'string', default: '128' },
+    out: { type: 'string', default: resolve(here, 'out', 'memory.svg') },
+  },
+})
+const total = positive('calls')
+const boundMB = positive('bound')
+
+export interface Lane extends News {
+  title: string
+  color: string
+  /** All samples since the start. */
+  history: [number, number][]
+  ending?: Ending
+  /** Set when the process itself went away. */
+  lost?: string
+}
+
+const lanes = {
+  plain: lane("Node's own WebAssembly", '#d62728'),
+  managed: lane(`wasm-molt, reload at ${boundMB} MB`, '#1f77b4'),
+}
+const screen = new Screen(total, [lanes.plain, lanes.managed])
+process.stdout.write(
+  `The Go formatter (@wasm-fmt/gofmt, unmodified) leaks a little on every call.\n` +
+    `${total.toLocaleString('en')} calls on each side, every answer compared with the expected text.\n\n`,
+)
+await Promise.all([
+  follow(lanes.plain, 'plain.ts', [String(total)]),
+  follow(lanes.managed, 'managed.ts', [String(total), String(boundMB * 2 ** 20)]),
+])
+screen.finish()
+
+const { plain, managed } = lanes
+process.stdout.write(`\n${table([plain, managed])}\n\n`)
+const chart = resolve(flags.out)
+mkdirSync(dirname(chart), { recursive: true })
+writeFileSync(chart, await drawChart({ plain, managed, total, boundMB }))
+process.stdout.write(`Memory over calls: ${relative(process.cwd(), chart)}\n\n`)
+
+const clean = managed.correct === total
+process.stdout.write(`Left:  ${verdict(plain)}\nRight: ${verdict(managed)}\n`)
+if (!clean) process.exitCode = 1
+
+function verdict(side: Lane): string {
+  const reloads = side.reloads > 0 ? `, across ${side.reloads} reloads` : ''
+  if (side.correct === total) return `all ${total.toLocaleString('en')} answers are right${reloads}.`
+  if (!side.firstFailure) return `${side.lost ?? `${side.wrong} wrong answers`}.`
+  const { call, text } = side.firstFailure
+  return (
+    `dead at call ${call.toLocaleString('en')} (${text}); ` +
+    `${side.failed.toLocaleString('en')} calls failed and only a restart of the process would help.`
+  )
+}
+
+/** Starts one side in a process of its own, so that each has its own memory to show, and takes its news until it ends. */
+function follow(side: Lane, program: string, args: string[]): Promise<void> {
+  const child: ChildProcess = fork(resolve(here, program), args, { execArgv: ['--import', 'tsx'] })
+  child.on('message', (message: News | Ending) => {
+    if ('seconds' in message) {
+      side.ending = message
+    } else {
+      side.history.push(...message.samples)
+      Object.assign(side, message)
+      screen.show()
+    }
+  })
+  return new Promise((done) => {
+    child.on('exit', (code, signal) => {
+      if (!side.ending) side.lost = `the process went away at call ${side.calls + 1} (${signal ?? `exit code ${code}`})`
+      done()
+    })
+  })
+}
+
+function lane(title: string, color: string): Lane {
+  const nothing = { calls: 0, correct: 0, wrong: 0, failed: 0, memoryBytes: 0, rssBytes: 0, reloads: 0, samples: [] }
+  return { ...nothing, title, color, history: [] }
+}
+
+function positive(name: 'calls' | 'bound'): number {
+  const value = Number(flags[name])
+  if (Number.isInteger(value) && value > 0) return value
+  process.stderr.write(`--${name} must be a positive whole number, not "${flags[name]}"\n`)
+  process.exit(2)
+}

@@ -1,0 +1,88 @@
+// The layer law: index.js → src → crates/engine → crates/lifecycle, and `unsafe` only where it is listed.
+// A name that stands in a comment or a string is no dependency; both are taken out first.
+import { existsSync, readFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { files, root } from './tools.mjs'
+
+/** Which crates a room may not know, in its code and in its manifest. */
+const laws = [
+  { room: 'src', manifest: 'Cargo.toml', bans: ['wasmtime', 'rayon'] },
+  { room: 'crates/engine', bans: ['napi', 'napi_derive'] },
+  { room: 'crates/testkit', bans: ['napi', 'napi_derive'] },
+  {
+    room: 'crates/lifecycle',
+    bans: ['wasmtime', 'rayon', 'napi', 'napi_derive', 'crossbeam', 'crossbeam_channel', 'wasm_molt_engine'],
+  },
+]
+
+/** Each file says at its top what its unsafe code relies on. A line that is no longer needed goes. */
+const mayBeUnsafe = []
+
+const problems = []
+
+for (const { room, manifest = `${room}/Cargo.toml`, bans } of laws) {
+  for (const path of rustFiles(room)) {
+    for (const [line, code] of codeLines(path)) {
+      for (const ban of bans) {
+        if (new RegExp(`\\b${ban}\\b`).test(code)) problems.push(`${path}:${line}: ${room} must not name ${ban}`)
+      }
+    }
+  }
+  for (const [line, name] of dependencies(manifest)) {
+    if (bans.includes(name)) problems.push(`${manifest}:${line}: ${room} must not depend on ${name}`)
+  }
+}
+
+const isUnsafe = new Set()
+for (const path of ['src', 'crates'].flatMap(rustFiles)) {
+  for (const [line, code] of codeLines(path)) {
+    if (!/\bunsafe\b/.test(code)) continue
+    isUnsafe.add(path)
+    if (!mayBeUnsafe.includes(path)) problems.push(`${path}:${line}: unsafe in a file that scripts/layers.mjs does not list`)
+  }
+}
+for (const path of mayBeUnsafe) {
+  if (!isUnsafe.has(path)) problems.push(`scripts/layers.mjs: ${path} needs no place in the list of unsafe files`)
+}
+
+for (const [line, name] of requires('index.js')) {
+  if (!name.startsWith('node:') && name !== './binding.js') problems.push(`index.js:${line}: must not load ${name}`)
+}
+
+if (problems.length > 0) {
+  process.stderr.write(`${problems.join('\n')}\n`)
+  process.exit(1)
+}
+process.stdout.write('layers: in order\n')
+
+function rustFiles(folder) {
+  return files(folder, (path) => path.endsWith('.rs'))
+}
+
+function* codeLines(path) {
+  const text = readFileSync(join(root, path), 'utf8')
+  // One pass, because a quote may stand in a comment and two slashes in a string; line breaks stay, for the numbers.
+  const code = text.replace(
+    /\/\/.*|\/\*[\s\S]*?\*\/|r(#*)"[\s\S]*?"\1|"(?:\\[\s\S]|[^"\\])*"|'(?:\\.|[^'\\\n])'/g,
+    (match) => match.replace(/[^\n]/g, ' '),
+  )
+  yield* code.split('\n').map((line, index) => [index + 1, line])
+}
+
+function* dependencies(manifest) {
+  let inside = false
+  for (const [index, line] of readFileSync(join(root, manifest), 'utf8').split('\n').entries()) {
+    const section = line.match(/^\[(.+)\]/)?.[1]
+    // What the workspace offers is not yet what a crate takes.
+    if (section) inside = section.endsWith('dependencies') && !section.startsWith('workspace')
+    const name = inside && line.match(/^([\w-]+)[\s.=]/)?.[1]
+    if (name) yield [index + 1, name.replaceAll('-', '_')]
+  }
+}
+
+function* requires(path) {
+  if (!existsSync(join(root, path))) return
+  for (const [index, line] of readFileSync(join(root, path), 'utf8').split('\n').entries()) {
+    for (const [, name] of line.matchAll(/(?:require\(|from |import\()\s*['"]([^'"]+)['"]/g)) yield [index + 1, name]
+  }
+}

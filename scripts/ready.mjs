@@ -1,0 +1,16 @@
+// npm run ready: everything that must hold before a change is offered; .ci/run runs it too. Quick checks first.
+import { buildAddon, ensureDependencies, node, step } from './tools.mjs'
+
+ensureDependencies()
+node(['scripts/fmt.mjs', '--check'])
+node(['scripts/lint.mjs'])
+buildAddon()
+node(['scripts/test.mjs'])
+step('generated files')
+node(['scripts/generated.mjs'])
+step('package')
+node(['scripts/pack.mjs'])
+step('demo, short')
+node(['scripts/demo.mjs', '--calls', '3000'])
+step('benchmarks, one round each to see that they run')
+node(['scripts/bench.mjs', '--smoke'])
