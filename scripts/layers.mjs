@@ -38,7 +38,8 @@ for (const path of ['src', 'crates'].flatMap(rustFiles)) {
   for (const [line, code] of codeLines(path)) {
     if (!/\bunsafe\b/.test(code)) continue
     isUnsafe.add(path)
-    if (!mayBeUnsafe.includes(path)) problems.push(`${path}:${line}: unsafe in a file that scripts/layers.mjs does not list`)
+    if (!mayBeUnsafe.includes(path))
+      problems.push(`${path}:${line}: unsafe in a file that scripts/layers.mjs does not list`)
   }
 }
 for (const path of mayBeUnsafe) {

@@ -3,9 +3,9 @@
 import { copyFileSync, cpSync, mkdtempSync, readdirSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { fail, files, node, npm, root } from './tools.mjs'
+import { fail, node, npm, root } from './tools.mjs'
 
-const [binary] = files('.', (path) => /^\.\/wasm-molt\.[\w-]+\.node$/.test(path))
+const binary = readdirSync(root).find((name) => /^wasm-molt\.[\w-]+\.node$/.test(name))
 if (!binary) fail('no addon in place. Run: npm run build')
 const platform = binary.split('.').at(-2)
 

@@ -1,5 +1,5 @@
 // npm test [rust|js|types …]: sets itself up, then runs the named suites, or all of them.
-// npm run test:js -- __test__/reload.spec.ts runs one file.
+// npm run test:js -- __test__/reload.spec.ts runs one file; words with a dash go to the runner (node --test, cargo test).
 import { existsSync } from 'node:fs'
 import { buildAddon, ensureDependencies, fail, files, node, run, step, tool } from './tools.mjs'
 
@@ -26,7 +26,9 @@ function types() {
 
 function js() {
   buildAddon()
-  const specs = picked.length > 0 ? picked : files('__test__', (path) => path.endsWith('.spec.ts'))
+  const flags = picked.filter((word) => word.startsWith('-'))
+  const chosen = picked.filter((word) => !word.startsWith('-'))
+  const specs = chosen.length > 0 ? chosen : files('__test__', (path) => path.endsWith('.spec.ts'))
   const missing = specs.filter((path) => !existsSync(path))
   if (missing.length > 0) fail(`no such test file: ${missing.join(', ')}`)
   if (specs.length === 0) fail('no test files in __test__')
@@ -35,6 +37,7 @@ function js() {
   node([
     ...['--expose-gc', '--import', 'tsx', '--test'],
     ...['--test-reporter=spec', '--test-timeout=120000'],
+    ...flags,
     ...specs,
   ])
 }

@@ -2,7 +2,7 @@
 import { spawnSync } from 'node:child_process'
 import { existsSync, readdirSync, statSync } from 'node:fs'
 import { createRequire } from 'node:module'
-import { dirname, join, relative, sep } from 'node:path'
+import { dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
 
 export const root = dirname(dirname(fileURLToPath(import.meta.url)))
@@ -30,9 +30,7 @@ export function run(command, args = [], { cwd = root, env, quiet = false } = {})
 }
 
 function remedy(command) {
-  return command === 'cargo'
-    ? 'The addon is built from source: install Rust (rustup.rs), stable, 1.95 or newer.'
-    : ''
+  return command === 'cargo' ? 'The addon is built from source: install Rust (rustup.rs), stable, 1.95 or newer.' : ''
 }
 
 /** Runs a script with this very Node, so that versions cannot mix. */
@@ -89,5 +87,5 @@ export function files(folder, keep) {
     if (entry.isDirectory()) found.push(...files(path, keep))
     else if (keep(path)) found.push(path)
   }
-  return found.sort().map((path) => path.split(sep).join('/'))
+  return found.sort()
 }

@@ -140,7 +140,13 @@ function death({ plain, total }: Run): Mark[] {
     {
       type: 'symbol',
       encode: {
-        enter: { ...at, shape: { value: 'cross' }, size: { value: 240 }, angle: { value: 45 }, fill: { value: plain.color } },
+        enter: {
+          ...at,
+          shape: { value: 'cross' },
+          size: { value: 240 },
+          angle: { value: 45 },
+          fill: { value: plain.color },
+        },
       },
     },
     {

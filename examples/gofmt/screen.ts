@@ -93,7 +93,9 @@ export function table(lanes: Lane[]): string {
   const cells = rows.map(([label, value]) => [label, ...lanes.map(value)])
   const widths = cells[0]?.map((_, column) => Math.max(...cells.map((row) => row[column]?.length ?? 0))) ?? []
   const lines = cells.map((row) =>
-    row.map((cell, column) => (column === 0 ? cell.padEnd(widths[0] ?? 0) : cell.padStart(widths[column] ?? 0))).join('   '),
+    row
+      .map((cell, column) => (column === 0 ? cell.padEnd(widths[0] ?? 0) : cell.padStart(widths[column] ?? 0)))
+      .join('   '),
   )
   lines.splice(1, 0, '─'.repeat(lines[0]?.length ?? 0))
   return lines.join('\n')

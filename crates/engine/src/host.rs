@@ -199,10 +199,16 @@ fn reference_function(
         for param in params {
             args.push(Value::from_val(param, id, &mut caller).map_err(wasmtime::Error::new)?);
         }
+        // SAFETY: as in `enter`.
+        let replica = unsafe { &*caller.data().replica() };
+        for arg in &args {
+            replica.seen(arg, &mut caller);
+        }
         let active = enter(&mut caller);
         let values = run(&*host, &signature, &active, args).map_err(wasmtime::Error::new)?;
         drop(active);
         for (slot, value) in results.iter_mut().zip(values) {
+            let value = replica.own(value);
             *slot = value.into_val(id, &mut caller).map_err(wasmtime::Error::new)?;
         }
         Ok(())
@@ -236,7 +242,7 @@ pub(crate) fn number_to_raw(value: &Value) -> ValRaw {
         Value::I64(v) => ValRaw::i64(*v),
         Value::F32(v) => ValRaw::f32(v.to_bits()),
         Value::F64(v) => ValRaw::f64(v.to_bits()),
-        Value::Extern(_) | Value::Func(_) => ValRaw::i32(0),
+        Value::Extern(_) | Value::Func(_) | Value::Export(_) => ValRaw::i32(0),
     }
 }
 

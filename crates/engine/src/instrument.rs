@@ -1,32 +1,43 @@
 //! Splicing safepoint polls into a module before it is compiled.
 //!
-//! A poll is a store of zero to the first bytes of one extra memory, the *poll memory*, which is appended behind all others so
-//! that no index moves and which nothing but polls can name. Its page is ours (see [`crate::memory::PollPage`]):
-//! taking it away makes the next poll trap.
+//! A poll is a store of zero to the first bytes of one extra memory, the *poll memory*, which is
+//! appended behind all others so that no index moves and which nothing but polls can name. Its page
+//! is ours (see [`crate::memory::PollPage`]): taking it away makes the next poll trap.
 //!
-//! It has to be a **store**. A load would be removed by the compiler's redundant-load elimination wherever another poll
-//! dominates it with no call between, which is to say in every inner loop. A store inside a loop always differs from the one before it.
+//! It has to be a **store**. A load would be removed by the compiler's redundant-load elimination
+//! wherever another poll dominates it with no call between, which is to say in every inner loop. A
+//! store inside a loop always differs from the one before it.
 //!
 //! Polls stand
 //! - behind every `loop` header,
-//! - before every indirect call (tail calls too),
-//! - at the entry of enough functions that no cycle of direct calls is without one, and that no chain of direct calls
-//!   multiplies to more than [`MAX_WEIGHT`] instructions.
+//! - before every indirect call outside of loops (tail calls too),
+//! - before enough direct calls outside of loops that no cycle of calls is without one, and that
+//!   calls which only fan out do not multiply: about [`MAX_WEIGHT`] bytes of code run between two.
 //!
-//! So whatever a guest does, it reaches a poll soon, unless it sits in one bulk-memory operation or in the host.
+//! So whatever a guest does, it reaches a poll soon, unless it sits in one bulk-memory operation or
+//! in the host.
 //!
-//! Sections are copied as they are; only the memory and code sections are touched. There is no validation here: what is not
-//! understood is refused as malformed, and the compiler validates the result.
+//! Sections are copied as they are; only the memory and code sections are touched. There is no
+//! validation here: what is not understood is refused as malformed, and the compiler validates the
+//! result.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use wasm_encoder::{Encode, RawSection, Section};
 use wasmparser::{
-    BinaryReader, FunctionBody, KnownCustom, Name, Operator, Parser, Payload, TypeRef, WasmFeatures,
+    BinaryReader, FunctionBody, KnownCustom, Name, Parser, Payload, TypeRef, WasmFeatures,
 };
 
-/// Bytes of code that may run from the entry of a function without a poll, loops counted once.
-const MAX_WEIGHT: u64 = 1 << 16;
+use scan::{Site, Sites, scan};
+
+mod scan;
+#[cfg(test)]
+mod tests;
+
+/// Bytes of code that calls may run one after the other without a poll: a few milliseconds. Real
+/// modules hardly ever come near, so that this costs nothing.
+const MAX_WEIGHT: u64 = 1 << 24;
 /// What the validator allows (`wasmparser`'s own limits, which it does not export).
 const MAX_MEMORIES: usize = 100;
 const MAX_FUNCTION_BYTES: usize = 7_654_321;
@@ -45,14 +56,12 @@ pub(crate) struct Instrumented<'a> {
     pub(crate) bytes: Cow<'a, [u8]>,
     /// From the name section.
     pub(crate) name: Option<String>,
-    /// The guest's memories in the order of their indices: imported ones first. Without the poll memory.
+    /// The guest's memories in the order of their indices: imported ones first. Without the poll
+    /// memory.
     pub(crate) memories: Vec<MemoryInfo>,
-    /// How many imports there are.
-    pub(crate) imports: usize,
-    /// Whether the poll memory was appended. Not if the module has no place that needs a poll: it always ends soon.
+    /// Whether the poll memory was appended. Not if the module has no place that needs a poll: it
+    /// always ends soon.
     pub(crate) has_poll_memory: bool,
-    /// How many polls were inserted.
-    pub(crate) polls: usize,
 }
 
 impl Instrumented<'_> {
@@ -91,7 +100,10 @@ impl MemoryInfo {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum InstrumentError {
     /// Not WebAssembly at all.
-    #[error("these bytes are no WebAssembly module: they begin with {} and not with 00 61 73 6d", hex(first))]
+    #[error(
+        "these bytes are no WebAssembly module: they begin with {} and not with 00 61 73 6d",
+        hex(first)
+    )]
     NotWasm {
         /// The first bytes, 8 at most.
         first: Vec<u8>,
@@ -126,12 +138,19 @@ pub(crate) enum InstrumentError {
 
 fn hex(bytes: &[u8]) -> String {
     let digits: Vec<String> = bytes.iter().map(|b| format!("{b:02x}")).collect();
-    if digits.is_empty() { "nothing".into() } else { digits.join(" ") }
+    if digits.is_empty() {
+        "nothing".into()
+    } else {
+        digits.join(" ")
+    }
 }
 
 impl From<wasmparser::Error> for InstrumentError {
     fn from(error: wasmparser::Error) -> Self {
-        Self::Malformed { offset: error.offset(), message: error.message().to_owned() }
+        Self::Malformed {
+            offset: error.offset(),
+            message: error.message().to_owned(),
+        }
     }
 }
 
@@ -139,19 +158,26 @@ type Result<T> = std::result::Result<T, InstrumentError>;
 
 /// Looks a module through and, if asked, makes it interruptible.
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "options grow")]
-pub(crate) fn instrument<'a>(wasm: &'a [u8], options: &InstrumentOptions) -> Result<Instrumented<'a>> {
+pub(crate) fn instrument<'a>(
+    wasm: &'a [u8],
+    options: &InstrumentOptions,
+) -> Result<Instrumented<'a>> {
     check_header(wasm)?;
-    let seen = Seen::read(wasm, options.polls)?;
-    let entries = if options.polls { seen.calls.entries_to_poll() } else { Vec::new() };
-    let polls = seen.sites.len() + entries.iter().filter(|&&poll| poll).count();
-    let bytes = if polls == 0 { Cow::Borrowed(wasm) } else { Cow::Owned(splice(&seen, &entries)?) };
+    let mut seen = Seen::read(wasm)?;
+    if options.polls {
+        seen.calls().poll();
+    }
+    let has_poll_memory = options.polls && seen.sites.found.iter().any(|site| site.is_polled());
+    let bytes = if has_poll_memory {
+        Cow::Owned(splice(&seen)?)
+    } else {
+        Cow::Borrowed(wasm)
+    };
     Ok(Instrumented {
         bytes,
         name: seen.name,
         memories: seen.memories,
-        imports: seen.imports,
-        has_poll_memory: polls > 0,
-        polls,
+        has_poll_memory,
     })
 }
 
@@ -159,7 +185,9 @@ fn check_header(wasm: &[u8]) -> Result<()> {
     match wasm {
         [0, b'a', b's', b'm', _, _, 1, 0, ..] => Err(InstrumentError::Component),
         [0, b'a', b's', b'm', ..] => Ok(()),
-        _ => Err(InstrumentError::NotWasm { first: wasm.iter().take(8).copied().collect() }),
+        _ => Err(InstrumentError::NotWasm {
+            first: wasm.iter().take(8).copied().collect(),
+        }),
     }
 }
 
@@ -175,10 +203,8 @@ struct Body<'a> {
     bytes: &'a [u8],
     /// Where `bytes` begins in the module.
     start: usize,
-    /// Where its first instruction is.
-    entry: usize,
-    /// The end of its part of [`Seen::sites`].
-    sites_end: usize,
+    /// Its part of what was found.
+    sites: Range<usize>,
 }
 
 /// What one pass over a module finds.
@@ -186,16 +212,14 @@ struct Body<'a> {
 struct Seen<'a> {
     pieces: Vec<Piece<'a>>,
     bodies: Vec<Body<'a>>,
-    /// Offsets in the module before which a poll goes, in order.
-    sites: Vec<usize>,
-    calls: CallGraph,
+    sites: Sites,
+    imported_functions: usize,
     name: Option<String>,
     memories: Vec<MemoryInfo>,
-    imports: usize,
 }
 
 impl<'a> Seen<'a> {
-    fn read(wasm: &'a [u8], polls: bool) -> Result<Self> {
+    fn read(wasm: &'a [u8]) -> Result<Self> {
         let mut seen = Self::default();
         let mut parser = Parser::new(0);
         parser.set_features(WasmFeatures::all());
@@ -214,7 +238,10 @@ impl<'a> Seen<'a> {
                         seen.memories.push(MemoryInfo::new(false, &ty?));
                     }
                     let data = wasm.get(reader.range()).unwrap_or_default();
-                    seen.pieces.push(Piece::Memories { count, data: after_count(data)? });
+                    seen.pieces.push(Piece::Memories {
+                        count,
+                        data: after_count(data)?,
+                    });
                     continue;
                 }
                 Payload::CodeSectionStart { .. } => {
@@ -222,7 +249,7 @@ impl<'a> Seen<'a> {
                     continue;
                 }
                 Payload::CodeSectionEntry(body) => {
-                    seen.body(&body, polls)?;
+                    seen.body(&body)?;
                     continue;
                 }
                 Payload::CustomSection(custom) => {
@@ -248,47 +275,29 @@ impl<'a> Seen<'a> {
     }
 
     fn import(&mut self, ty: TypeRef) {
-        self.imports += 1;
         match ty {
-            TypeRef::Func(_) | TypeRef::FuncExact(_) => self.calls.imported += 1,
+            TypeRef::Func(_) | TypeRef::FuncExact(_) => self.imported_functions += 1,
             TypeRef::Memory(ty) => self.memories.push(MemoryInfo::new(true, &ty)),
             _ => {}
         }
     }
 
-    fn body(&mut self, body: &FunctionBody<'a>, polls: bool) -> Result<()> {
-        let mut operators = body.get_operators_reader()?;
-        let entry = operators.original_position();
-        while !operators.eof() {
-            let at = operators.original_position();
-            match operators.read()? {
-                Operator::Loop { .. } if polls => self.sites.push(operators.original_position()),
-                Operator::Call { function_index } | Operator::ReturnCall { function_index } if polls => {
-                    self.calls.callees.push(function_index);
-                }
-                Operator::CallIndirect { .. }
-                | Operator::ReturnCallIndirect { .. }
-                | Operator::CallRef { .. }
-                | Operator::ReturnCallRef { .. }
-                | Operator::Resume { .. }
-                | Operator::ResumeThrow { .. }
-                | Operator::ResumeThrowRef { .. }
-                | Operator::Switch { .. }
-                    if polls =>
-                {
-                    self.sites.push(at);
-                }
-                Operator::Try { .. }
-                | Operator::Catch { .. }
-                | Operator::Rethrow { .. }
-                | Operator::Delegate { .. }
-                | Operator::CatchAll => return Err(InstrumentError::LegacyExceptions { offset: at }),
-                _ => {}
-            }
+    fn calls(&mut self) -> CallGraph<'_> {
+        CallGraph {
+            imported: self.imported_functions,
+            bodies: &self.bodies,
+            sites: &mut self.sites.found,
         }
-        let bytes = body.as_bytes();
-        self.bodies.push(Body { bytes, start: body.range().start, entry, sites_end: self.sites.len() });
-        self.calls.functions.push(Function { size: bytes.len() as u64, callees_end: self.calls.callees.len() });
+    }
+
+    fn body(&mut self, body: &FunctionBody<'a>) -> Result<()> {
+        let before = self.sites.found.len();
+        scan(body, &mut self.sites)?;
+        self.bodies.push(Body {
+            bytes: body.as_bytes(),
+            start: body.range().start,
+            sites: before..self.sites.found.len(),
+        });
         Ok(())
     }
 }
@@ -308,21 +317,12 @@ fn names_code_offsets(name: &str) -> bool {
         || matches!(name, "linking" | "sourceMappingURL" | "external_debug_info")
 }
 
-/// A defined function in the graph of direct calls.
-struct Function {
-    size: u64,
-    /// The end of its part of [`CallGraph::callees`].
-    callees_end: usize,
-}
-
-/// Who calls whom by index.
-#[derive(Default)]
-struct CallGraph {
+/// Who calls whom by index, outside of loops.
+struct CallGraph<'a> {
     /// Imported functions come first in the index space and are none of our business.
     imported: usize,
-    functions: Vec<Function>,
-    /// Function indices, with repetitions.
-    callees: Vec<u32>,
+    bodies: &'a [Body<'a>],
+    sites: &'a mut [Site],
 }
 
 /// How far the walk has got with a function.
@@ -333,74 +333,101 @@ enum Mark {
     Done,
 }
 
-impl CallGraph {
-    fn callees(&self, function: usize) -> &[u32] {
-        let end = |f: usize| self.functions.get(f).map_or(0, |f| f.callees_end);
-        let start = function.checked_sub(1).map_or(0, end);
-        self.callees.get(start..end(function)).unwrap_or_default()
-    }
-
-    /// Which functions need a poll at their entry.
+impl CallGraph<'_> {
+    /// Decides which direct calls need a poll.
     ///
-    /// Every cycle has an edge that leads back to a function which a depth-first walk still has open: polling there cuts
-    /// all cycles. What remains is a tree of calls whose total weight is known from the leaves up.
-    fn entries_to_poll(&self) -> Vec<bool> {
-        let count = self.functions.len();
-        let mut polled = vec![false; count];
+    /// Every cycle has a call that leads back to a function which a depth-first walk still has
+    /// open: polling there cuts all cycles. What remains is a tree of calls, whose weights are
+    /// known from the leaves up; a poll goes before the call that would make one too heavy.
+    fn poll(&mut self) {
+        let count = self.bodies.len();
         let mut marks = vec![Mark::New; count];
         let mut weights = vec![0_u64; count];
-        // A function and how many of its callees have been looked at.
+        // A function and the next of its sites to look at.
         let mut open: Vec<(usize, usize)> = Vec::new();
         for root in 0..count {
             if marks[root] != Mark::New {
                 continue;
             }
             marks[root] = Mark::Open;
-            open.push((root, 0));
+            open.push((root, self.sites_of(root).start));
             while let Some((function, next)) = open.last_mut() {
-                let function = *function;
-                let Some(&callee) = self.callees(function).get(*next) else {
-                    let weight = self.weigh(function, &polled, &weights);
-                    weights[function] = weight;
-                    polled[function] |= weight > MAX_WEIGHT;
+                let (function, site) = (*function, *next);
+                if site >= self.sites_of(function).end {
+                    weights[function] = self.weigh(function, &weights);
                     marks[function] = Mark::Done;
                     open.pop();
                     continue;
-                };
+                }
                 *next += 1;
-                let Some(callee) = self.defined(callee) else { continue };
+                let Some(callee) = self.callee(site) else {
+                    continue;
+                };
                 match marks[callee] {
                     Mark::New => {
                         marks[callee] = Mark::Open;
-                        open.push((callee, 0));
+                        open.push((callee, self.sites_of(callee).start));
                     }
-                    Mark::Open => polled[callee] = true,
+                    Mark::Open => self.sites[site].callee = Site::POLLED,
                     Mark::Done => {}
                 }
             }
         }
-        polled
     }
 
-    /// The position among the defined functions; `None` for imports and for indices that do not exist.
-    fn defined(&self, function_index: u32) -> Option<usize> {
-        (function_index as usize).checked_sub(self.imported).filter(|&f| f < self.functions.len())
+    /// The positions of a function's sites.
+    fn sites_of(&self, function: usize) -> Range<usize> {
+        self.bodies
+            .get(function)
+            .map_or(0..0, |body| body.sites.clone())
     }
 
-    /// Bytes of code that can run in a call of `function` before it ends or comes to a poll, at most.
-    fn weigh(&self, function: usize, polled: &[bool], weights: &[u64]) -> u64 {
-        let own = self.functions.get(function).map_or(0, |f| f.size);
-        let called = self.callees(function).iter().filter_map(|&callee| self.defined(callee));
-        called
-            .filter(|&callee| !polled.get(callee).is_some_and(|&polled| polled))
-            .fold(own, |sum, callee| sum.saturating_add(weights.get(callee).copied().unwrap_or(0)))
+    /// The position of the defined function that is called at a site without a poll.
+    fn callee(&self, site: usize) -> Option<usize> {
+        let site = self.sites.get(site).filter(|site| !site.is_polled())?;
+        let callee = (site.callee as usize).checked_sub(self.imported)?;
+        (callee < self.bodies.len()).then_some(callee)
+    }
+
+    /// Bytes of code that a call of `function` runs without a poll, at most; branches count all,
+    /// loops once, polled calls not at all. Where that is too much, the heaviest calls get polls.
+    fn weigh(&mut self, function: usize, weights: &[u64]) -> u64 {
+        let own = self
+            .bodies
+            .get(function)
+            .map_or(0, |body| body.bytes.len() as u64);
+        let mut heavy = u64::MAX;
+        loop {
+            let mut weight = own;
+            for site in self.sites_of(function) {
+                let Some(callee) = self.callee(site) else {
+                    continue;
+                };
+                let adds = weights.get(callee).copied().unwrap_or(0);
+                if adds >= heavy {
+                    self.sites[site].callee = Site::POLLED;
+                } else {
+                    weight = weight.saturating_add(adds);
+                }
+            }
+            if weight <= MAX_WEIGHT || heavy == 0 {
+                return weight;
+            }
+            heavy = if heavy == u64::MAX {
+                MAX_WEIGHT / 4
+            } else {
+                heavy / 4
+            };
+        }
     }
 }
 
 /// Writes the module anew, with the poll memory and the polls.
-fn splice(seen: &Seen<'_>, entries: &[bool]) -> Result<Vec<u8>> {
+fn splice(seen: &Seen<'_>) -> Result<Vec<u8>> {
     if seen.memories.len() >= MAX_MEMORIES {
-        return Err(InstrumentError::NoRoom { what: format!("it has {MAX_MEMORIES} memories") });
+        return Err(InstrumentError::NoRoom {
+            what: format!("it has {MAX_MEMORIES} memories"),
+        });
     }
     let poll = poll_code(seen.memories.len() as u32);
     let mut out = wasm_encoder::Module::HEADER.to_vec();
@@ -424,18 +451,26 @@ fn splice(seen: &Seen<'_>, entries: &[bool]) -> Result<Vec<u8>> {
                     append_memories(&mut out, 0, &[])?;
                     has_memories = true;
                 }
-                append_code(&mut out, seen, entries, &poll)?;
+                append_code(&mut out, seen, &poll)?;
             }
         }
     }
     Ok(out)
 }
 
-/// `i32.const 0, i32.const 0, i32.store (memory n)`: leaves the stack as it was, wherever it stands.
+/// `i32.const 0, i32.const 0, i32.store (memory n)`: leaves the stack as it was, wherever it
+/// stands.
 fn poll_code(memory: u32) -> Vec<u8> {
     let mut code = Vec::with_capacity(12);
-    let argument = wasm_encoder::MemArg { offset: 0, align: 2, memory_index: memory };
-    wasm_encoder::InstructionSink::new(&mut code).i32_const(0).i32_const(0).i32_store(argument);
+    let argument = wasm_encoder::MemArg {
+        offset: 0,
+        align: 2,
+        memory_index: memory,
+    };
+    wasm_encoder::InstructionSink::new(&mut code)
+        .i32_const(0)
+        .i32_const(0)
+        .i32_store(argument);
     code
 }
 
@@ -449,7 +484,9 @@ fn append_raw(out: &mut Vec<u8>, id: u8, data: &[u8]) {
 }
 
 fn append_memories(out: &mut Vec<u8>, count: u32, items: &[u8]) -> Result<()> {
-    let no_room = || InstrumentError::NoRoom { what: format!("it has {count} memories") };
+    let no_room = || InstrumentError::NoRoom {
+        what: format!("it has {count} memories"),
+    };
     let mut data = Vec::with_capacity(items.len() + 8);
     count.checked_add(1).ok_or_else(no_room)?.encode(&mut data);
     data.extend_from_slice(items);
@@ -466,27 +503,35 @@ fn append_memories(out: &mut Vec<u8>, count: u32, items: &[u8]) -> Result<()> {
     Ok(())
 }
 
-fn append_code(out: &mut Vec<u8>, seen: &Seen<'_>, entries: &[bool], poll: &[u8]) -> Result<()> {
+fn append_code(out: &mut Vec<u8>, seen: &Seen<'_>, poll: &[u8]) -> Result<()> {
+    let polls = seen
+        .sites
+        .found
+        .iter()
+        .filter(|site| site.is_polled())
+        .count();
     let code: usize = seen.bodies.iter().map(|body| body.bytes.len() + 5).sum();
-    let polls = seen.sites.len() + entries.len();
     let mut data = Vec::with_capacity(code + polls * poll.len() + 5);
     (seen.bodies.len() as u32).encode(&mut data);
-    let mut sites_start = 0;
-    for (body, &poll_entry) in seen.bodies.iter().zip(entries) {
-        let sites = seen.sites.get(sites_start..body.sites_end).unwrap_or_default();
-        sites_start = body.sites_end;
-        let size = body.bytes.len() + (sites.len() + usize::from(poll_entry)) * poll.len();
+    for body in &seen.bodies {
+        let sites = seen.sites.found.get(body.sites.clone()).unwrap_or_default();
+        let sites = sites.iter().filter(|site| site.is_polled());
+        let size = body.bytes.len() + sites.clone().count() * poll.len();
         if size > MAX_FUNCTION_BYTES && body.bytes.len() <= MAX_FUNCTION_BYTES {
             return Err(InstrumentError::NoRoom {
-                what: format!("the function at byte {} has {} bytes", body.start, body.bytes.len()),
+                what: format!(
+                    "the function at byte {} has {} bytes",
+                    body.start,
+                    body.bytes.len()
+                ),
             });
         }
         (size as u32).encode(&mut data);
         let mut copied = body.start;
-        for &site in poll_entry.then_some(&body.entry).into_iter().chain(sites) {
-            data.extend_from_slice(part(body, copied, site));
+        for site in sites {
+            data.extend_from_slice(part(body, copied, site.at));
             data.extend_from_slice(poll);
-            copied = site;
+            copied = site.at;
         }
         data.extend_from_slice(part(body, copied, body.start + body.bytes.len()));
     }
@@ -496,5 +541,7 @@ fn append_code(out: &mut Vec<u8>, seen: &Seen<'_>, entries: &[bool], poll: &[u8]
 
 /// The bytes of a body between two offsets in the module.
 fn part<'a>(body: &Body<'a>, from: usize, to: usize) -> &'a [u8] {
-    body.bytes.get(from - body.start..to - body.start).unwrap_or_default()
+    body.bytes
+        .get(from - body.start..to - body.start)
+        .unwrap_or_default()
 }

@@ -802,9 +802,18 @@ impl Shared {
         generation: Generation,
         is_sync: bool,
     ) -> Result<Arc<Replica>, (FailedPhase, Error)> {
-        let replica = blueprint
-            .instantiate(&*self.host, slot, generation, |r| self.remember(r))
-            .map_err(|e| (FailedPhase::Instantiate, e))?;
+        let mut known = None;
+        let made = blueprint.instantiate(&*self.host, slot, generation, |replica| {
+            self.remember(replica);
+            known = Some(Arc::clone(replica));
+        });
+        let replica = match made {
+            Ok(replica) => replica,
+            Err(error) => {
+                let _ = self.discard(known.into_iter().collect(), generation);
+                return Err((FailedPhase::Instantiate, error));
+            }
+        };
         let initialized =
             self.with_lease(&replica, is_sync, |lease| self.host.initialize(lease));
         let initialized = initialized.and_then(|()| {

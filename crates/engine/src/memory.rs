@@ -1,13 +1,16 @@
 //! Linear memories that this crate owns, instead of wasmtime.
 //!
-//! Owning them is what lets a released instance give its pages back at once while a view that somebody kept
-//! still cannot crash the process, and what lets snapshots, resets and shrinking come later behind the same types.
+//! Owning them is what lets a released instance give its pages back at once while a view that
+//! somebody kept still cannot crash the process, and what lets snapshots, resets and shrinking come
+//! later behind the same types.
 //!
 //! - [`Reservation`]: an address range; whoever holds one keeps the range mapped (a *pin*).
 //! - [`GuestMemory`]: what wasmtime sees (`wasmtime::LinearMemory`); dropped with the store.
 //! - [`MemoryRecord`]: what the host sees; outlives the store and then answers "released".
-//! - [`MemoryHost`]: makes memories for wasmtime. It is told by a [`MemoryPlan`] which ones are coming.
-//! - [`PollPage`]: the page that instrumented code touches at every safepoint; taking it away stops the code.
+//! - [`MemoryHost`]: makes memories for wasmtime. It is told by a [`MemoryPlan`] which ones are
+//!   coming.
+//! - [`PollPage`]: the page that instrumented code touches at every safepoint; taking it away stops
+//!   the code.
 
 mod guest;
 mod host;
@@ -23,10 +26,10 @@ mod sys_unix;
 #[cfg(test)]
 mod tests;
 
-pub use host::{MemoryOptions, configure};
 pub(crate) use host::{Created, MemoryPlan, new_memory, with_plan};
-pub use poll::{HAS_POLL_PAGE, PollPage};
+pub use host::{MemoryOptions, configure};
 pub(crate) use poll::is_poll_fault;
+pub use poll::{HAS_POLL_PAGE, PollPage};
 pub use record::{MemoryRecord, MemoryView, OutOfBounds};
 pub use reservation::Reservation;
 

@@ -8,9 +8,10 @@
 //! running one. Everything else on the type may be used by any thread at any time.
 
 use std::cell::UnsafeCell;
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use wasm_molt_lifecycle::Generation;
@@ -22,13 +23,13 @@ use wasmtime::{
 use crate::deadline::Deadline;
 use crate::engine::Engine;
 use crate::error::{Error, ErrorCode, Result};
-use crate::host::{Host, ImportValue, host_function};
+use crate::host::{Host, ImportValue, host_function, number_from_raw};
 use crate::interrupt::{Interrupter, Stop};
 use crate::limits::{Limiter, Limits};
 use crate::memory::{MemoryPlan, MemoryRecord, with_plan};
 use crate::module::{Import, ImportKind, Module};
 use crate::trap::triage;
-use crate::value::{FuncHandle, Value, ValueType, default_val, null_ref};
+use crate::value::{FuncHandle, Signature, Value, ValueType, default_val, null_ref};
 
 /// Externrefs made between two collections of the guest's reference heap.
 const EXTERNREFS_PER_COLLECTION: u64 = 4096;
@@ -77,6 +78,8 @@ pub struct Replica {
     active: AtomicPtr<()>,
     fuel: Option<u64>,
     externrefs: AtomicU64,
+    /// Types of functions that came out as funcrefs and are no exports.
+    types: Mutex<HashMap<usize, Signature>>,
     live: OnceLock<Live>,
     /// Entered only by the thread that holds the replica. `None` once released.
     store: UnsafeCell<Option<Store<Guest>>>,
@@ -152,6 +155,7 @@ impl Blueprint {
             active: AtomicPtr::new(std::ptr::null_mut()),
             fuel: options.fuel.then(|| self.limits.fuel.unwrap_or(u64::MAX)),
             externrefs: AtomicU64::new(0),
+            types: Mutex::default(),
             live: OnceLock::new(),
             store: UnsafeCell::new(Some(store)),
         });
@@ -215,6 +219,25 @@ impl Replica {
     /// The function at that position of [`Module::functions`]; `None` before the instance exists.
     pub fn function(&self, index: usize) -> Option<FuncHandle> {
         self.live.get()?.functions.get(index).copied()
+    }
+
+    /// The type of a function of this instance that host code has seen.
+    pub fn signature(&self, handle: &FuncHandle) -> Option<Signature> {
+        let exported = self.live.get().and_then(|live| {
+            let index = live.functions.iter().position(|f| f.address == handle.address)?;
+            self.module.functions().get(index).map(|f| f.signature.clone())
+        });
+        let types = || self.types.lock().unwrap_or_else(PoisonError::into_inner);
+        exported.or_else(|| types().get(&handle.address).cloned())
+    }
+
+    /// Notes the type of a function that goes out to host code. The calling thread is inside.
+    pub(crate) fn seen(&self, value: &Value, context: impl AsContextMut) {
+        if let Value::Func(Some(handle)) = value {
+            let signature = Signature::of(&handle.func.ty(context));
+            let mut types = self.types.lock().unwrap_or_else(PoisonError::into_inner);
+            types.entry(handle.address).or_insert(signature);
+        }
     }
 
     /// The memory that `manager.memory` shows.
@@ -445,16 +468,51 @@ impl Replica {
         let ty = func.func.ty(&scope);
         let mut params = Vec::with_capacity(args.len());
         for arg in args {
-            params.push(arg.into_val(self.id, &mut scope)?);
+            params.push(self.own(arg).into_val(self.id, &mut scope)?);
         }
         let mut results: Vec<Val> = ty.results().map(|t| default_val(&t)).collect();
         func.func
             .call(&mut scope, &params, &mut results)
             .map_err(|error| self.call_failed(func, error))?;
-        let values = results.iter().map(|v| Value::from_val(v, self.id, &mut scope)).collect();
+        let mut values = Vec::with_capacity(results.len());
+        for result in &results {
+            let value = Value::from_val(result, self.id, &mut scope)?;
+            self.seen(&value, &mut scope);
+            values.push(value);
+        }
         drop(scope);
         self.collect_now_and_then(&mut context, made);
-        values
+        Ok(values)
+    }
+
+    /// Replaces a reference to an export of "the instance" by this instance's own.
+    pub(crate) fn own(&self, value: Value) -> Value {
+        match value {
+            Value::Export(index) => Value::Func(self.function(index)),
+            other => other,
+        }
+    }
+
+    /// Runs `f`, an outermost entry, under a deadline: `limits.timeoutMs` of a synchronous call.
+    ///
+    /// # Errors
+    /// [`ErrorCode::Internal`] if no deadline can be set; then `f` has not run.
+    pub fn with_deadline<R>(&self, timeout_ms: u64, f: impl FnOnce() -> R) -> Result<R> {
+        if self.is_in_host_call() {
+            return Ok(f());
+        }
+        let run = self.interrupter.begin();
+        let interrupter = Arc::clone(&self.interrupter);
+        let deadline = Deadline::after(Duration::from_millis(timeout_ms), move || {
+            interrupter.stop(run, Stop::Timeout(timeout_ms));
+        });
+        let outcome = deadline.map(|deadline| {
+            let outcome = f();
+            drop(deadline);
+            outcome
+        });
+        self.interrupter.end(run);
+        outcome
     }
 
     /// Releases host values that the guest has let go of, now and then.
@@ -496,8 +554,17 @@ impl Replica {
         error
     }
 
+    /// The error of a host call that was waiting when its run was stopped.
     #[cold]
-    pub(crate) fn stale(&self) -> Error {
+    pub fn interrupted(&self) -> Error {
+        let stop = self.interrupter.pending();
+        let stop = stop.unwrap_or_else(|| Stop::Interrupted("its run was stopped".into()));
+        stop.into_error(self.module.name())
+    }
+
+    /// The error of a handle on an instance that is gone.
+    #[cold]
+    pub fn stale(&self) -> Error {
         Error::new(
             ErrorCode::StaleHandle,
             format!(
@@ -548,23 +615,27 @@ impl RawValue {
     }
     /// As an i32.
     #[inline]
-    pub fn to_i32(&self) -> i32 {
+    pub fn to_i32(self) -> i32 {
         self.0.get_i32()
     }
     /// As an i64.
     #[inline]
-    pub fn to_i64(&self) -> i64 {
+    pub fn to_i64(self) -> i64 {
         self.0.get_i64()
     }
     /// As an f32.
     #[inline]
-    pub fn to_f32(&self) -> f32 {
+    pub fn to_f32(self) -> f32 {
         f32::from_bits(self.0.get_f32())
     }
     /// As an f64.
     #[inline]
-    pub fn to_f64(&self) -> f64 {
+    pub fn to_f64(self) -> f64 {
         f64::from_bits(self.0.get_f64())
+    }
+    /// As a value of that type, which must be a number's.
+    pub fn to_value(self, ty: ValueType) -> Value {
+        number_from_raw(ty, &self.0)
     }
 }
 

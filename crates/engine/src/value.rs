@@ -157,6 +157,8 @@ pub enum Value {
     Extern(Option<HostRef>),
     /// A function, or null.
     Func(Option<FuncHandle>),
+    /// The called instance's own export at this position of [`crate::Module::functions`].
+    Export(usize),
 }
 
 impl Value {
@@ -168,7 +170,7 @@ impl Value {
             Self::F32(_) => ValueType::F32,
             Self::F64(_) => ValueType::F64,
             Self::Extern(_) => ValueType::ExternRef,
-            Self::Func(_) => ValueType::FuncRef,
+            Self::Func(_) | Self::Export(_) => ValueType::FuncRef,
         }
     }
 
@@ -199,7 +201,7 @@ impl Value {
             }
             Self::Func(None) => Val::FuncRef(None),
             Self::Func(Some(handle)) if handle.replica == replica => Val::FuncRef(Some(handle.func)),
-            Self::Func(Some(_)) => {
+            Self::Func(Some(_)) | Self::Export(_) => {
                 return Err(Error::new(
                     ErrorCode::StaleHandle,
                     "the function passed as a funcref belongs to another instance; \

@@ -1,8 +1,8 @@
 //! The admission point in front of the slots.
 //!
 //! Why this is hard: slot 0 can be entered by one thread without a lock (see [`Home`]), while every
-//! other thread admits, cancels, closes and drains under one; no waiter may be lost or started twice,
-//! and none may run under the lock, because it may come back to the gate.
+//! other thread admits, cancels, closes and drains under one; no waiter may be lost or started
+//! twice, and none may run under the lock, because it may come back to the gate.
 //!
 //! * [`Gate`]: the shared handle.
 //! * `State`: what the mutex guards; pure, in its own module.
@@ -22,20 +22,22 @@ use crate::ticket::Ticket;
 
 /// Something that wants a slot: a call, or a lease, which is a call that lasts.
 pub trait Waiter: Send + Sized + 'static {
-    /// Is called exactly once, when the waiter has got its slot; unless it was refused, cancelled or cut, or the last
-    /// handle to the gate went while it was queued.
+    /// Is called exactly once, when the waiter has got its slot; unless it was refused, cancelled
+    /// or cut, or the last handle to the gate went while it was queued.
     ///
-    /// Runs without the gate's lock, on whichever thread made it possible: the admitting one, the one
-    /// that dropped the previous ticket, or the one that opened the gate. It should hand the work over rather
-    /// than do it, for that thread has something else to do; and it may use the gate.
+    /// Runs without the gate's lock, on whichever thread made it possible: the admitting one, the
+    /// one that dropped the previous ticket, or the one that opened the gate. It should hand the
+    /// work over rather than do it, for that thread has something else to do; and it may use the
+    /// gate.
     ///
     /// Dropping the ticket in here starts the next waiter within this call, down to a small depth;
-    /// deeper ones start when this one has returned. So it must not block until another waiter has run.
+    /// deeper ones start when this one has returned. So it must not block until another waiter has
+    /// run.
     ///
     /// # Panics
     ///
-    /// It should not. If it does, its ticket is given back, the other waiters start, and the panic then goes on
-    /// into the thread that is named above.
+    /// It should not. If it does, its ticket is given back, the other waiters start, and the panic
+    /// then goes on into the thread that is named above.
     fn start(self, ticket: Ticket<Self>);
 }
 
@@ -73,7 +75,9 @@ pub struct Refused<W> {
 
 impl<W> fmt::Debug for Refused<W> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Refused").field("refusal", &self.refusal).finish_non_exhaustive()
+        f.debug_struct("Refused")
+            .field("refusal", &self.refusal)
+            .finish_non_exhaustive()
     }
 }
 
@@ -93,7 +97,10 @@ impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::QueueFull { max_queue } => {
-                write!(f, "all slots are in use and {max_queue} waiters, the maximum, are queued")
+                write!(
+                    f,
+                    "all slots are in use and {max_queue} waiters, the maximum, are queued"
+                )
             }
             Self::Shut => f.write_str("the gate is shut"),
         }
@@ -117,7 +124,8 @@ impl std::error::Error for InFlight {}
 /// Plain numbers at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GateCounts {
-    /// Tickets that are out. [`Home::counts`] adds the home's own entry; [`Gate::counts`] sees that only once the gate has closed.
+    /// Tickets that are out. [`Home::counts`] adds the home's own entry; [`Gate::counts`] sees that
+    /// only once the gate has closed.
     pub in_flight: usize,
     /// Waiters that wait for a slot.
     pub queued: usize,
@@ -138,8 +146,8 @@ pub(crate) const AWAY: u8 = 0;
 
 /// The word that the home thread reads on its fast path.
 ///
-/// Alone on its cache lines (two, because they are fetched in pairs): the mutex beside it is written
-/// by every call on every thread, and would make the home's load miss each time.
+/// Alone on its cache lines (two, because they are fetched in pairs): the mutex beside it is
+/// written by every call on every thread, and would make the home's load miss each time.
 #[repr(align(128))]
 pub(crate) struct Word(pub(crate) AtomicU8);
 
@@ -151,42 +159,52 @@ pub(crate) struct Shared<W> {
     next_id: AtomicU64,
 }
 
-/// Admits calls and leases to the slots, in arrival order, and keeps them out while a swap is at work.
+/// Admits calls and leases to the slots, in arrival order, and keeps them out while a swap is at
+/// work.
 ///
 /// Clones are handles to the same gate; any thread may have one. A gate begins closed: nothing is
-/// instantiated yet. **Closed** lets waiters queue, **shut** refuses them, for ever; the two are independent, and a
-/// gate that is shut but open still starts those that wait (a graceful close).
+/// instantiated yet. **Closed** lets waiters queue, **shut** refuses them, for ever; the two are
+/// independent, and a gate that is shut but open still starts those that wait (a graceful close).
 ///
 /// # Who may do what
 ///
-/// Every method may be called on any thread, with or without a home, but three know less than their counterparts on [`Home`],
-/// because only the home thread can tell whether it is inside slot 0:
+/// Every method may be called on any thread, with or without a home, but some know less than their
+/// counterparts on [`Home`], because only the home thread can tell whether it is inside slot 0.
+/// What they do to slot 0 while it is at home:
 ///
-/// | | slot 0 at home |
-/// | --- | --- |
-/// | [`admit`](Self::admit) | leaves it there. With no other slot in service the waiter stays queued until the home thread comes by |
-/// | [`close`](Self::close) | counts it as in flight until the home thread comes by |
-/// | [`shut`](Self::shut), [`cut`](Self::cut) | leaves it there; the home's owner checks its own flag before it enters |
+/// * [`admit`](Self::admit) leaves it there. Where no other slot is in service, the waiter queues
+///   until the home thread comes by.
+/// * [`close`](Self::close) and [`retire`](Self::retire) take it for in flight until the home
+///   thread comes by.
+/// * [`shut`](Self::shut) and [`cut`](Self::cut) leave it there. It is for the home's owner not to
+///   enter any more.
 ///
-/// The home thread *comes by* with any method of [`Home`] except `enter` and `depth`, and when it leaves slot 0.
+/// The home thread *comes by* with any method of [`Home`] that takes the lock, which is all but
+/// `enter`, `depth` and `gate`; and when it leaves slot 0 after something else has asked it to come
+/// by on leaving.
 ///
 /// # Memory ordering
 ///
-/// All decisions are made under one mutex, which also orders what successive holders of a slot do to its replica.
-/// The home's word is the only atomic that carries a decision; it is written under the mutex, with `Release`.
+/// All decisions are made under one mutex, which also orders what successive holders of a slot do
+/// to its replica. The home's word is the only atomic that carries a decision; it is written under
+/// the mutex, with `Release`.
 pub struct Gate<W: Waiter> {
     pub(crate) shared: Arc<Shared<W>>,
 }
 
 impl<W: Waiter> Clone for Gate<W> {
     fn clone(&self) -> Self {
-        Self { shared: Arc::clone(&self.shared) }
+        Self {
+            shared: Arc::clone(&self.shared),
+        }
     }
 }
 
 impl<W: Waiter> fmt::Debug for Gate<W> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Gate").field("counts", &self.counts()).finish()
+        f.debug_struct("Gate")
+            .field("counts", &self.counts())
+            .finish()
     }
 }
 
@@ -203,20 +221,24 @@ impl<W: Waiter> Gate<W> {
         }
     }
 
-    /// The home of slot 0, for the calling thread. `None` if the gate was built without, or it has been taken.
+    /// The home of slot 0, for the calling thread. `None` if the gate was built without, or it has
+    /// been taken.
     ///
     /// Until it is taken, and after it was dropped, slot 0 is a slot like any other.
     pub fn take_home(&self) -> Option<Home<W>> {
-        self.locked(State::take_home).then(|| Home::new(self.clone()))
+        self.locked(State::take_home)
+            .then(|| Home::new(self.clone()))
     }
 
-    /// A name for a waiter, ahead of its admission, so that whoever wants to cancel it knows it in time.
+    /// A name for a waiter, ahead of its admission, so that whoever wants to cancel it knows it in
+    /// time.
     pub fn reserve_id(&self) -> WaitId {
         // Only uniqueness matters.
         WaitId(self.shared.next_id.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// Lets a waiter in: [starts](Waiter::start) it at once if a slot is free and nobody waits before it, else queues it.
+    /// Lets a waiter in: [starts](Waiter::start) it at once if a slot is free and nobody waits
+    /// before it, else queues it.
     ///
     /// # Errors
     ///
@@ -225,9 +247,11 @@ impl<W: Waiter> Gate<W> {
         self.admit_as(self.reserve_id(), waiter)
     }
 
-    /// Like [`admit`](Self::admit), under a name from [`reserve_id`](Self::reserve_id), which is used once.
+    /// Like [`admit`](Self::admit), under a name from [`reserve_id`](Self::reserve_id), which is
+    /// used once.
     ///
-    /// A [`cancel`](Self::cancel) that came before this finds nothing: look at the call's own flag afterwards.
+    /// A [`cancel`](Self::cancel) that came before this finds nothing: look at the call's own flag
+    /// afterwards.
     ///
     /// # Errors
     ///
@@ -242,16 +266,19 @@ impl<W: Waiter> Gate<W> {
         }
     }
 
-    /// Takes a waiter out of the queue. `None` if it has started, was taken out before, or is not here yet.
+    /// Takes a waiter out of the queue. `None` if it has started, was taken out before, or is not
+    /// here yet.
     ///
     /// # Cost
     ///
-    /// O(log queued) to find it, O(queued) if names were reserved in another order than admitted; then moves the shorter side of the queue.
+    /// O(log queued) to find it, O(queued) if names were reserved in another order than admitted;
+    /// then moves the shorter side of the queue.
     pub fn cancel(&self, id: WaitId) -> Option<W> {
         self.locked(|state| state.cancel(id))
     }
 
-    /// Opens the gate: starts as many waiters, in arrival order, as slots are free; slot 0 goes home if nobody waits.
+    /// Opens the gate: starts as many waiters, in arrival order, as slots are free; slot 0 goes
+    /// home if nobody waits.
     ///
     /// Does nothing to an open gate. A gate that is shut opens too, for those that wait already.
     pub fn open(&self) {
@@ -259,10 +286,11 @@ impl<W: Waiter> Gate<W> {
         self.start(starts);
     }
 
-    /// Closes the gate: no slot is given out until it opens again, and waiters queue. Returns how many are in flight now.
+    /// Closes the gate: no slot is given out until it opens again, and waiters queue. Returns how
+    /// many are in flight now.
     ///
-    /// If slot 0 is at home it is recalled, and counts as in flight until the home thread comes by; that thread itself calls
-    /// [`Home::close`], which knows better.
+    /// If slot 0 is at home it is recalled, and counts as in flight until the home thread comes by;
+    /// that thread itself calls [`Home::close`], which knows better.
     pub fn close(&self) -> usize {
         self.locked(State::close)
     }
@@ -273,14 +301,17 @@ impl<W: Waiter> Gate<W> {
         self.locked(State::take_queue)
     }
 
-    /// Takes a slot out of service that nobody holds, as [`Ticket::retire`] does for one that is held.
+    /// Takes a slot out of service that no ticket has: a hook left its instance in an unknown
+    /// state.
     ///
-    /// For a closed and drained gate: a hook of the swap left the instance in an unknown state.
+    /// A slot at home retires when its thread next comes by or leaves it, and is in flight until
+    /// then. Does nothing to a slot that a ticket has, whose holder [decides](Ticket::retire).
     pub fn retire(&self, slot: usize) {
         self.locked(|state| state.retire(slot));
     }
 
-    /// Refuses every further admission, for ever. What already waits still runs when slots come free.
+    /// Refuses every further admission, for ever. What already waits still runs when slots come
+    /// free.
     pub fn shut(&self) {
         self.locked(State::shut);
     }
@@ -296,8 +327,9 @@ impl<W: Waiter> Gate<W> {
 
     /// Blocks until nothing is in flight: no ticket is out, and the home is not inside slot 0.
     ///
-    /// In an open gate the home comes and goes unseen, and further waiters start; so close or shut it first, from home if there is one.
-    /// Must not be called by a thread that holds a ticket or is inside.
+    /// In an open gate the home comes and goes unseen, and further waiters start; so close or shut
+    /// it first, from home if there is one. Must not be called by a thread that holds a ticket or
+    /// is inside.
     ///
     /// # Errors
     ///
@@ -315,9 +347,11 @@ impl<W: Waiter> Gate<W> {
         self.wait_for_none(timeout, |state| state.in_flight() + state.queued())
     }
 
-    /// Puts a retired slot back into service, which starts the next waiter on it if the gate is open.
+    /// Puts a retired slot back into service, which starts the next waiter on it if the gate is
+    /// open.
     ///
-    /// Does nothing to a slot that is not retired or does not exist.
+    /// Takes back that slot 0 retires when the home leaves it. Does nothing to any other slot that
+    /// is not retired, or does not exist.
     pub fn reinstate(&self, slot: usize) {
         let starts = self.locked(|state| state.reinstate(slot));
         self.start(starts);
@@ -329,7 +363,8 @@ impl<W: Waiter> Gate<W> {
         self.start(starts);
     }
 
-    /// The counts at this moment. An entry of the home into slot 0 of an open gate is not seen from here.
+    /// The counts at this moment. An entry of the home into slot 0 of an open gate is not seen from
+    /// here.
     pub fn counts(&self) -> GateCounts {
         self.locked(|state| state.counts())
     }
@@ -338,7 +373,7 @@ impl<W: Waiter> Gate<W> {
     pub(crate) fn end(&self, slot: usize, is_retired: bool) {
         let next = self.locked(|state| {
             if is_retired {
-                state.retire(slot);
+                state.retire_held(slot);
                 None
             } else {
                 state.give_back(slot)
@@ -347,15 +382,14 @@ impl<W: Waiter> Gate<W> {
         self.start(next);
     }
 
-    /// Makes a decision under the lock, and tells those who depend on it: the home's word and the threads that wait.
+    /// Makes a decision under the lock, and tells those who depend on it: the home's word and the
+    /// threads that wait.
     pub(crate) fn locked<R>(&self, decide: impl FnOnce(&mut State<W>) -> R) -> R {
         let mut state = lock(&self.shared.state);
         let decision = decide(&mut state);
         debug_assert!(state.is_consistent(), "the gate broke its invariants");
-        let word = if state.is_at_home() { AT_HOME } else { AWAY };
-        // All writes are under the mutex, so this load is exact; and a store that changes nothing
-        // would only cost the home thread its cache line.
-        if self.shared.word.0.load(Ordering::Relaxed) != word {
+        if let Some(is_at_home) = state.take_news_for_home() {
+            let word = if is_at_home { AT_HOME } else { AWAY };
             self.shared.word.0.store(word, Ordering::Release);
         }
         let does_wake = state.drainers > 0 && state.in_flight() == 0;
@@ -369,7 +403,9 @@ impl<W: Waiter> Gate<W> {
     /// Starts waiters that the state has just given slots to. The lock must not be held.
     pub(crate) fn start(&self, starts: impl IntoIterator<Item = Start<W>>) {
         start_all(
-            starts.into_iter().map(|(waiter, slot)| (waiter, Ticket::new(self.clone(), slot))),
+            starts
+                .into_iter()
+                .map(|(waiter, slot)| (waiter, Ticket::new(self.clone(), slot))),
         );
     }
 
@@ -391,7 +427,10 @@ impl<W: Waiter> Gate<W> {
                 None => ended.wait(state).unwrap_or_else(PoisonError::into_inner),
                 Some(Duration::ZERO) => break Err(InFlight(count)),
                 Some(left) => {
-                    ended.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
+                    ended
+                        .wait_timeout(state, left)
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .0
                 }
             };
         };
@@ -400,8 +439,8 @@ impl<W: Waiter> Gate<W> {
     }
 }
 
-#[cfg(all(test, not(loom)))]
-#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#[cfg(test)]
+#[cfg(not(loom))]
 mod tests {
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::sync::Arc;
@@ -415,7 +454,11 @@ mod tests {
 
     #[test]
     fn a_new_gate_is_closed_and_starts_its_queue_in_arrival_order_when_it_opens() {
-        let bench = Bench::closed(GateOptions { slots: 2, max_queue: 8, home: false });
+        let bench = Bench::closed(GateOptions {
+            slots: 2,
+            max_queue: 8,
+            home: false,
+        });
         for number in 0..3 {
             bench.queue(number);
         }
@@ -427,12 +470,20 @@ mod tests {
         bench.assert_quiet();
         let slot = second.slot();
         drop(second);
-        assert_eq!(bench.next(2).slot(), slot, "the freed slot goes to the next");
+        assert_eq!(
+            bench.next(2).slot(),
+            slot,
+            "the freed slot goes to the next"
+        );
     }
 
     #[test]
     fn no_slots_means_one() {
-        let bench = Bench::closed(GateOptions { slots: 0, max_queue: 0, home: false });
+        let bench = Bench::closed(GateOptions {
+            slots: 0,
+            max_queue: 0,
+            home: false,
+        });
         bench.gate.open();
         assert_eq!(bench.hold(0).slot(), 0);
         assert_eq!(bench.gate.counts().slots, 1);
@@ -440,7 +491,11 @@ mod tests {
 
     #[test]
     fn only_those_that_wait_count_towards_the_queue_s_bound() {
-        let bench = Bench::closed(GateOptions { slots: 1, max_queue: 1, home: false });
+        let bench = Bench::closed(GateOptions {
+            slots: 1,
+            max_queue: 1,
+            home: false,
+        });
         bench.gate.open();
         let ticket = bench.hold(0);
         bench.queue(1);
@@ -503,6 +558,42 @@ mod tests {
     }
 
     #[test]
+    fn any_slot_that_no_ticket_has_can_be_retired() {
+        let bench = Bench::open(4);
+        let held = bench.hold(0);
+        for slot in 0..9 {
+            bench.gate.retire(slot);
+            bench.gate.retire(slot);
+        }
+        assert_eq!(bench.gate.counts().retired, 3);
+        bench.queue(1);
+        let slot = held.slot();
+        drop(held);
+        assert_eq!(bench.next(1).slot(), slot, "its holder did not retire it");
+        bench.gate.reinstate_all();
+        let _tickets = [bench.hold(2), bench.hold(3), bench.hold(4), bench.hold(5)];
+        bench.assert_quiet();
+    }
+
+    #[test]
+    fn a_gate_whose_queue_was_taken_goes_on_admitting() {
+        let bench = Bench::open(1);
+        bench.hold(0).retire();
+        bench.queue(1);
+        bench.queue(2);
+        let taken: Vec<_> = bench
+            .gate
+            .take_waiting()
+            .iter()
+            .map(|call| call.number)
+            .collect();
+        assert_eq!(taken, [1, 2]);
+        bench.queue(3);
+        bench.gate.reinstate(0);
+        drop(bench.next(3));
+    }
+
+    #[test]
     fn a_waiter_is_cancelled_once_and_only_while_it_waits() {
         let bench = Bench::open(1);
         let ticket = bench.hold(0);
@@ -516,7 +607,10 @@ mod tests {
         drop(ticket);
         let _ticket = bench.next(2);
         assert!(bench.gate.cancel(ids[1]).is_none(), "it has started");
-        assert!(bench.gate.cancel(bench.gate.reserve_id()).is_none(), "it never came");
+        assert!(
+            bench.gate.cancel(bench.gate.reserve_id()).is_none(),
+            "it never came"
+        );
     }
 
     #[test]
@@ -612,7 +706,11 @@ mod tests {
         let starts = Arc::<AtomicUsize>::default();
         for index in 0..count {
             let does_panic = panics.contains(&index);
-            gate.admit(Brief { starts: Arc::clone(&starts), does_panic }).unwrap();
+            gate.admit(Brief {
+                starts: Arc::clone(&starts),
+                does_panic,
+            })
+            .unwrap();
         }
         starts
     }
@@ -621,7 +719,11 @@ mod tests {
     fn a_queue_of_any_length_starts_on_a_small_stack() {
         const QUEUED: usize = 100_000;
         let worker = thread::Builder::new().stack_size(128 * 1024).spawn(|| {
-            let gate = Gate::new(GateOptions { slots: 1, max_queue: QUEUED, home: false });
+            let gate = Gate::new(GateOptions {
+                slots: 1,
+                max_queue: QUEUED,
+                home: false,
+            });
             let starts = queue_brief(&gate, QUEUED, &[]);
             gate.open();
             assert_eq!(starts.load(Ordering::Relaxed), QUEUED);
@@ -635,7 +737,11 @@ mod tests {
         // At the top, nested, and so deep that it was deferred.
         for panics in [&[0][..], &[3], &[50], &[0, 3, 50, 99]] {
             for slots in [1, 4] {
-                let gate = Gate::new(GateOptions { slots, max_queue: 100, home: false });
+                let gate = Gate::new(GateOptions {
+                    slots,
+                    max_queue: 100,
+                    home: false,
+                });
                 let starts = queue_brief(&gate, 100, panics);
                 let outcome = catch_unwind(AssertUnwindSafe(|| gate.open()));
                 let payload = outcome.unwrap_err().downcast::<&str>().unwrap();
@@ -648,7 +754,11 @@ mod tests {
 
     #[test]
     fn a_panic_of_a_waiter_does_not_meet_another_on_its_way() {
-        let gate = Gate::new(GateOptions { slots: 1, max_queue: 8, home: false });
+        let gate = Gate::new(GateOptions {
+            slots: 1,
+            max_queue: 8,
+            home: false,
+        });
         let starts = queue_brief(&gate, 2, &[0, 1]);
         // The second starts while the first unwinds.
         assert!(catch_unwind(AssertUnwindSafe(|| gate.open())).is_err());
@@ -673,7 +783,11 @@ mod tests {
 
     #[test]
     fn a_waiter_may_use_the_gate_as_it_starts() {
-        let gate = Gate::new(GateOptions { slots: 1, max_queue: 1, home: false });
+        let gate = Gate::new(GateOptions {
+            slots: 1,
+            max_queue: 1,
+            home: false,
+        });
         gate.open();
         gate.admit(Reentrant(gate.clone(), 40)).unwrap();
         assert_eq!(gate.wait_idle(NOW), Ok(()));

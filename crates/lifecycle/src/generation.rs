@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-/// The number of everything that one successful load or swap built. Counts from 1 and is never reused.
+/// The number of everything that one successful load or swap built. Counts from 1 and is never
+/// reused.
 // Invariant: never 0, so that 0 can mean "none yet" on the other side of an interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Generation(u64);
@@ -30,7 +31,8 @@ impl fmt::Display for Generation {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
+#[cfg(not(loom))]
 mod tests {
     use super::*;
 

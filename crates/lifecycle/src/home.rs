@@ -10,19 +10,23 @@ use crate::sync::Ordering;
 
 /// The owner of slot 0, on the thread where it was [taken](Gate::take_home).
 ///
-/// Synchronous calls are the hot path of glue code, so [`enter`](Self::enter) is a load, a compare and an increment.
-/// That it suffices rests on who writes the word:
+/// Synchronous calls are the hot path of glue code, so [`enter`](Self::enter) is a load, a compare
+/// and an increment. That it suffices rests on who writes the word:
 ///
-/// * `AT_HOME → AWAY` by the home thread itself: `admit_as`, `serve_queued`, `close`, `shut`, `cut`, [`Inside::retire`]. It knows its depth
-///   and puts it on record under the mutex (`Inside`) if it is not 0; leaving then takes the slow path.
-/// * `AWAY → AT_HOME` by any thread under the mutex, with `Release`: the `Acquire` load in `enter` thereby sees everything
-///   that the ticket holders before did to the replica.
-/// * `AT_HOME → AWAY` by another thread only in [`Gate::close`], which cannot know whether the home is inside and therefore
-///   takes slot 0 for in flight (`Recalled`) until the home thread comes by. An entry that misses that store is thus still waited for.
+/// * `AT_HOME → AWAY` by the home thread itself: `admit_as`, `serve_queued`, `close`, `shut`,
+///   `cut`, [`Inside::retire`]. It knows its depth and puts it on record under the mutex (`Inside`)
+///   if it is not 0; leaving then takes the slow path.
+/// * `AWAY → AT_HOME` by any thread under the mutex, with `Release`: the `Acquire` load in `enter`
+///   thereby sees everything that the ticket holders before did to the replica.
+/// * `AT_HOME → AWAY` by another thread only in [`Gate::close`] and [`Gate::retire`], which cannot
+///   know whether the home is inside and therefore take slot 0 for in flight (`Recalled`) until the
+///   home thread comes by. An entry that misses that store is thus still waited for.
 ///
-/// In the other direction the mutex orders: the home thread takes it before anybody else can get slot 0.
+/// In the other direction the mutex orders: the home thread takes it before anybody else can get
+/// slot 0.
 ///
-/// While the thread is inside, `enter` succeeds again whatever the word says: that is the same call, deeper.
+/// While the thread is inside, `enter` succeeds again whatever the word says: that is the same
+/// call, deeper.
 ///
 /// Dropping it (its environment is gone) makes slot 0 a slot like any other.
 ///
@@ -37,8 +41,6 @@ pub struct Home<W: Waiter> {
     gate: Gate<W>,
     /// How many [`Inside`]s there are.
     depth: Cell<u32>,
-    /// Whether slot 0 leaves service when the outermost of them goes.
-    is_retired: Cell<bool>,
     on_its_thread: PhantomData<*const ()>,
 }
 
@@ -60,7 +62,6 @@ impl<W: Waiter> Home<W> {
         Self {
             gate,
             depth: Cell::new(0),
-            is_retired: Cell::new(false),
             on_its_thread: PhantomData,
         }
     }
@@ -81,7 +82,8 @@ impl<W: Waiter> Home<W> {
         }
     }
 
-    /// Why [`enter`](Self::enter) has just failed. If slot 0 has come home since, the answer is [`Away::Busy`]; entering again is worth a try.
+    /// Why [`enter`](Self::enter) has just failed. If slot 0 has come home since, the answer is
+    /// [`Away::Busy`]; entering again is worth a try.
     pub fn refusal(&self) -> Away {
         self.gate.locked(|state| {
             state.meet_home(self.is());
@@ -99,9 +101,11 @@ impl<W: Waiter> Home<W> {
         self.depth.get()
     }
 
-    /// Like [`Gate::admit_as`], but may give slot 0 to the waiter, if no other slot is free and this thread is not inside.
+    /// Like [`Gate::admit_as`], but may give slot 0 to the waiter, if no other slot is free and
+    /// this thread is not inside.
     ///
-    /// If this thread is inside, a waiter that finds no other slot queues, and may start when the outermost [`Inside`] goes.
+    /// If this thread is inside, a waiter that finds no other slot queues, and may start when the
+    /// outermost [`Inside`] goes.
     ///
     /// # Errors
     ///
@@ -133,7 +137,8 @@ impl<W: Waiter> Home<W> {
         self.admit_as(self.gate.reserve_id(), waiter)
     }
 
-    /// Comes by for waiters that other threads have queued and that only slot 0 can serve, and gives it to them, now or when this thread leaves it.
+    /// Comes by for waiters that other threads have queued and that only slot 0 can serve, and
+    /// gives it to them, now or when this thread leaves it.
     pub fn serve_queued(&self) {
         let starts = self.gate.locked(|state| state.serve_from_home(self.is()));
         self.gate.start(starts);
@@ -144,13 +149,15 @@ impl<W: Waiter> Home<W> {
         self.gate.locked(|state| state.close_from_home(self.is()))
     }
 
-    /// Like [`Gate::shut`], and slot 0 leaves home for good: `enter` fails from now on, unless this thread is inside.
+    /// Like [`Gate::shut`], and slot 0 leaves home for good: `enter` fails from now on, unless this
+    /// thread is inside.
     pub fn shut(&self) {
         let starts = self.gate.locked(|state| state.shut_from_home(self.is()));
         self.gate.start(starts);
     }
 
-    /// Like [`Gate::cut`], and slot 0 leaves home for good: `enter` fails from now on, unless this thread is inside.
+    /// Like [`Gate::cut`], and slot 0 leaves home for good: `enter` fails from now on, unless this
+    /// thread is inside.
     #[must_use = "the waiters have to be told"]
     pub fn cut(&self) -> Vec<W> {
         self.gate.locked(|state| {
@@ -178,14 +185,17 @@ impl<W: Waiter> Home<W> {
     }
 
     fn is(&self) -> HomeIs {
-        if self.depth.get() > 0 { HomeIs::Inside } else { HomeIs::Outside }
+        if self.depth.get() > 0 {
+            HomeIs::Inside
+        } else {
+            HomeIs::Outside
+        }
     }
 
     /// The outermost entry is gone and slot 0 is not at home.
     #[cold]
     fn leave(&self) {
-        let is_retired = self.is_retired.take();
-        let next = self.gate.locked(|state| state.leave_inside(is_retired));
+        let next = self.gate.locked(State::leave_inside);
         self.gate.start(next);
     }
 }
@@ -200,25 +210,29 @@ impl<W: Waiter> Drop for Home<W> {
 
 impl<W: Waiter> fmt::Debug for Home<W> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Home").field("depth", &self.depth).finish_non_exhaustive()
+        f.debug_struct("Home")
+            .field("depth", &self.depth)
+            .finish_non_exhaustive()
     }
 }
 
 /// The home thread is inside slot 0, at one level. Dropped, it has left that level.
 ///
-/// When the outermost goes and the slot is wanted elsewhere, the drop hands it on, and may [start](Waiter::start) a waiter on this thread.
+/// When the outermost goes and the slot is wanted elsewhere, the drop hands it on, and may
+/// [start](Waiter::start) a waiter on this thread.
 #[must_use = "dropping it leaves the slot at once"]
 pub struct Inside<'a, W: Waiter> {
     home: &'a Home<W>,
 }
 
 impl<W: Waiter> Inside<'_, W> {
-    /// Takes slot 0 out of service once the outermost entry is gone: its instance is not to be called again.
+    /// Takes slot 0 out of service once the outermost entry is gone: its instance is not to be
+    /// called again.
     ///
     /// Entries that are still open stay valid, and this thread may still nest further ones in them.
+    /// A [`Gate::reinstate`] before that takes it back.
     pub fn retire(self) {
-        self.home.is_retired.set(true);
-        self.home.gate.locked(State::mark_inside);
+        self.home.gate.locked(State::retire_inside);
     }
 }
 
@@ -236,12 +250,14 @@ impl<W: Waiter> Drop for Inside<'_, W> {
 
 impl<W: Waiter> fmt::Debug for Inside<'_, W> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Inside").field("depth", &self.home.depth).finish()
+        f.debug_struct("Inside")
+            .field("depth", &self.home.depth)
+            .finish()
     }
 }
 
-#[cfg(all(test, not(loom)))]
-#[expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#[cfg(test)]
+#[cfg(not(loom))]
 mod tests {
     use std::time::Duration;
 
@@ -277,13 +293,21 @@ mod tests {
         assert!(bench.gate.take_home().is_none());
         drop(home);
         assert!(bench.gate.take_home().is_none());
-        let homeless = Bench::closed(GateOptions { slots: 1, max_queue: 0, home: false });
+        let homeless = Bench::closed(GateOptions {
+            slots: 1,
+            max_queue: 0,
+            home: false,
+        });
         assert!(homeless.gate.take_home().is_none());
     }
 
     #[test]
     fn slot_0_goes_home_when_the_gate_opens_and_nobody_waits() {
-        let bench = Bench::closed(GateOptions { slots: 1, max_queue: 8, home: true });
+        let bench = Bench::closed(GateOptions {
+            slots: 1,
+            max_queue: 8,
+            home: true,
+        });
         let home = bench.gate.take_home().unwrap();
         assert!(home.enter().is_none());
         assert_eq!(home.refusal(), Away::Closed);
@@ -336,7 +360,10 @@ mod tests {
     fn home_serves_who_was_queued_before_it() {
         let (bench, home) = at_home(1);
         bench.queue(0);
-        assert!(matches!(home.admit(bench.call(1)).unwrap(), Admission::Queued(_)));
+        assert!(matches!(
+            home.admit(bench.call(1)).unwrap(),
+            Admission::Queued(_)
+        ));
         drop(bench.next(0));
         drop(bench.next(1));
         assert!(home.enter().is_some());
@@ -390,7 +417,10 @@ mod tests {
         drop(home.enter().unwrap());
         drop(inside);
         assert_eq!(bench.gate.wait_drained(NOW), Ok(()));
-        assert_eq!((home.enter().is_none(), home.refusal()), (true, Away::Closed));
+        assert_eq!(
+            (home.enter().is_none(), home.refusal()),
+            (true, Away::Closed)
+        );
         queue_from(&home, &bench, 1);
         bench.gate.open();
         assert_eq!(bench.next(1).slot(), 1, "slot 0 goes home rather");
@@ -459,12 +489,14 @@ mod tests {
         let outer = home.enter().unwrap();
         home.enter().unwrap().retire();
         assert_eq!(bench.gate.counts().retired, 0);
-        bench.gate.reinstate(0);
         drop(home.enter().unwrap());
         drop(outer);
         let counts = bench.gate.counts();
         assert_eq!((counts.retired, counts.in_flight), (1, 0));
-        assert_eq!((home.enter().is_none(), home.refusal()), (true, Away::Retired));
+        assert_eq!(
+            (home.enter().is_none(), home.refusal()),
+            (true, Away::Retired)
+        );
         assert_eq!(hold_from(&home, &bench, 0).slot(), 1);
         bench.gate.reinstate(0);
         home.enter().unwrap().retire();
@@ -478,13 +510,64 @@ mod tests {
     }
 
     #[test]
+    fn a_retirement_from_inside_may_be_taken_back() {
+        let (bench, home) = at_home(1);
+        let outer = home.enter().unwrap();
+        home.enter().unwrap().retire();
+        bench.gate.reinstate(0);
+        drop(outer);
+        drop(home.enter().unwrap());
+        assert_eq!(bench.gate.counts().retired, 0);
+    }
+
+    #[test]
+    fn a_slot_retired_from_elsewhere_goes_when_home_comes_by_or_leaves() {
+        let (bench, home) = at_home(1);
+        bench.gate.retire(0);
+        assert!(home.enter().is_none());
+        assert_eq!(home.refusal(), Away::Retired);
+
+        let (bench, home) = at_home(1);
+        let inside = home.enter().unwrap();
+        bench.gate.retire(0);
+        // What happens meanwhile does not help it.
+        queue_from(&home, &bench, 0);
+        home.close();
+        bench.gate.open();
+        drop(inside);
+        bench.assert_quiet();
+        assert_eq!(
+            (home.enter().is_none(), home.refusal()),
+            (true, Away::Retired)
+        );
+        bench.gate.reinstate_all();
+        drop(bench.next(0));
+        assert!(home.enter().is_some());
+
+        let (bench, home) = at_home(1);
+        bench.gate.close();
+        bench.gate.retire(0);
+        bench.gate.open();
+        assert_eq!(bench.gate.counts().in_flight, 1);
+        bench.gate.reinstate(0);
+        assert!(home.enter().is_some(), "it has never noticed");
+        bench.gate.retire(0);
+        drop(home);
+        let counts = bench.gate.counts();
+        assert_eq!((counts.retired, counts.in_flight), (1, 0));
+    }
+
+    #[test]
     fn shutting_from_home_takes_slot_0_away_but_serves_who_waits() {
         let (bench, home) = at_home(1);
         bench.queue(0);
         home.shut();
         let ticket = bench.next(0);
         assert_eq!((home.enter().is_none(), home.refusal()), (true, Away::Shut));
-        assert_eq!(home.admit(bench.call(1)).unwrap_err().refusal, Refusal::Shut);
+        assert_eq!(
+            home.admit(bench.call(1)).unwrap_err().refusal,
+            Refusal::Shut
+        );
         drop(ticket);
         assert!(home.enter().is_none(), "it does not come home again");
         assert_eq!(bench.gate.wait_idle(NOW), Ok(()));

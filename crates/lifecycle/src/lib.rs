@@ -1,20 +1,27 @@
-//! The swap protocol of wasm-molt, pure: who may use which slot when, and in which order one generation replaces another.
+//! The swap protocol of wasm-molt, pure: who may use which slot when, and in which order one
+//! generation replaces another.
 //!
-//! Nothing here knows an engine, Node or the operating system, so every rule can be tested in milliseconds and the gate can be
-//! explored by loom, interleaving by interleaving.
+//! Nothing here knows an engine, Node or the operating system, so every rule can be tested in
+//! milliseconds and the gate can be explored by loom, interleaving by interleaving.
 //!
 //! ## Terminology
 //!
-//! * **Slot**: the place of one replica (a store and its instance). Numbered from 0. One user at a time.
-//! * [`Gate`]: the admission point in front of the slots. Open, closed (waiters queue) or shut (waiters are refused).
+//! * **Slot**: the place of one replica (a store and its instance). Numbered from 0. One user at a
+//!   time.
+//! * [`Gate`]: the admission point in front of the slots. Open, closed (waiters queue) or shut
+//!   (waiters are refused).
 //! * [`Waiter`]: something that wants a slot: a call or a lease.
-//! * [`Ticket`]: proof that its holder has a slot. Dropped, it gives the slot back, whatever way the call ended.
-//! * [`Home`]: the fast path: slot 0 lives on one thread, which [enters](Home::enter) it without a lock.
+//! * [`Ticket`]: proof that its holder has a slot. Dropped, it gives the slot back, whatever way
+//!   the call ended.
+//! * [`Home`]: the fast path: slot 0 lives on one thread, which [enters](Home::enter) it without a
+//!   lock.
 //! * **In flight** / **queued**: has a slot / waits for one.
 //! * **Drain**: after the gate has closed, wait until nothing is in flight.
-//! * **Retired** slot: out of service because its instance may not be called again, until it is reinstated.
+//! * **Retired** slot: out of service because its instance may not be called again, until it is
+//!   reinstated.
 //! * [`Generation`]: everything built by one successful load or swap. Numbered, never reused.
-//! * [`swap`]: the protocol: instantiate, close the gate, drain, save, restore, commit (or roll back), open the gate.
+//! * [`swap`]: the protocol: instantiate, close the gate, drain, save, restore, commit (or roll
+//!   back), open the gate.
 
 mod clock;
 mod gate;
@@ -25,8 +32,8 @@ mod start;
 mod state;
 pub mod swap;
 mod sync;
-#[cfg(all(test, not(loom)))]
-#[expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+#[cfg(test)]
+#[cfg(not(loom))]
 mod testing;
 mod ticket;
 

@@ -5,9 +5,9 @@ use std::fmt;
 /// Where a swap is.
 ///
 /// ```text
-/// Serving → Instantiated → Gated → Drained → Saved → Restored → Committed → Serving (new generation)
+/// Serving → Instantiated → Gated → Drained → Saved → Restored → Committed → Serving (the new)
 ///    ↑            │           │        │        │         │
-///    └────────────┴───────────┴────────┴────────┴─────────┘ on_failure (old generation)
+///    └────────────┴───────────┴────────┴────────┴─────────┘ on_failure (the old)
 /// ```
 ///
 /// Both transitions are total: there is no phase from which they are a mistake to call.
@@ -45,10 +45,15 @@ impl Phase {
         }
     }
 
-    /// The phase after a failure: the old generation is `Serving`. A committed swap stays committed.
+    /// The phase after a failure: the old generation is `Serving`. A committed swap stays
+    /// committed.
     #[must_use]
     pub const fn on_failure(self) -> Self {
-        if self.is_committed() { self } else { Self::Serving }
+        if self.is_committed() {
+            self
+        } else {
+            Self::Serving
+        }
     }
 
     /// Whether calls wait at the gate in this phase.
@@ -79,8 +84,13 @@ pub enum FailedPhase {
 
 impl FailedPhase {
     /// Every failed phase, in the order of the words in the public interface.
-    pub const ALL: [Self; 5] =
-        [Self::Drain, Self::Save, Self::Instantiate, Self::Initialize, Self::Restore];
+    pub const ALL: [Self; 5] = [
+        Self::Drain,
+        Self::Save,
+        Self::Instantiate,
+        Self::Initialize,
+        Self::Restore,
+    ];
 
     /// The word for it in the public interface.
     pub const fn as_str(self) -> &'static str {
@@ -100,7 +110,8 @@ impl fmt::Display for FailedPhase {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
+#[cfg(not(loom))]
 mod tests {
     use super::*;
 

@@ -9,8 +9,9 @@ use crate::gate::Waiter;
 use crate::sync::thread_locals;
 use crate::ticket::Ticket;
 
-/// How many starts may be nested on one thread: a waiter that drops its ticket while it starts makes the next one start, and so on.
-/// Deeper ones wait until the innermost start has returned; a queue of any length then needs a bounded stack.
+/// How many starts may be nested on one thread: a waiter that drops its ticket while it starts
+/// makes the next one start, and so on. Deeper ones wait until the innermost start has returned; a
+/// queue of any length then needs a bounded stack.
 const NESTED_STARTS_MAX: usize = 16;
 
 type Panic = Box<dyn Any + Send>;
@@ -25,7 +26,8 @@ thread_locals! {
 ///
 /// # Panics
 ///
-/// Passes on the first panic of a waiter when all have started; on a thread that already unwinds it ends here.
+/// Passes on the first panic of a waiter when all have started; on a thread that already unwinds it
+/// ends here.
 pub(crate) fn start_all<W: Waiter>(starts: impl IntoIterator<Item = (W, Ticket<W>)>) {
     let mut panic = None;
     for (waiter, ticket) in starts {
@@ -41,7 +43,8 @@ pub(crate) fn start_all<W: Waiter>(starts: impl IntoIterator<Item = (W, Ticket<W
 }
 
 fn start_nested<W: Waiter>(waiter: W, ticket: Ticket<W>) -> Result<(), Panic> {
-    // A thread that is being torn down has no thread locals any more; there, every start is made at once.
+    // A thread that is being torn down has no thread locals any more; there, every start is made at
+    // once.
     let nested = NESTED_STARTS.try_with(Cell::get).unwrap_or(0);
     if nested >= NESTED_STARTS_MAX && DEFERRED_STARTS.try_with(|_| ()).is_ok() {
         let start: Deferred = Box::new(move || start(waiter, ticket));
@@ -67,5 +70,8 @@ fn set_nested(nested: usize) {
 }
 
 fn next_deferred() -> Option<Deferred> {
-    DEFERRED_STARTS.try_with(|deferred| deferred.borrow_mut().pop_front()).ok().flatten()
+    DEFERRED_STARTS
+        .try_with(|deferred| deferred.borrow_mut().pop_front())
+        .ok()
+        .flatten()
 }

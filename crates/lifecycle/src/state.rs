@@ -1,12 +1,15 @@
 //! The gate's state: everything that is decided under its mutex, and nothing else.
 //!
-//! No threads, no blocking and no foreign code in here; [`gate`](crate::gate) adds those. Every method leaves the invariants true:
+//! No threads, no blocking and no foreign code in here; [`gate`](crate::gate) adds those. Every
+//! method leaves the invariants true:
 //!
 //! 1. Open and somebody queued: no slot is `Free`. (A slot that came free has been handed on.)
 //! 2. Slot 0 is `AtHome`, `Recalled` or `Inside` only while the home lives.
 //! 3. Open, not shut and the home lives: slot 0 is not `Free`. (It went home.)
-//! 4. `in_flight` counts the slots that are `Held`, `Recalled` or `Inside`; `retired` those that are `Retired`.
+//! 4. `in_flight` counts the slots that are `Held`, `Recalled` or `Inside`, `retired` the retired.
 //! 5. `free` holds exactly the `Free` slots other than slot 0.
+//! 6. The home is retiring only while slot 0 is `Recalled` or `Inside`; open and `Recalled`: only
+//!    while it is retiring.
 
 use std::collections::VecDeque;
 
@@ -21,7 +24,8 @@ pub(crate) enum Slot {
     Held,
     /// Slot 0 only: the home thread owns it and may be inside or not. Only that thread knows.
     AtHome,
-    /// Slot 0 only: taken from home by another thread. Whether the home is inside will be known when its thread next comes by.
+    /// Slot 0 only: taken from home by another thread. Whether the home is inside will be known
+    /// when its thread next comes by.
     Recalled,
     /// Slot 0 only: the home thread is inside, and takes the slow path when it leaves.
     Inside,
@@ -42,6 +46,8 @@ enum HomeLife {
     Offered,
     /// A thread has it.
     Living,
+    /// Likewise, and slot 0 leaves service as soon as that thread is known not to be inside.
+    Retiring,
     /// It is gone, or never was.
     Over,
 }
@@ -82,6 +88,9 @@ pub(crate) struct State<W> {
     is_open: bool,
     is_shut: bool,
     home: HomeLife,
+    /// What the home's word says. Kept here rather than read back from the word: a load that is not
+    /// needed would hide interleavings from loom (tokio-rs/loom#166).
+    does_word_say_at_home: bool,
     /// Threads that wait for the gate to drain. With none there is nobody to wake.
     pub(crate) drainers: usize,
 }
@@ -98,12 +107,26 @@ impl<W> State<W> {
             retired: 0,
             is_open: false,
             is_shut: false,
-            home: if options.home { HomeLife::Offered } else { HomeLife::Over },
+            home: if options.home {
+                HomeLife::Offered
+            } else {
+                HomeLife::Over
+            },
+            does_word_say_at_home: false,
             drainers: 0,
         }
     }
 
-    /// What the home's word has to say.
+    /// Whether slot 0 is at home now, if the home's word says otherwise; from then on it does not.
+    ///
+    /// Most decisions do not concern it, and a store that changes nothing would cost the home
+    /// thread its cache line.
+    pub(crate) fn take_news_for_home(&mut self) -> Option<bool> {
+        let is_at_home = self.is_at_home();
+        let said = std::mem::replace(&mut self.does_word_say_at_home, is_at_home);
+        (said != is_at_home).then_some(is_at_home)
+    }
+
     pub(crate) fn is_at_home(&self) -> bool {
         self.home_slot() == Slot::AtHome
     }
@@ -147,7 +170,10 @@ impl<W> State<W> {
         asker: Asker,
     ) -> Result<Entry<W>, Refused<W>> {
         if self.is_shut {
-            return Err(Refused { waiter, refusal: Refusal::Shut });
+            return Err(Refused {
+                waiter,
+                refusal: Refusal::Shut,
+            });
         }
         if self.is_open
             && self.queue.is_empty()
@@ -156,7 +182,9 @@ impl<W> State<W> {
             return Ok(Entry::Start((waiter, slot)));
         }
         if self.queue.len() >= self.max_queue {
-            let refusal = Refusal::QueueFull { max_queue: self.max_queue };
+            let refusal = Refusal::QueueFull {
+                max_queue: self.max_queue,
+            };
             return Err(Refused { waiter, refusal });
         }
         self.queue.push_back((id, waiter));
@@ -169,8 +197,12 @@ impl<W> State<W> {
 
     /// Takes a waiter out of the queue.
     pub(crate) fn cancel(&mut self, id: WaitId) -> Option<W> {
-        // Identities are mostly handed out and admitted in the same order; when they were not, look at each.
-        let position = match self.queue.binary_search_by_key(&id, |(waiting, _)| *waiting) {
+        // Identities are mostly handed out and admitted in the same order; when they were not, look
+        // at each.
+        let position = match self
+            .queue
+            .binary_search_by_key(&id, |(waiting, _)| *waiting)
+        {
             Ok(position) => position,
             Err(_) => self.queue.iter().position(|(waiting, _)| *waiting == id)?,
         };
@@ -180,9 +212,8 @@ impl<W> State<W> {
     /// Opens the gate. Returns who may start now, in arrival order.
     pub(crate) fn open(&mut self) -> Vec<Start<W>> {
         self.is_open = true;
-        if self.home_slot() == Slot::Recalled {
-            // Its thread has not come by since the gate closed, so it need never know.
-            self.set(0, Slot::AtHome);
+        if self.home != HomeLife::Retiring {
+            self.stay_home();
         }
         let starts = self.serve(Asker::Anyone);
         self.send_home();
@@ -198,7 +229,8 @@ impl<W> State<W> {
         self.in_flight
     }
 
-    /// Closes the gate from the home thread, which can say whether it is inside. Returns how many are in flight.
+    /// Closes the gate from the home thread, which can say whether it is inside. Returns how many
+    /// are in flight.
     pub(crate) fn close_from_home(&mut self, home: HomeIs) -> usize {
         self.is_open = false;
         self.leave_home(home);
@@ -209,7 +241,8 @@ impl<W> State<W> {
         self.is_shut = true;
     }
 
-    /// Shuts the gate from the home thread: slot 0 does not go home again, but serves who still waits.
+    /// Shuts the gate from the home thread: slot 0 does not go home again, but serves who still
+    /// waits.
     pub(crate) fn shut_from_home(&mut self, home: HomeIs) -> Vec<Start<W>> {
         self.is_shut = true;
         self.leave_home(home);
@@ -218,7 +251,10 @@ impl<W> State<W> {
 
     /// Empties the queue, oldest first.
     pub(crate) fn take_queue(&mut self) -> Vec<W> {
-        std::mem::take(&mut self.queue).into_iter().map(|(_, waiter)| waiter).collect()
+        std::mem::take(&mut self.queue)
+            .into_iter()
+            .map(|(_, waiter)| waiter)
+            .collect()
     }
 
     /// Takes back a slot whose ticket is gone. Returns who has it next.
@@ -234,11 +270,39 @@ impl<W> State<W> {
         None
     }
 
-    pub(crate) fn retire(&mut self, slot: usize) {
+    /// Takes a slot out of service with its ticket.
+    pub(crate) fn retire_held(&mut self, slot: usize) {
         self.set(slot, Slot::Retired);
     }
 
-    /// Puts a retired slot back into service; any other stays as it is. Returns who may start now.
+    /// Takes a slot out of service that no ticket has; at home, as soon as nobody is inside.
+    pub(crate) fn retire(&mut self, slot: usize) {
+        match self.slots.get(slot) {
+            Some(Slot::Free) => {
+                if let Some(place) = self.free.iter().position(|free| *free == slot) {
+                    // To the top, where `set` takes it from.
+                    let slot = self.free.remove(place);
+                    self.free.push(slot);
+                }
+                self.set(slot, Slot::Retired);
+            }
+            Some(Slot::AtHome) => {
+                self.home = HomeLife::Retiring;
+                self.set(slot, Slot::Recalled);
+            }
+            Some(Slot::Recalled | Slot::Inside) => self.home = HomeLife::Retiring,
+            Some(Slot::Held | Slot::Retired) | None => {}
+        }
+    }
+
+    /// Takes slot 0 out of service once the home thread, which is inside, has left it.
+    pub(crate) fn retire_inside(&mut self) {
+        self.leave_home(HomeIs::Inside);
+        self.home = HomeLife::Retiring;
+    }
+
+    /// Puts a retired slot back into service, or takes back that it will retire; any other stays as
+    /// it is. Returns who may start now.
     pub(crate) fn reinstate(&mut self, slot: usize) -> Vec<Start<W>> {
         self.free_retired(slot);
         self.settle()
@@ -252,7 +316,8 @@ impl<W> State<W> {
         self.settle()
     }
 
-    /// Gives the home to whoever asks first. Slot 0 goes there at once if it is free in an open gate.
+    /// Gives the home to whoever asks first. Slot 0 goes there at once if it is free in an open
+    /// gate.
     pub(crate) fn take_home(&mut self) -> bool {
         if self.home != HomeLife::Offered {
             return false;
@@ -269,7 +334,8 @@ impl<W> State<W> {
         }
     }
 
-    /// The home thread comes by while waiters may be queued that no other thread can start. Returns who may start now.
+    /// The home thread comes by while waiters may be queued that no other thread can start. Returns
+    /// who may start now.
     pub(crate) fn serve_from_home(&mut self, home: HomeIs) -> Vec<Start<W>> {
         self.meet_home(home);
         let starts = self.serve(Asker::Home(home));
@@ -279,32 +345,41 @@ impl<W> State<W> {
         starts
     }
 
-    /// The home thread left slot 0 and found that it is not at home any more. Returns who has it next.
-    pub(crate) fn leave_inside(&mut self, is_retired: bool) -> Option<Start<W>> {
-        if !matches!(self.home_slot(), Slot::Inside | Slot::Recalled) {
-            // Recalled and sent home again between the look at the word and the lock.
-            return None;
-        }
-        if is_retired {
+    /// The home thread left slot 0 and found that it is not at home any more. Returns who has it
+    /// next.
+    pub(crate) fn leave_inside(&mut self) -> Option<Start<W>> {
+        // `AtHome` if it was recalled, and sent home again between the look at the word and the
+        // lock.
+        debug_assert!(matches!(
+            self.home_slot(),
+            Slot::Inside | Slot::Recalled | Slot::AtHome
+        ));
+        if self.take_retiring() {
             self.set(0, Slot::Retired);
             return None;
         }
         self.give_back(0)
     }
 
-    /// The home thread is inside and its slot must not be used after it.
-    pub(crate) fn mark_inside(&mut self) {
-        if matches!(self.home_slot(), Slot::AtHome | Slot::Recalled) {
-            self.set(0, Slot::Inside);
-        }
-    }
-
     /// The home is gone: slot 0 is a slot like any other. Returns who may start now.
     pub(crate) fn drop_home(&mut self, home: HomeIs) -> Vec<Start<W>> {
+        let was_retiring = self.take_retiring();
         self.home = HomeLife::Over;
-        if matches!(self.home_slot(), Slot::AtHome | Slot::Recalled | Slot::Inside) {
-            // Inside without a home: its guard was leaked, and nobody can say in what state the instance is.
-            self.set(0, if home == HomeIs::Inside { Slot::Retired } else { Slot::Free });
+        if matches!(
+            self.home_slot(),
+            Slot::AtHome | Slot::Recalled | Slot::Inside
+        ) {
+            // Inside without a home: its guard was leaked, and nobody can say in what state the
+            // instance is.
+            let is_retired = was_retiring || home == HomeIs::Inside;
+            self.set(
+                0,
+                if is_retired {
+                    Slot::Retired
+                } else {
+                    Slot::Free
+                },
+            );
         }
         self.serve(Asker::Anyone)
     }
@@ -349,9 +424,15 @@ impl<W> State<W> {
         }
     }
 
+    /// The home thread says whether it is inside, and slot 0 is at home no more.
     fn leave_home(&mut self, home: HomeIs) {
         if matches!(self.home_slot(), Slot::AtHome | Slot::Recalled) {
-            self.set(0, if home == HomeIs::Inside { Slot::Inside } else { Slot::Free });
+            let to = match home {
+                HomeIs::Inside => Slot::Inside,
+                HomeIs::Outside if self.take_retiring() => Slot::Retired,
+                HomeIs::Outside => Slot::Free,
+            };
+            self.set(0, to);
         }
     }
 
@@ -359,11 +440,32 @@ impl<W> State<W> {
         if self.slots.get(slot) == Some(&Slot::Retired) {
             self.set(slot, Slot::Free);
         }
+        if slot == 0 && self.take_retiring() && self.is_open {
+            self.stay_home();
+        }
+    }
+
+    /// Whether slot 0 was to leave service with the home thread; from then on it is not.
+    fn take_retiring(&mut self) -> bool {
+        let is_retiring = self.home == HomeLife::Retiring;
+        if is_retiring {
+            self.home = HomeLife::Living;
+        }
+        is_retiring
+    }
+
+    /// The home thread has not come by since its slot was recalled, so it need never know.
+    fn stay_home(&mut self) {
+        if self.home_slot() == Slot::Recalled {
+            self.set(0, Slot::AtHome);
+        }
     }
 
     /// The only place that changes a slot, and with it everything that is counted.
     fn set(&mut self, slot: usize, to: Slot) {
-        let Some(place) = self.slots.get_mut(slot) else { return };
+        let Some(place) = self.slots.get_mut(slot) else {
+            return;
+        };
         let from = std::mem::replace(place, to);
         self.in_flight -= usize::from(from.is_in_flight());
         self.in_flight += usize::from(to.is_in_flight());
@@ -386,20 +488,24 @@ impl<W> State<W> {
     pub(crate) fn is_consistent(&self) -> bool {
         let count = |is: fn(Slot) -> bool| self.slots.iter().filter(|slot| is(**slot)).count();
         let home = self.home_slot();
-        let is_somebody_idle = self.is_open
-            && !self.queue.is_empty()
-            && (home == Slot::Free || !self.free.is_empty());
-        let does_home_live = self.home == HomeLife::Living;
-        let is_home_empty =
-            self.is_open && !self.is_shut && does_home_live && home == Slot::Free;
-        let is_at_no_home = !does_home_live
-            && matches!(home, Slot::AtHome | Slot::Recalled | Slot::Inside);
+        let is_somebody_idle =
+            self.is_open && !self.queue.is_empty() && (home == Slot::Free || !self.free.is_empty());
+        let does_home_live = matches!(self.home, HomeLife::Living | HomeLife::Retiring);
+        let is_home_empty = self.is_open && !self.is_shut && does_home_live && home == Slot::Free;
+        let is_at_no_home =
+            !does_home_live && matches!(home, Slot::AtHome | Slot::Recalled | Slot::Inside);
+        let is_retirement_lost =
+            self.home == HomeLife::Retiring && !matches!(home, Slot::Recalled | Slot::Inside);
+        let is_recall_lost =
+            self.is_open && home == Slot::Recalled && self.home != HomeLife::Retiring;
         let mut free = self.free.clone();
         free.sort_unstable();
         let expected = (1..self.slots.len()).filter(|slot| self.slots[*slot] == Slot::Free);
         !is_somebody_idle
             && !is_home_empty
             && !is_at_no_home
+            && !is_retirement_lost
+            && !is_recall_lost
             && self.in_flight == count(Slot::is_in_flight)
             && self.retired == count(|slot| slot == Slot::Retired)
             && self.queue.len() <= self.max_queue

@@ -1,7 +1,8 @@
 //! The swap: one generation replaces another, or nothing has happened.
 //!
-//! [`run`] is the exclusive strategy: new calls wait while the old generation drains. It decides the order of the steps, what
-//! follows a failure, and what is measured; [`Backend`] does the work. A rolling strategy is another driver over the same steps.
+//! [`run`] is the exclusive strategy: new calls wait while the old generation drains. It decides
+//! the order of the steps, what follows a failure, and what is measured; [`Backend`] does the work.
+//! A rolling strategy is another driver over the same steps.
 
 use std::any::Any;
 use std::error::Error;
@@ -15,9 +16,10 @@ use crate::phase::{FailedPhase, Phase};
 
 /// The work behind each step of a swap.
 ///
-/// One run calls each step at most once, in the order of this trait, with two exceptions: `drain` twice when it interrupts, and
-/// `is_cancelled` between any two. Every run ends in exactly one of a returned `commit` and a `roll_back`.
-/// A step that panics counts as failed; the panic goes on to the caller of [`run`] after the roll-back.
+/// One run calls each step at most once, in the order of this trait, with two exceptions: `drain`
+/// twice when it interrupts, and `is_cancelled` between any two. Every run ends in exactly one of a
+/// returned `commit` and a `roll_back`. A step that panics counts as failed; the panic goes on to
+/// the caller of [`run`] after the roll-back.
 pub trait Backend {
     /// What a failed step reports, such as the user's own exception.
     type Cause;
@@ -59,7 +61,8 @@ pub trait Backend {
     /// Publishes the new generation. Cannot fail.
     fn commit(&mut self);
 
-    /// Drops whatever there is of a new generation that is not published. Calls wait meanwhile, so leave slow releases to another thread.
+    /// Drops whatever there is of a new generation that is not published. Calls wait meanwhile, so
+    /// leave slow releases to another thread.
     fn roll_back(&mut self);
 
     /// Opens the gate on the generation that serves now. Returns how many had waited.
@@ -156,13 +159,15 @@ impl<C: Error + 'static> Error for Failure<C> {
     }
 }
 
-/// Runs one exclusive swap: instantiate, close the gate, drain, save, restore, commit, open the gate.
+/// Runs one exclusive swap: instantiate, close the gate, drain, save, restore, commit, open the
+/// gate.
 ///
 /// Blocks the calling thread throughout.
 ///
 /// # Errors
 ///
-/// With the first failure. The new generation is rolled back, the gate is open, the old generation serves.
+/// With the first failure. The new generation is rolled back, the gate is open, the old generation
+/// serves.
 ///
 /// # Panics
 ///
@@ -172,12 +177,18 @@ pub fn run<B: Backend>(
     clock: &dyn Clock,
     plan: &Plan,
 ) -> Result<Timings, Failure<B::Cause>> {
-    let mut swap = Swap { backend, phase: Phase::Serving, is_over: false };
+    let mut swap = Swap {
+        backend,
+        phase: Phase::Serving,
+        is_over: false,
+    };
     let mut timings = Timings::default();
 
     swap.check_cancelled()?;
     let started = clock.now();
-    swap.backend.instantiate().map_err(|(phase, cause)| Failure::Step { phase, cause })?;
+    swap.backend
+        .instantiate()
+        .map_err(|(phase, cause)| Failure::Step { phase, cause })?;
     timings.instantiate = clock.now().saturating_sub(started);
     swap.advance();
 
@@ -195,14 +206,18 @@ pub fn run<B: Backend>(
     if !plan.skip_save {
         swap.check_cancelled()?;
         let started = clock.now();
-        swap.backend.save().map_err(step_failed(FailedPhase::Save))?;
+        swap.backend
+            .save()
+            .map_err(step_failed(FailedPhase::Save))?;
         timings.save = clock.now().saturating_sub(started);
     }
     swap.advance();
 
     swap.check_cancelled()?;
     let started = clock.now();
-    swap.backend.restore().map_err(step_failed(FailedPhase::Restore))?;
+    swap.backend
+        .restore()
+        .map_err(step_failed(FailedPhase::Restore))?;
     timings.restore = clock.now().saturating_sub(started);
     swap.advance();
 
@@ -232,7 +247,11 @@ impl<B: Backend> Swap<'_, B> {
     }
 
     fn check_cancelled(&self) -> Result<(), Failure<B::Cause>> {
-        if self.backend.is_cancelled() { Err(Failure::Cancelled) } else { Ok(()) }
+        if self.backend.is_cancelled() {
+            Err(Failure::Cancelled)
+        } else {
+            Ok(())
+        }
     }
 
     fn drain(&mut self, plan: &Plan) -> Result<(), Failure<B::Cause>> {
@@ -244,7 +263,8 @@ impl<B: Backend> Swap<'_, B> {
             drained = self.backend.drain(plan.drain_timeout);
         }
         if drained.is_err() {
-            // Whoever cancelled wants to hear of that, rather than of the calls that it did not wait for.
+            // Whoever cancelled wants to hear of that, rather than of the calls that it did not
+            // wait for.
             self.check_cancelled()?;
         }
         drained.map_err(Failure::DrainTimeout)
@@ -271,7 +291,8 @@ impl<B: Backend> Drop for Swap<'_, B> {
                 self.backend.open_gate();
             });
         }
-        // A second panic while the first unwinds would abort the process; the first says what happened.
+        // A second panic while the first unwinds would abort the process; the first says what
+        // happened.
         if let Some(payload) = panic
             && !std::thread::panicking()
         {

@@ -22,7 +22,8 @@ macro_rules! thread_locals {
     };
 }
 
-/// Loom runs its threads on one thread of the system, so they need loom's own thread locals, whose macro knows no `const` blocks.
+/// Loom runs its threads on one thread of the system, so they need loom's own thread locals, whose
+/// macro knows no `const` blocks.
 #[cfg(loom)]
 macro_rules! thread_locals {
     ($(static $name:ident: $type:ty = const $value:block;)+) => {
@@ -36,8 +37,8 @@ use std::sync::PoisonError;
 
 /// Locks `mutex`, poisoned or not.
 ///
-/// No foreign code runs under a lock of this crate, so a poisoned one still guards a consistent value;
-/// and a panic here would take down a process that is not ours.
+/// No foreign code runs under a lock of this crate, so a poisoned one still guards a consistent
+/// value; and a panic here would take down a process that is not ours.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

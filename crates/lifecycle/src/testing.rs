@@ -27,17 +27,28 @@ pub(crate) struct Bench {
 impl Bench {
     pub(crate) fn closed(options: GateOptions) -> Self {
         let (calls, started) = channel();
-        Self { gate: Gate::new(options), calls, started }
+        Self {
+            gate: Gate::new(options),
+            calls,
+            started,
+        }
     }
 
     pub(crate) fn open(slots: usize) -> Self {
-        let bench = Self::closed(GateOptions { slots, max_queue: 8, home: true });
+        let bench = Self::closed(GateOptions {
+            slots,
+            max_queue: 8,
+            home: true,
+        });
         bench.gate.open();
         bench
     }
 
     pub(crate) fn call(&self, number: u32) -> Call {
-        Call { number, started: self.calls.clone() }
+        Call {
+            number,
+            started: self.calls.clone(),
+        }
     }
 
     pub(crate) fn admit(&self, number: u32) -> Result<Admission, Refused<Call>> {

@@ -21,7 +21,11 @@ pub struct Ticket<W: Waiter> {
 impl<W: Waiter> Ticket<W> {
     /// Only for a slot that the gate's state has just marked as held.
     pub(crate) fn new(gate: Gate<W>, slot: usize) -> Self {
-        Self { gate, slot, is_retired: false }
+        Self {
+            gate,
+            slot,
+            is_retired: false,
+        }
     }
 
     /// The number of the slot, less than [`GateOptions::slots`](crate::GateOptions::slots).
@@ -46,6 +50,8 @@ impl<W: Waiter> Drop for Ticket<W> {
 
 impl<W: Waiter> fmt::Debug for Ticket<W> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Ticket").field("slot", &self.slot).finish_non_exhaustive()
+        f.debug_struct("Ticket")
+            .field("slot", &self.slot)
+            .finish_non_exhaustive()
     }
 }

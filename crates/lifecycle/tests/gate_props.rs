@@ -1,8 +1,13 @@
 //! Random histories of a gate, step by step against a plain model.
 //!
-//! One thread plays all parts: the home thread, other threads and the holders of tickets. What interleavings add is loom's affair.
+//! One thread plays all parts: the home thread, other threads and the holders of tickets. What
+//! interleavings add is loom's affair.
 #![cfg(not(loom))]
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -38,6 +43,8 @@ enum Op {
     Admit(By),
     Finish(Index),
     Retire(Index),
+    /// A slot, whoever has it.
+    RetireIdle(Index),
     Reinstate(Index),
     ReinstateAll,
     Cancel(Index),
@@ -60,6 +67,7 @@ fn op() -> impl Strategy<Value = Op> {
         12 => by().prop_map(Op::Admit),
         10 => any::<Index>().prop_map(Op::Finish),
         2 => any::<Index>().prop_map(Op::Retire),
+        1 => any::<Index>().prop_map(Op::RetireIdle),
         2 => any::<Index>().prop_map(Op::Reinstate),
         1 => Just(Op::ReinstateAll),
         3 => any::<Index>().prop_map(Op::Cancel),
@@ -152,9 +160,18 @@ impl Model {
             if self.depth > 0 {
                 self.is_on_record = true;
             } else {
-                self.slots[0] = Slot::Free;
+                self.free_home();
             }
         }
+    }
+
+    fn free_home(&mut self) {
+        self.slots[0] = if self.is_retiring {
+            Slot::Retired
+        } else {
+            Slot::Free
+        };
+        self.is_retiring = false;
     }
 
     fn meet_home(&mut self) {
@@ -170,15 +187,23 @@ impl Model {
     fn leave(&mut self) {
         self.depth -= 1;
         if self.depth == 0 && (self.is_on_record || self.is_recalled) {
-            self.slots[0] = if self.is_retiring { Slot::Retired } else { Slot::Free };
-            (self.is_on_record, self.is_recalled, self.is_retiring) = (false, false, false);
+            self.free_home();
+            (self.is_on_record, self.is_recalled) = (false, false);
         }
     }
 
     /// Who starts now, in this order, each on any free slot.
     fn starts(&self) -> usize {
-        let free = self.slots.iter().filter(|slot| **slot == Slot::Free).count();
-        if self.is_open { free.min(self.queue.len()) } else { 0 }
+        let free = self
+            .slots
+            .iter()
+            .filter(|slot| **slot == Slot::Free)
+            .count();
+        if self.is_open {
+            free.min(self.queue.len())
+        } else {
+            0
+        }
     }
 
     fn send_home(&mut self) {
@@ -212,10 +237,15 @@ struct Bench<'a> {
 
 impl Bench<'_> {
     fn ends(&mut self, number: Number, fate: Fate) {
-        assert_eq!(self.fates.insert(number, fate), None, "call {number} has two fates");
+        assert_eq!(
+            self.fates.insert(number, fate),
+            None,
+            "call {number} has two fates"
+        );
     }
 
-    /// Everybody who should have started has, in arrival order and on a slot of their own, and nobody else.
+    /// Everybody who should have started has, in arrival order and on a slot of their own, and
+    /// nobody else.
     fn settle(&mut self) {
         let model = &mut self.model;
         let mut started = Vec::new();
@@ -242,7 +272,10 @@ impl Bench<'_> {
         let number = self.admitted;
         self.admitted += 1;
         let id = self.gate.reserve_id();
-        let call = Call { number, started: self.calls.clone() };
+        let call = Call {
+            number,
+            started: self.calls.clone(),
+        };
         let (result, is_home) = match (by, self.home) {
             (By::Home, Some(home)) => (home.admit_as(id, call), true),
             _ => (self.gate.admit_as(id, call), false),
@@ -279,7 +312,12 @@ impl Bench<'_> {
             self.ids.insert(number, id);
         } else {
             let refused = result.unwrap_err();
-            assert_eq!(refused.refusal, Refusal::QueueFull { max_queue: model.max_queue });
+            assert_eq!(
+                refused.refusal,
+                Refusal::QueueFull {
+                    max_queue: model.max_queue
+                }
+            );
             assert_eq!(refused.waiter.number, number);
             self.ends(number, Fate::Refused);
         }
@@ -291,13 +329,35 @@ impl Bench<'_> {
         }
         let ticket = self.tickets.swap_remove(index.index(self.tickets.len()));
         self.model.slots[ticket.slot()] = to;
-        if to == Slot::Retired { ticket.retire() } else { drop(ticket) }
+        if to == Slot::Retired {
+            ticket.retire()
+        } else {
+            drop(ticket)
+        }
+    }
+
+    fn retire_idle(&mut self, slot: usize) {
+        self.gate.retire(slot);
+        let model = &mut self.model;
+        match model.slots[slot] {
+            Slot::Free => model.slots[slot] = Slot::Retired,
+            Slot::Home => {
+                model.is_recalled |= model.is_unseen();
+                model.is_retiring = true;
+            }
+            Slot::Held | Slot::Retired => {}
+        }
     }
 
     fn reinstate(&mut self, slot: usize) {
-        let slot = &mut self.model.slots[slot];
-        if *slot == Slot::Retired {
-            *slot = Slot::Free;
+        let model = &mut self.model;
+        match model.slots[slot] {
+            Slot::Retired => model.slots[slot] = Slot::Free,
+            Slot::Home => {
+                model.is_retiring = false;
+                model.is_recalled &= !model.is_open;
+            }
+            Slot::Free | Slot::Held => {}
         }
     }
 
@@ -308,7 +368,11 @@ impl Bench<'_> {
         }
         let (number, id) = self.ids.iter().nth(index.index(self.ids.len())).unwrap();
         let (number, id) = (*number, *id);
-        let waiting = self.model.queue.iter().position(|waiting| *waiting == number);
+        let waiting = self
+            .model
+            .queue
+            .iter()
+            .position(|waiting| *waiting == number);
         let cancelled = self.gate.cancel(id).map(|call| call.number);
         assert_eq!(cancelled, waiting.map(|_| number));
         if let Some(position) = waiting {
@@ -360,7 +424,7 @@ impl Bench<'_> {
     fn open(&mut self) {
         self.gate.open();
         self.model.is_open = true;
-        self.model.is_recalled = false;
+        self.model.is_recalled &= self.model.is_retiring;
     }
 
     fn enter(&mut self) {
@@ -373,6 +437,7 @@ impl Bench<'_> {
             self.insides.extend(inside);
             return;
         }
+        model.meet_home();
         let expected = match model.slots[0] {
             _ if model.is_shut => Away::Shut,
             _ if !model.is_open => Away::Closed,
@@ -380,11 +445,12 @@ impl Bench<'_> {
             _ => Away::Busy,
         };
         assert_eq!(home.refusal(), expected);
-        model.meet_home();
     }
 
     fn leave(&mut self, is_retired: bool) {
-        let Some(inside) = self.insides.pop() else { return };
+        let Some(inside) = self.insides.pop() else {
+            return;
+        };
         if is_retired {
             inside.retire();
             self.model.leave_home();
@@ -410,6 +476,7 @@ impl Bench<'_> {
             Op::Admit(by) => self.admit(*by),
             Op::Finish(index) => self.finish(index, Slot::Free),
             Op::Retire(index) => self.finish(index, Slot::Retired),
+            Op::RetireIdle(index) => self.retire_idle(index.index(self.model.slots.len())),
             Op::Reinstate(index) => {
                 let slot = index.index(self.model.slots.len());
                 self.gate.reinstate(slot);
@@ -452,7 +519,9 @@ impl Bench<'_> {
         if let Some(home) = self.home {
             assert_eq!(home.counts().in_flight, 0);
         }
-        self.gate.wait_idle(Some(std::time::Duration::ZERO)).unwrap();
+        self.gate
+            .wait_idle(Some(std::time::Duration::ZERO))
+            .unwrap();
         assert_eq!(self.fates.len(), self.admitted, "every call has its fate");
     }
 }
@@ -480,8 +549,17 @@ fn run(options: GateOptions, history: &[Op]) {
     bench.run_down();
 }
 
+fn config() -> ProptestConfig {
+    // Long histories are cheap; a failing one is printed, and belongs into a unit test.
+    ProptestConfig {
+        cases: 2000,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 4000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(config())]
 
     #[test]
     fn a_gate_does_what_its_model_does(

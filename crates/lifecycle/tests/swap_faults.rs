@@ -1,6 +1,11 @@
-//! Every step of a swap × every way in which it can fail: whatever happens, one generation serves behind an open gate.
+//! Every step of a swap × every way in which it can fail: whatever happens, one generation serves
+//! behind an open gate.
 #![cfg(not(loom))]
-#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -103,14 +108,21 @@ type Outcome = Result<Timings, Failure<&'static str>>;
 impl<'a> Fake<'a> {
     /// Serves its first generation, with one call in flight.
     fn new(clock: &'a ManualClock, faults: &[(Step, Fault)]) -> Self {
-        let gate = Gate::new(GateOptions { slots: 1, max_queue: 8, home: false });
+        let gate = Gate::new(GateOptions {
+            slots: 1,
+            max_queue: 8,
+            home: false,
+        });
         gate.open();
         let (calls, started) = channel();
         gate.admit(Call(calls.clone())).unwrap();
         Self {
             clock,
             gate,
-            serving: Instance { generation: Generation::FIRST, state: "precious" },
+            serving: Instance {
+                generation: Generation::FIRST,
+                state: "precious",
+            },
             next: None,
             saved: None,
             in_flight: Some(started.recv().unwrap()),
@@ -136,7 +148,11 @@ impl<'a> Fake<'a> {
         if self.has(step, Fault::Cancel) {
             self.is_cancelled.set(true);
         }
-        if self.has(step, Fault::Error) { Err("no luck") } else { Ok(()) }
+        if self.has(step, Fault::Error) {
+            Err("no luck")
+        } else {
+            Ok(())
+        }
     }
 
     fn end(&self, step: Step) {
@@ -163,9 +179,16 @@ impl Backend for Fake<'_> {
     type Cause = &'static str;
 
     fn instantiate(&mut self) -> Result<(), (FailedPhase, Self::Cause)> {
-        self.begin(Step::Instantiate).map_err(|cause| (FailedPhase::Instantiate, cause))?;
-        assert!(self.gate.counts().is_open, "the old generation serves meanwhile");
-        self.next = Some(Instance { generation: self.serving.generation.next(), state: "" });
+        self.begin(Step::Instantiate)
+            .map_err(|cause| (FailedPhase::Instantiate, cause))?;
+        assert!(
+            self.gate.counts().is_open,
+            "the old generation serves meanwhile"
+        );
+        self.next = Some(Instance {
+            generation: self.serving.generation.next(),
+            state: "",
+        });
         if self.has(Step::Instantiate, Fault::InitializeError) {
             return Err((FailedPhase::Initialize, "no luck"));
         }
@@ -185,7 +208,11 @@ impl Backend for Fake<'_> {
 
     fn drain(&mut self, timeout: Option<Duration>) -> Result<(), InFlight> {
         let is_first = !self.steps.contains(&Step::Drain);
-        let step = if is_first { Step::Drain } else { Step::DrainAgain };
+        let step = if is_first {
+            Step::Drain
+        } else {
+            Step::DrainAgain
+        };
         self.begin(step).unwrap();
         if !self.has(step, Fault::Timeout) {
             self.end_call();
@@ -244,7 +271,11 @@ impl Backend for Fake<'_> {
 }
 
 fn plan(on_drain_timeout: OnDrainTimeout) -> Plan {
-    Plan { drain_timeout: Some(Duration::ZERO), on_drain_timeout, skip_save: false }
+    Plan {
+        drain_timeout: Some(Duration::ZERO),
+        on_drain_timeout,
+        skip_save: false,
+    }
 }
 
 /// What must be true after any run whatsoever.
@@ -256,25 +287,42 @@ fn assert_one_generation_serves(fake: &mut Fake<'_>, outcome: &std::thread::Resu
     assert!(fake.next.is_none(), "{context}: one generation is left");
     let is_new = fake.serving.generation == Generation::FIRST.next();
     let did_commit = fake.steps.contains(&Step::Commit) && is_new;
-    assert_eq!(is_new, did_commit, "{context}: only a commit changes the generation");
-    assert_eq!(fake.serving.state, "precious", "{context}: nothing was lost or altered");
+    assert_eq!(
+        is_new, did_commit,
+        "{context}: only a commit changes the generation"
+    );
+    assert_eq!(
+        fake.serving.state, "precious",
+        "{context}: nothing was lost or altered"
+    );
     if matches!(outcome, Ok(Ok(_))) {
         assert!(is_new && !fake.steps.contains(&Step::RollBack), "{context}");
     } else if !is_new {
         assert_eq!(fake.count(Step::RollBack), 1, "{context}: rolled back");
     }
     let was_closed = fake.steps.contains(&Step::CloseGate);
-    assert_eq!(fake.count(Step::OpenGate), usize::from(was_closed), "{context}: opened again");
+    assert_eq!(
+        fake.count(Step::OpenGate),
+        usize::from(was_closed),
+        "{context}: opened again"
+    );
 
     assert!(fake.gate.counts().is_open, "{context}: the gate is open");
     fake.end_call();
     // The call that came meanwhile, if one did, and one that comes now.
     let has_waited = usize::from(fake.steps.contains(&Step::Drain));
     fake.gate.admit(Call(fake.calls.clone())).unwrap();
-    let ran = (0..).map_while(|_| fake.started.try_recv().ok()).map(drop).count();
+    let ran = (0..)
+        .map_while(|_| fake.started.try_recv().ok())
+        .map(drop)
+        .count();
     assert!(ran > has_waited, "{context}: waiting calls run");
     let counts = fake.gate.counts();
-    assert_eq!((counts.in_flight, counts.queued), (0, 0), "{context}: no call is left");
+    assert_eq!(
+        (counts.in_flight, counts.queued),
+        (0, 0),
+        "{context}: no call is left"
+    );
 }
 
 #[test]
@@ -320,11 +368,20 @@ fn a_swap_without_faults_commits() {
 fn a_skipped_save_leaves_the_old_generation_unread() {
     let clock = ManualClock::default();
     let mut fake = Fake::new(&clock, &[(Step::Save, Fault::Error)]);
-    let plan = Plan { skip_save: true, ..plan(OnDrainTimeout::Abort) };
+    let plan = Plan {
+        skip_save: true,
+        ..plan(OnDrainTimeout::Abort)
+    };
     let timings = fake.run(&plan).unwrap().unwrap();
     assert_eq!(timings.save, Duration::ZERO);
     assert!(!fake.steps.contains(&Step::Save));
-    assert_eq!(fake.serving, Instance { generation: Generation::FIRST.next(), state: "" });
+    assert_eq!(
+        fake.serving,
+        Instance {
+            generation: Generation::FIRST.next(),
+            state: ""
+        }
+    );
 }
 
 #[test]
@@ -347,7 +404,10 @@ fn a_failed_step_is_named() {
         assert_one_generation_serves(&mut fake, &outcome);
         outcome.unwrap().unwrap_err()
     };
-    let step = |phase| Failure::Step { phase, cause: "no luck" };
+    let step = |phase| Failure::Step {
+        phase,
+        cause: "no luck",
+    };
     let abort = OnDrainTimeout::Abort;
     assert_eq!(
         failed(&[(Step::Instantiate, Fault::Error)], abort),
@@ -357,13 +417,22 @@ fn a_failed_step_is_named() {
         failed(&[(Step::Instantiate, Fault::InitializeError)], abort),
         step(FailedPhase::Initialize)
     );
-    assert_eq!(failed(&[(Step::Save, Fault::Error)], abort), step(FailedPhase::Save));
-    assert_eq!(failed(&[(Step::Restore, Fault::Error)], abort), step(FailedPhase::Restore));
+    assert_eq!(
+        failed(&[(Step::Save, Fault::Error)], abort),
+        step(FailedPhase::Save)
+    );
+    assert_eq!(
+        failed(&[(Step::Restore, Fault::Error)], abort),
+        step(FailedPhase::Restore)
+    );
     assert_eq!(
         failed(&[(Step::Drain, Fault::Timeout)], abort),
         Failure::DrainTimeout(InFlight(1))
     );
-    let never_ends = [(Step::Drain, Fault::Timeout), (Step::DrainAgain, Fault::Timeout)];
+    let never_ends = [
+        (Step::Drain, Fault::Timeout),
+        (Step::DrainAgain, Fault::Timeout),
+    ];
     let failure = failed(&never_ends, OnDrainTimeout::Interrupt);
     assert_eq!(failure, Failure::DrainTimeout(InFlight(1)));
     assert_eq!(failure.phase(), Some(FailedPhase::Drain));
@@ -371,10 +440,15 @@ fn a_failed_step_is_named() {
 
 #[test]
 fn a_cancelled_swap_gives_up_before_its_next_step() {
-    for (index, step) in
-        [Step::Instantiate, Step::CloseGate, Step::Drain, Step::Save, Step::Restore]
-            .into_iter()
-            .enumerate()
+    for (index, step) in [
+        Step::Instantiate,
+        Step::CloseGate,
+        Step::Drain,
+        Step::Save,
+        Step::Restore,
+    ]
+    .into_iter()
+    .enumerate()
     {
         let clock = ManualClock::default();
         let mut fake = Fake::new(&clock, &[(step, Fault::Cancel)]);
@@ -382,7 +456,12 @@ fn a_cancelled_swap_gives_up_before_its_next_step() {
         assert_one_generation_serves(&mut fake, &outcome);
         assert_eq!(outcome.unwrap(), Err(Failure::Cancelled), "{step:?}");
         let undone = if step == Step::Instantiate { 1 } else { 2 };
-        assert_eq!(fake.steps.len(), index + 1 + undone, "{step:?}: {:?}", fake.steps);
+        assert_eq!(
+            fake.steps.len(),
+            index + 1 + undone,
+            "{step:?}: {:?}",
+            fake.steps
+        );
     }
 }
 
@@ -410,7 +489,8 @@ fn whoever_cancels_hears_of_that_and_not_of_the_time_out() {
     }
 }
 
-/// Whether the combination means anything: only some steps can report an error, only draining times out.
+/// Whether the combination means anything: only some steps can report an error, only draining times
+/// out.
 fn can_happen(step: Step, fault: Fault) -> bool {
     match fault {
         Fault::Error => matches!(step, Step::Instantiate | Step::Save | Step::Restore),
@@ -455,14 +535,21 @@ fn a_panic_goes_on_to_the_caller() {
         let mut fake = Fake::new(&clock, &faults);
         let outcome = fake.run(&plan(OnDrainTimeout::Interrupt));
         assert_one_generation_serves(&mut fake, &outcome);
-        assert_eq!(*outcome.unwrap_err().downcast::<&str>().unwrap(), "step", "{step:?}");
+        assert_eq!(
+            *outcome.unwrap_err().downcast::<&str>().unwrap(),
+            "step",
+            "{step:?}"
+        );
     }
 }
 
 #[test]
 fn a_second_panic_while_undoing_does_not_abort() {
     let clock = ManualClock::default();
-    let faults = [(Step::Save, Fault::PanicBefore), (Step::RollBack, Fault::PanicBefore)];
+    let faults = [
+        (Step::Save, Fault::PanicBefore),
+        (Step::RollBack, Fault::PanicBefore),
+    ];
     let mut fake = Fake::new(&clock, &faults);
     let outcome = fake.run(&plan(OnDrainTimeout::Abort));
     assert!(outcome.is_err());

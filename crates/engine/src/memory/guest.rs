@@ -19,8 +19,6 @@ pub(super) struct Layout {
     pub(super) capacity: usize,
     /// Inaccessible bytes behind the capacity.
     pub(super) guard: usize,
-    /// Spare capacity after a move.
-    pub(super) slack: usize,
     /// Bytes it may ever reach.
     pub(super) maximum: usize,
     /// Whether compiled code expects the base to change.
@@ -36,7 +34,8 @@ pub(super) struct GuestMemory {
     len: usize,
 }
 
-// SAFETY: the address is that of the reservation which `record` keeps mapped until this value is dropped.
+// SAFETY: the address is that of the reservation which `record` keeps mapped until this value is
+// dropped.
 unsafe impl Send for GuestMemory {}
 // SAFETY: as above; `&self` methods only read the fields.
 unsafe impl Sync for GuestMemory {}
@@ -46,7 +45,12 @@ impl GuestMemory {
         let home = reserve(&layout, layout.capacity, layout.minimum)?;
         let base = home.base();
         let record = Arc::new(MemoryRecord::new(home, layout.minimum));
-        Ok(Self { record, layout, base, len: layout.minimum })
+        Ok(Self {
+            record,
+            layout,
+            base,
+            len: layout.minimum,
+        })
     }
 
     pub(super) fn record(&self) -> &Arc<MemoryRecord> {
@@ -55,7 +59,10 @@ impl GuestMemory {
 
     fn grow(&mut self, new_size: usize) -> io::Result<()> {
         if new_size > self.record.limit_bytes() {
-            return Err(io::Error::new(io::ErrorKind::QuotaExceeded, "the memory's limit is reached"));
+            return Err(io::Error::new(
+                io::ErrorKind::QuotaExceeded,
+                "the memory's limit is reached",
+            ));
         }
         if new_size <= self.layout.capacity {
             let committed = round_up(new_size).ok_or(io::ErrorKind::OutOfMemory)?;
@@ -72,10 +79,17 @@ impl GuestMemory {
     /// Grows beyond the reservation: a larger one, and the contents copied over.
     fn relocate(&mut self, new_size: usize) -> io::Result<()> {
         if !self.layout.movable || new_size > self.layout.maximum {
-            return Err(io::Error::new(io::ErrorKind::OutOfMemory, "the memory cannot grow beyond its reservation"));
+            return Err(io::Error::new(
+                io::ErrorKind::OutOfMemory,
+                "the memory cannot grow beyond its reservation",
+            ));
         }
         let least = round_up(new_size).ok_or(io::ErrorKind::OutOfMemory)?;
-        let roomy = least.saturating_add(self.layout.slack).min(self.layout.maximum.max(least));
+        // Half as much again, so that growing page by page does not copy at every step.
+        let roomy = least
+            .saturating_add((least / 2).next_multiple_of(super::GRANULE))
+            .min(self.layout.maximum.max(least));
+        let roomy = round_up(roomy).unwrap_or(least);
         let (home, capacity) = match reserve(&self.layout, roomy, new_size) {
             Ok(home) => (home, roomy),
             Err(_) => (reserve(&self.layout, least, new_size)?, least),
@@ -83,8 +97,9 @@ impl GuestMemory {
         let base = home.base();
         let (from, len) = (self.base, self.len);
         let old = self.record.moved(home, new_size, |new| {
-            // SAFETY: `len` bytes are committed in the old reservation, which `record` still holds, and in the new, larger one.
-            // They are different mappings. The guest does not run: it is the one that asked for growth.
+            // SAFETY: `len` bytes are committed in the old reservation, which `record` still holds,
+            // and in the new, larger one. They are different mappings. The guest does not run: it
+            // is the one that asked for growth.
             unsafe { ptr::copy_nonoverlapping(from.cast_const(), new.base(), len) };
         });
         let_go(old);
@@ -96,7 +111,9 @@ impl GuestMemory {
 
 /// A reservation of that capacity plus the guard, with the first `accessible` bytes committed.
 fn reserve(layout: &Layout, capacity: usize, accessible: usize) -> io::Result<Arc<Reservation>> {
-    let total = capacity.checked_add(layout.guard).ok_or(io::ErrorKind::OutOfMemory)?;
+    let total = capacity
+        .checked_add(layout.guard)
+        .ok_or(io::ErrorKind::OutOfMemory)?;
     let home = Reservation::new(layout.platform, total.max(super::GRANULE))?;
     home.commit(round_up(accessible).ok_or(io::ErrorKind::OutOfMemory)?)?;
     Ok(Arc::new(home))
@@ -112,8 +129,9 @@ fn let_go(home: Option<Arc<Reservation>>) {
     }
 }
 
-// SAFETY: the base is aligned to a host page; `byte_size` bytes from it are committed and the capacity and guard behind them
-// reserved for this memory alone until it is dropped. New pages are zero: fresh, or wiped.
+// SAFETY: the base is aligned to a host page; `byte_size` bytes from it are committed and the
+// capacity and guard behind them reserved for this memory alone until it is dropped. New pages are
+// zero: fresh, or wiped.
 unsafe impl wasmtime::LinearMemory for GuestMemory {
     fn byte_size(&self) -> usize {
         self.len

@@ -1,12 +1,14 @@
 //! Making memories for wasmtime.
 //!
-//! A `MemoryCreator` is called without any context, so a thread-local [`MemoryPlan`] says what the memories are that an
-//! instantiation is about to ask for. wasmtime asks for the *defined* memories of the instance, in index order, before any guest
-//! code runs. Two things differ from what one would expect:
+//! A `MemoryCreator` is called without any context, so a thread-local [`MemoryPlan`] says what the
+//! memories are that an instantiation is about to ask for. wasmtime asks for the *defined* memories
+//! of the instance, in index order, before any guest code runs. Two things differ from what one
+//! would expect:
 //!
-//! - The heap of the garbage collector comes through the same creator, and even before the memories. Its reservation is configured one
-//!   granule larger, which is how it is told apart.
-//! - `wasmtime::Memory::new` and `SharedMemory::new` do not use the creator at all: memories for import are made by [`new_memory`].
+//! - The heap of the garbage collector comes through the same creator, and even before the
+//!   memories. Its reservation is configured one granule larger, which is how it is told apart.
+//! - `wasmtime::Memory::new` and `SharedMemory::new` do not use the creator at all: memories for
+//!   import are made by [`new_memory`].
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -23,14 +25,16 @@ use super::{GRANULE, round_up};
 const FULL_RESERVATION: usize = 1 << 32;
 /// Beyond it, for constant offsets; what wasmtime takes itself.
 const FULL_GUARD: usize = 32 << 20;
-/// Address space that a 64-bit memory gets, if its type allows that much, so that it seldom has to move.
+/// Address space that a 64-bit memory gets, if its type allows that much, so that it seldom has to
+/// move.
 const WIDE_RESERVATION: usize = 16 << 30;
 
 /// How linear memories are laid out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryOptions {
     /// Bytes of address space per memory. From 4 GiB on, 32-bit memories need no bounds checks.
-    /// Below, code is slower and a memory that outgrows its reservation moves (a shared one cannot, and stops there).
+    /// Below, code is slower and a memory that outgrows its reservation moves (a shared one cannot,
+    /// and stops there).
     pub reservation_bytes: u64,
     /// Whether faults may be caught by signal handlers; explicit bounds checks otherwise.
     pub signals_based_traps: bool,
@@ -38,7 +42,10 @@ pub struct MemoryOptions {
 
 impl Default for MemoryOptions {
     fn default() -> Self {
-        Self { reservation_bytes: FULL_RESERVATION as u64, signals_based_traps: true }
+        Self {
+            reservation_bytes: FULL_RESERVATION as u64,
+            signals_based_traps: true,
+        }
     }
 }
 
@@ -49,11 +56,17 @@ pub fn configure(config: &mut Config, options: &MemoryOptions) {
 
 pub(super) fn configure_for(platform: Platform, config: &mut Config, options: &MemoryOptions) {
     let reservation = if platform.guards {
-        usize::try_from(options.reservation_bytes).ok().and_then(round_up).unwrap_or(FULL_RESERVATION)
+        usize::try_from(options.reservation_bytes)
+            .ok()
+            .and_then(round_up)
+            .unwrap_or(FULL_RESERVATION)
     } else {
         0
     };
-    let guard = match (platform.guards && options.signals_based_traps, reservation >= FULL_RESERVATION) {
+    let guard = match (
+        platform.guards && options.signals_based_traps,
+        reservation >= FULL_RESERVATION,
+    ) {
         (false, _) => 0,
         (true, true) => FULL_GUARD,
         (true, false) => GRANULE,
@@ -67,13 +80,17 @@ pub(super) fn configure_for(platform: Platform, config: &mut Config, options: &M
         .memory_guard_size(guard as u64)
         .memory_reservation_for_growth(0)
         .guard_before_linear_memory(false)
-        // A 32-bit memory with a full reservation still never moves; a 64-bit one or a small reservation has to.
+        // A 32-bit memory with a full reservation still never moves; a 64-bit one or a small
+        // reservation has to.
         .memory_may_move(true)
         .gc_heap_reservation(gc_reservation as u64)
         .gc_heap_guard_size(guard as u64)
         .gc_heap_reservation_for_growth(0)
         .gc_heap_may_move(true)
-        .with_host_memory(Arc::new(MemoryHost { platform, gc_reservation }));
+        .with_host_memory(Arc::new(MemoryHost {
+            platform,
+            gc_reservation,
+        }));
 }
 
 /// What the next instantiation on this thread will ask for.
@@ -118,14 +135,20 @@ struct Scope;
 
 impl Scope {
     fn enter(plan: MemoryPlan) -> Self {
-        let active = Active { guests: plan.guests, poll: plan.poll, created: Created::default() };
+        let active = Active {
+            guests: plan.guests,
+            poll: plan.poll,
+            created: Created::default(),
+        };
         PLANS.with_borrow_mut(|plans| plans.push(active));
         Self
     }
 
     fn leave(self) -> Created {
         std::mem::forget(self);
-        PLANS.with_borrow_mut(Vec::pop).map_or_else(Created::default, |active| active.created)
+        PLANS
+            .with_borrow_mut(Vec::pop)
+            .map_or_else(Created::default, |active| active.created)
     }
 }
 
@@ -135,15 +158,20 @@ impl Drop for Scope {
     }
 }
 
-/// Runs `f`, an instantiation, and returns the memories that were made for it. Those of a failed instantiation are already released.
+/// Runs `f`, an instantiation, and returns the memories that were made for it. Those of a failed
+/// instantiation are already released.
 pub(crate) fn with_plan<R>(plan: MemoryPlan, f: impl FnOnce() -> R) -> (R, Created) {
     let scope = Scope::enter(plan);
     let result = f();
     (result, scope.leave())
 }
 
-/// Makes a memory (an `Extern::Memory` or `Extern::SharedMemory`) for a guest to import: one more memory for the plan around it.
-pub(crate) fn new_memory(mut store: impl AsContextMut, ty: &MemoryType) -> wasmtime::Result<Extern> {
+/// Makes a memory (an `Extern::Memory` or `Extern::SharedMemory`) for a guest to import: one more
+/// memory for the plan around it.
+pub(crate) fn new_memory(
+    mut store: impl AsContextMut,
+    ty: &MemoryType,
+) -> wasmtime::Result<Extern> {
     let mut memories = wasm_encoder::MemorySection::new();
     memories.memory(wasm_encoder::MemoryType {
         minimum: ty.minimum(),
@@ -159,7 +187,9 @@ pub(crate) fn new_memory(mut store: impl AsContextMut, ty: &MemoryType) -> wasmt
 
     let module = Module::new(store.as_context().engine(), module.finish())?;
     let instance = Instance::new(store.as_context_mut(), &module, &[])?;
-    instance.get_export(store, EXPORT).ok_or_else(|| wasmtime::Error::msg("the memory's module lost its export"))
+    instance
+        .get_export(store, EXPORT)
+        .ok_or_else(|| wasmtime::Error::msg("the memory's module lost its export"))
 }
 
 /// What [`new_memory`]'s module calls its memory.
@@ -176,8 +206,9 @@ struct MemoryHost {
 impl MemoryHost {
     fn poll_memory(&self, reserved: usize, guard: usize) -> Result<PollPage, String> {
         let total = reserved.saturating_add(guard);
-        PollPage::new(self.platform, total)
-            .map_err(|error| format!("could not reserve {total} bytes of address space for the poll page: {error}"))
+        PollPage::new(self.platform, total).map_err(|error| {
+            format!("could not reserve {total} bytes of address space for the poll page: {error}")
+        })
     }
 
     fn guest_memory(
@@ -188,35 +219,48 @@ impl MemoryHost {
         reserved: usize,
         guard: usize,
     ) -> Result<GuestMemory, String> {
-        let too_large = || format!("a linear memory of {minimum} bytes does not fit into the address space");
+        let too_large =
+            || format!("a linear memory of {minimum} bytes does not fit into the address space");
         let least = round_up(minimum).ok_or_else(too_large)?.max(reserved);
         let maximum = maximum.unwrap_or(usize::MAX);
         let movable = !ty.is_shared();
         let wide = if !movable {
-            // Its code may hold the reservation for its bound, so growth must end there; unless it begins beyond it.
-            if minimum <= reserved && reserved > 0 { least } else { round_up(maximum).unwrap_or(least) }
+            // Its code may hold the reservation for its bound, so growth must end there; unless it
+            // begins beyond it.
+            if minimum <= reserved && reserved > 0 {
+                least
+            } else {
+                round_up(maximum).unwrap_or(least)
+            }
         } else if ty.is_64() && reserved >= FULL_RESERVATION {
             round_up(maximum.min(WIDE_RESERVATION)).unwrap_or(least)
         } else {
             least
         };
-        // Room to grow after a move, without asking for much where address space is scarce.
-        let slack = reserved.max(minimum / 2).clamp(GRANULE, FULL_RESERVATION);
         let layout = Layout {
             platform: self.platform,
             minimum,
             capacity: wide.max(least),
             guard,
-            slack: round_up(slack).unwrap_or(GRANULE),
             maximum,
             movable,
         };
         GuestMemory::new(layout)
-            .or_else(|error| match layout.capacity {
-                capacity if capacity > least => GuestMemory::new(Layout { capacity: least, ..layout }),
-                _ => Err(error),
+            .or_else(|error| {
+                if layout.capacity == least {
+                    return Err(error);
+                }
+                GuestMemory::new(Layout {
+                    capacity: least,
+                    ..layout
+                })
             })
-            .map_err(|error| format!("could not make a linear memory of {minimum} bytes ({reserved} reserved): {error}"))
+            .map_err(|error| {
+                format!(
+                    "could not make a linear memory of {minimum} bytes \
+                     ({reserved} reserved): {error}"
+                )
+            })
     }
 
     /// What the innermost plan says about the next memory.
@@ -247,7 +291,8 @@ fn note(f: impl FnOnce(&mut Created)) {
     });
 }
 
-// SAFETY: the memories keep `LinearMemory`'s contract, are zero at the start, and have the reservation and guard that were asked for.
+// SAFETY: the memories keep `LinearMemory`'s contract, are zero at the start, and have the
+// reservation and guard that were asked for.
 unsafe impl wasmtime::MemoryCreator for MemoryHost {
     fn new_memory(
         &self,
@@ -260,7 +305,8 @@ unsafe impl wasmtime::MemoryCreator for MemoryHost {
         let reserved = reserved_size_in_bytes.unwrap_or(0);
         match self.next(reserved) {
             Next::Guest => {
-                let memory = self.guest_memory(&ty, minimum, maximum, reserved, guard_size_in_bytes)?;
+                let memory =
+                    self.guest_memory(&ty, minimum, maximum, reserved, guard_size_in_bytes)?;
                 note(|created| created.guests.push(Arc::clone(memory.record())));
                 Ok(Box::new(memory))
             }
@@ -269,9 +315,13 @@ unsafe impl wasmtime::MemoryCreator for MemoryHost {
                 note(|created| created.poll = Some(page.clone()));
                 Ok(Box::new(PollMemory(page)))
             }
-            Next::Unplanned => {
-                Ok(Box::new(self.guest_memory(&ty, minimum, maximum, reserved, guard_size_in_bytes)?))
-            }
+            Next::Unplanned => Ok(Box::new(self.guest_memory(
+                &ty,
+                minimum,
+                maximum,
+                reserved,
+                guard_size_in_bytes,
+            )?)),
         }
     }
 }

@@ -1,12 +1,12 @@
 //! The poll page: how a running guest is stopped without asking it to check anything.
 //!
-//! Instrumented code (see `instrument`) stores to the first bytes of a memory of its own at every safepoint.
-//! Taking access to that page away makes the next such store fault, at a place the engine knows as a trap site,
-//! and the call unwinds like any other trap.
+//! Instrumented code (see `instrument`) stores to the first bytes of a memory of its own at every
+//! safepoint. Taking access to that page away makes the next such store fault, at a place the
+//! engine knows as a trap site, and the call unwinds like any other trap.
 //!
-//! The memory has the whole reservation that the engine is configured for, though one page of it is used:
-//! wasmtime attributes a fault to the memory whose *configured* range holds the address, and refuses (by an assertion)
-//! an address that two memories claim.
+//! The memory has the whole reservation that the engine is configured for, though one page of it is
+//! used: wasmtime attributes a fault to the memory whose *configured* range holds the address, and
+//! refuses (by an assertion) an address that two memories claim.
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,7 +27,8 @@ pub struct PollPage(Arc<Page>);
 #[derive(Debug)]
 struct Page {
     reservation: Reservation,
-    /// Held across the change, so that the last of `revoke` and `grant` to return is also the one in effect.
+    /// Held across the change, so that the last of `revoke` and `grant` to return is also the one
+    /// in effect.
     revoked: Mutex<bool>,
 }
 
@@ -38,10 +39,14 @@ impl PollPage {
         }
         let reservation = Reservation::new(platform, reserved.max(POLL_BYTES))?;
         reservation.commit(POLL_BYTES)?;
-        Ok(Self(Arc::new(Page { reservation, revoked: Mutex::new(false) })))
+        Ok(Self(Arc::new(Page {
+            reservation,
+            revoked: Mutex::new(false),
+        })))
     }
 
-    /// Stops the instance at its next safepoint, and at once when it is called again, until [`Self::grant`].
+    /// Stops the instance at its next safepoint, and at once when it is called again, until
+    /// [`Self::grant`].
     pub fn revoke(&self) -> io::Result<()> {
         self.set(true)
     }
@@ -52,12 +57,21 @@ impl PollPage {
     }
 
     /// Whether the page is taken away now.
-    pub fn is_revoked(&self) -> bool {
-        *self.0.revoked.lock().unwrap_or_else(PoisonError::into_inner)
+    #[cfg(test)]
+    pub(super) fn is_revoked(&self) -> bool {
+        *self
+            .0
+            .revoked
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn set(&self, revoke: bool) -> io::Result<()> {
-        let mut revoked = self.0.revoked.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut revoked = self
+            .0
+            .revoked
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if *revoked != revoke {
             self.0.reservation.set_accessible(POLL_BYTES, !revoke)?;
             *revoked = revoke;
@@ -70,9 +84,9 @@ impl PollPage {
 #[derive(Debug)]
 pub(super) struct PollMemory(pub(super) PollPage);
 
-// SAFETY: one committed, zeroed wasm page inside a reservation of the configured size, which the page keeps mapped.
-// Access to it can be taken away, which compiled code meets as a fault at a trap site; nothing else touches it,
-// since the memory is not exported and only polls name it.
+// SAFETY: one committed, zeroed wasm page inside a reservation of the configured size, which the
+// page keeps mapped. Access to it can be taken away, which compiled code meets as a fault at a trap
+// site; nothing else touches it, since the memory is not exported and only polls name it.
 unsafe impl wasmtime::LinearMemory for PollMemory {
     fn byte_size(&self) -> usize {
         POLL_BYTES
@@ -91,13 +105,17 @@ unsafe impl wasmtime::LinearMemory for PollMemory {
     }
 }
 
-/// Whether a trap came from a poll, and so from [`PollPage::revoke`], and not from an access of the guest's own.
+/// Whether a trap came from a poll, and so from [`PollPage::revoke`], and not from an access of the
+/// guest's own.
 ///
-/// A guest's access can only fault beyond its memory's size, a poll only at address 0 of a memory that is not empty.
-/// wasmtime keeps its `WasmFault` to itself, so this looks at the words it adds to the error.
+/// A guest's access can only fault beyond its memory's size, a poll only at address 0 of a memory
+/// that is not empty. wasmtime keeps its `WasmFault` to itself, so this looks at the words it adds
+/// to the error.
 pub(crate) fn is_poll_fault(error: &wasmtime::Error) -> bool {
-    matches!(error.downcast_ref::<wasmtime::Trap>(), Some(wasmtime::Trap::MemoryOutOfBounds))
-        && error.chain().any(|cause| cause.to_string() == POLL_FAULT)
+    matches!(
+        error.downcast_ref::<wasmtime::Trap>(),
+        Some(wasmtime::Trap::MemoryOutOfBounds)
+    ) && error.chain().any(|cause| cause.to_string() == POLL_FAULT)
 }
 
 /// What wasmtime says about a fault at a poll.

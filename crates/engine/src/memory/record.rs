@@ -8,7 +8,8 @@ use super::reservation::Reservation;
 
 /// One linear memory as the host sees it, valid for longer than the instance.
 ///
-/// The guest may run, and write, while the host reads: bytes are then as racy as the guest makes them, never out of reach.
+/// The guest may run, and write, while the host reads: bytes are then as racy as the guest makes
+/// them, never out of reach.
 #[derive(Debug)]
 pub struct MemoryRecord {
     base: AtomicPtr<u8>,
@@ -16,7 +17,8 @@ pub struct MemoryRecord {
     peak: AtomicUsize,
     limit: AtomicUsize,
     released: AtomicBool,
-    /// Gone once released. Written under the lock by growth that moves and by release; read under it by every copy.
+    /// Gone once released. Written under the lock by growth that moves and by release; read under
+    /// it by every copy.
     home: RwLock<Option<Arc<Reservation>>>,
 }
 
@@ -27,7 +29,8 @@ pub struct MemoryView {
     pub base: *mut u8,
     /// How many bytes there were.
     pub byte_length: usize,
-    /// Keeps the address range mapped: while this lives, `base..base + byte_length` can be accessed without a fault.
+    /// Keeps the address range mapped: while this lives, `base..base + byte_length` can be accessed
+    /// without a fault.
     pub pin: Arc<Reservation>,
 }
 
@@ -58,8 +61,8 @@ impl MemoryRecord {
         }
     }
 
-    /// Where the memory begins, or began before it was released.
-    /// Only growth beyond the reservation changes it. Use [`Self::view`] where the memory could grow or go meanwhile.
+    /// Where the memory begins, or began before it was released. Only growth beyond the reservation
+    /// changes it. Use [`Self::view`] where the memory could grow or go meanwhile.
     pub fn base(&self) -> *mut u8 {
         self.base.load(Ordering::Acquire)
     }
@@ -79,8 +82,8 @@ impl MemoryRecord {
         self.peak.load(Ordering::Acquire)
     }
 
-    /// Refuses growth beyond that many bytes from now on, as the specification lets `memory.grow` fail.
-    /// Unlike a `ResourceLimiter` it holds for shared memories as well.
+    /// Refuses growth beyond that many bytes from now on, as the specification lets `memory.grow`
+    /// fail. Unlike a `ResourceLimiter` it holds for shared memories as well.
     pub fn set_limit_bytes(&self, bytes: usize) {
         self.limit.store(bytes, Ordering::Release);
     }
@@ -104,15 +107,20 @@ impl MemoryRecord {
     pub fn view(&self) -> Option<MemoryView> {
         let home = self.read_home();
         let pin = Arc::clone(home.as_ref()?);
-        Some(MemoryView { base: pin.base(), byte_length: self.byte_len(), pin })
+        Some(MemoryView {
+            base: pin.base(),
+            byte_length: self.byte_len(),
+            pin,
+        })
     }
 
     /// Copies bytes out.
     pub fn read(&self, ptr: u64, out: &mut [u8]) -> Result<(), OutOfBounds> {
         let home = self.read_home();
         let from = self.locate(home.as_deref(), ptr, out.len())?;
-        // SAFETY: `locate` found the range inside the committed part of a reservation, which the lock keeps mapped.
-        // `out` is a Rust slice and so not guest memory. The guest may write meanwhile; the bytes are then a mixture.
+        // SAFETY: `locate` found the range inside the committed part of a reservation, which the
+        // lock keeps mapped. `out` is a Rust slice and so not guest memory. The guest may write
+        // meanwhile; the bytes are then a mixture.
         unsafe { ptr::copy_nonoverlapping(from.cast_const(), out.as_mut_ptr(), out.len()) };
         Ok(())
     }
@@ -127,9 +135,18 @@ impl MemoryRecord {
     }
 
     /// The address of `ptr` if `byte_length` bytes follow it now.
-    fn locate(&self, home: Option<&Reservation>, ptr: u64, byte_length: usize) -> Result<*mut u8, OutOfBounds> {
+    fn locate(
+        &self,
+        home: Option<&Reservation>,
+        ptr: u64,
+        byte_length: usize,
+    ) -> Result<*mut u8, OutOfBounds> {
         let memory_bytes = self.byte_len();
-        let error = OutOfBounds { ptr, byte_length, memory_bytes };
+        let error = OutOfBounds {
+            ptr,
+            byte_length,
+            memory_bytes,
+        };
         let home = home.ok_or(error)?;
         let start = usize::try_from(ptr).map_err(|_| error)?;
         let end = start.checked_add(byte_length).ok_or(error)?;
@@ -145,8 +162,8 @@ impl MemoryRecord {
         self.peak.fetch_max(len, Ordering::AcqRel);
     }
 
-    /// Puts the memory into another reservation; `fill` copies the contents while nobody else can read or write them.
-    /// Returns the old reservation.
+    /// Puts the memory into another reservation; `fill` copies the contents while nobody else can
+    /// read or write them. Returns the old reservation.
     pub(super) fn moved(
         &self,
         home: Arc<Reservation>,
@@ -161,7 +178,8 @@ impl MemoryRecord {
         old
     }
 
-    /// Marks the memory as gone and hands out its reservation. From here on every copy is out of bounds.
+    /// Marks the memory as gone and hands out its reservation. From here on every copy is out of
+    /// bounds.
     pub(super) fn release(&self) -> Option<Arc<Reservation>> {
         let mut slot = self.write_home();
         self.released.store(true, Ordering::Release);

@@ -7,20 +7,22 @@ use std::io;
 ///
 /// # Safety
 ///
-/// `base()..base() + len()` belongs to the region alone and stays mapped, at the same address, until it is dropped.
-/// Pages below the highest `commit` read as zero until they are written.
+/// `base()..base() + len()` belongs to the region alone and stays mapped, at the same address,
+/// until it is dropped. Pages below the highest `commit` read as zero until they are written.
 pub(super) unsafe trait Region: Send + Sync + Debug {
-    /// The first byte, aligned to [`super::GRANULE`] or to a page of the host, whichever is smaller.
+    /// The first byte, aligned to [`super::GRANULE`] or to a page of the host, whichever is
+    /// smaller.
     fn base(&self) -> *mut u8;
 
     /// The length of the range in bytes.
     fn len(&self) -> usize;
 
-    /// Makes `offset..offset + len` readable and writable. Multiples of [`super::GRANULE`], inside the region.
+    /// Makes `offset..offset + len` readable and writable. Multiples of [`super::GRANULE`], inside
+    /// the region.
     fn commit(&self, offset: usize, len: usize) -> io::Result<()>;
 
-    /// Gives the pages of the first `len` bytes back; from then on they read as zero and writes go nowhere that matters.
-    /// Must not fail in a way that leaves a committed byte inaccessible.
+    /// Gives the pages of the first `len` bytes back; from then on they read as zero and writes go
+    /// nowhere that matters. Must not fail in a way that leaves a committed byte inaccessible.
     fn wipe(&self, len: usize);
 
     /// Takes access to the first `len` bytes away, or gives it back.
@@ -30,7 +32,8 @@ pub(super) unsafe trait Region: Send + Sync + Debug {
 /// The way to reserve address space on one kind of system.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Platform {
-    /// Whether an access to uncommitted address space faults, so that guard pages and poll pages work.
+    /// Whether an access to uncommitted address space faults, so that guard pages and poll pages
+    /// work.
     pub(super) guards: bool,
     /// Reserves a range of that many bytes; none of them accessible if `guards`.
     pub(super) reserve: fn(usize) -> io::Result<Box<dyn Region>>,

@@ -7,8 +7,8 @@ use super::region::{Platform, Region};
 
 /// The address range of one linear memory, shared by the guest and by every view of it.
 ///
-/// Holding one keeps the range mapped: reading and writing what was once accessible can then never fault.
-/// After the guest's memory was released the pages are gone and the range reads as zeros.
+/// Holding one keeps the range mapped: reading and writing what was once accessible can then never
+/// fault. After the guest's memory was released the pages are gone and the range reads as zeros.
 #[derive(Debug)]
 pub struct Reservation {
     region: Box<dyn Region>,
@@ -19,7 +19,10 @@ pub struct Reservation {
 impl Reservation {
     pub(super) fn new(platform: Platform, len: usize) -> io::Result<Self> {
         let region = (platform.reserve)(len)?;
-        Ok(Self { region, committed: AtomicUsize::new(0) })
+        Ok(Self {
+            region,
+            committed: AtomicUsize::new(0),
+        })
     }
 
     /// The first byte of the range.

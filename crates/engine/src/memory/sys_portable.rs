@@ -1,6 +1,7 @@
 //! Reservations as plain zeroed allocations, for systems without a variant of their own.
 //!
-//! No guard pages, so the engine compiles explicit bounds checks, and no poll pages, so it interrupts by epochs.
+//! No guard pages, so the engine compiles explicit bounds checks, and no poll pages, so it
+//! interrupts by epochs.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::io;
@@ -8,7 +9,10 @@ use std::ptr::{self, NonNull};
 
 use super::region::{Platform, Region};
 
-pub(super) const PLATFORM: Platform = Platform { guards: false, reserve };
+pub(super) const PLATFORM: Platform = Platform {
+    guards: false,
+    reserve,
+};
 
 /// A page of most hosts; nothing here depends on more.
 const ALIGN: usize = 1 << 12;
@@ -22,19 +26,21 @@ struct Allocation {
 
 // SAFETY: the allocation is owned by this value and reached through raw pointers only.
 unsafe impl Send for Allocation {}
-// SAFETY: as above; `&self` methods hand out the address or overwrite bytes, which callers accept as racy.
+// SAFETY: as above; `&self` methods hand out the address or overwrite bytes, which callers accept
+// as racy.
 unsafe impl Sync for Allocation {}
 
 fn reserve(len: usize) -> io::Result<Box<dyn Region>> {
-    let layout =
-        Layout::from_size_align(len.max(ALIGN), ALIGN).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
+    let layout = Layout::from_size_align(len.max(ALIGN), ALIGN)
+        .map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
     // SAFETY: the layout's size is not zero.
     let base = unsafe { alloc_zeroed(layout) };
     let base = NonNull::new(base).ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
     Ok(Box::new(Allocation { base, layout }))
 }
 
-// SAFETY: the allocator returned the block for us alone and only `drop` frees it; it begins as zeros.
+// SAFETY: the allocator returned the block for us alone and only `drop` frees it; it begins as
+// zeros.
 unsafe impl Region for Allocation {
     fn base(&self) -> *mut u8 {
         self.base.as_ptr()

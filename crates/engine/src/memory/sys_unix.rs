@@ -8,7 +8,10 @@ use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, m
 
 use super::region::{Platform, Region};
 
-pub(super) const PLATFORM: Platform = Platform { guards: true, reserve };
+pub(super) const PLATFORM: Platform = Platform {
+    guards: true,
+    reserve,
+};
 
 /// A private anonymous mapping.
 #[derive(Debug)]
@@ -17,9 +20,11 @@ struct Mapping {
     len: usize,
 }
 
-// SAFETY: the mapping is plain address space, owned by this value; its methods are system calls that any thread may make.
+// SAFETY: the mapping is plain address space, owned by this value; its methods are system calls
+// that any thread may make.
 unsafe impl Send for Mapping {}
-// SAFETY: as above; `&self` methods change only protection and contents of pages, which the kernel serialises.
+// SAFETY: as above; `&self` methods change only protection and contents of pages, which the kernel
+// serialises.
 unsafe impl Sync for Mapping {}
 
 /// Swap space is not set aside for address space that may never be used.
@@ -35,7 +40,8 @@ fn flags() -> MapFlags {
 }
 
 fn reserve(len: usize) -> io::Result<Box<dyn Region>> {
-    // SAFETY: a new anonymous mapping at an address of the kernel's choosing touches no memory of ours.
+    // SAFETY: a new anonymous mapping at an address of the kernel's choosing touches no memory of
+    // ours.
     let base = unsafe { mmap_anonymous(ptr::null_mut(), len, ProtFlags::empty(), flags()) }?;
     Ok(Box::new(Mapping { base, len }))
 }
@@ -54,14 +60,16 @@ impl Mapping {
         if len == 0 {
             return Ok(());
         }
-        // SAFETY: the range lies inside a mapping that is ours alone. Rust never holds references into it; the raw accesses
-        // that host code makes stay below the committed size, and taking access away is only done to poll pages.
+        // SAFETY: the range lies inside a mapping that is ours alone. Rust never holds references
+        // into it; the raw accesses that host code makes stay below the committed size, and taking
+        // access away is only done to poll pages.
         unsafe { mprotect(start, len, flags) }?;
         Ok(())
     }
 }
 
-// SAFETY: `mmap` returned the range for us alone and only `drop` unmaps it; anonymous pages begin as zeros.
+// SAFETY: `mmap` returned the range for us alone and only `drop` unmaps it; anonymous pages begin
+// as zeros.
 unsafe impl Region for Mapping {
     fn base(&self) -> *mut u8 {
         self.base.cast()
@@ -80,8 +88,9 @@ unsafe impl Region for Mapping {
         if len == 0 {
             return;
         }
-        // A fresh mapping and not madvise: it reads as zeros whatever was mapped there, on every Unix.
-        // SAFETY: MAP_FIXED replaces pages of our own mapping only; a concurrent raw reader sees old bytes or zeros.
+        // A fresh mapping and not madvise: it reads as zeros whatever was mapped there, on every
+        // Unix. SAFETY: MAP_FIXED replaces pages of our own mapping only; a concurrent raw reader
+        // sees old bytes or zeros.
         let fresh = unsafe {
             mmap_anonymous(
                 start,
@@ -91,14 +100,18 @@ unsafe impl Region for Mapping {
             )
         };
         if fresh.is_err() {
-            // Out of mappings: zero in place, which costs time and keeps the pages until the pin goes.
-            // SAFETY: the caller names committed bytes of this mapping, which are writable.
+            // Out of mappings: zero in place, which costs time and keeps the pages until the pin
+            // goes. SAFETY: the caller names committed bytes of this mapping, which are writable.
             unsafe { ptr::write_bytes(start.cast::<u8>(), 0, len) };
         }
     }
 
     fn set_accessible(&self, len: usize, accessible: bool) -> io::Result<()> {
-        let flags = if accessible { MprotectFlags::READ | MprotectFlags::WRITE } else { MprotectFlags::empty() };
+        let flags = if accessible {
+            MprotectFlags::READ | MprotectFlags::WRITE
+        } else {
+            MprotectFlags::empty()
+        };
         self.protect(0, len, flags)
     }
 }

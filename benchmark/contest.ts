@@ -1,0 +1,75 @@
+// Contestants measured in turns: round after round, each once, so that a busy minute of the machine hits all alike.
+import { measure } from 'mitata'
+
+/** One turn: nanoseconds for one operation. */
+export type Turn = () => number | Promise<number>
+
+export interface Standing {
+  /** Median over the rounds, nanoseconds for one operation. */
+  ns: number
+  turns: number[]
+}
+
+export interface Effort {
+  rounds: number
+  /** Milliseconds that mitata spends on one turn of a hot function. */
+  turnMs: number
+  /** Scales loops of slow operations: 1 in full, less for a look. */
+  share: number
+}
+
+/** Everything runs and nothing is learned: for CI. */
+export const smoke: Effort = { rounds: 1, turnMs: 5, share: 0.02 }
+export const full: Effort = { rounds: 9, turnMs: 150, share: 1 }
+
+export async function contest<Name extends string>(
+  rounds: number,
+  turns: Record<Name, Turn>,
+): Promise<Record<Name, Standing>> {
+  const names = Object.keys(turns) as Name[]
+  const taken = Object.fromEntries(names.map((name) => [name, [] as number[]])) as Record<Name, number[]>
+  for (let round = 0; round < rounds; round++) {
+    // The order turns round, so that nobody always follows the same neighbour.
+    for (let at = 0; at < names.length; at++) {
+      const name = names[(at + round) % names.length] as Name
+      taken[name].push(await turns[name]())
+    }
+  }
+  const standing = (name: Name): Standing => ({ ns: median(taken[name]), turns: taken[name] })
+  return Object.fromEntries(names.map((name) => [name, standing(name)])) as Record<Name, Standing>
+}
+
+/** A turn for a function that may be as quick as a few nanoseconds; mitata knows how to batch those. `per`: operations in one call. */
+export function hot(effort: Effort, fn: () => unknown, per = 1): Turn {
+  return async () => {
+    const nanoseconds = effort.turnMs * 1e6
+    const { p50 } = await measure(fn, { min_cpu_time: nanoseconds, min_samples: 3 })
+    return p50 / per
+  }
+}
+
+/** A turn for an operation of many microseconds: the median of `count` runs in a fresh setting. */
+export function slow(count: number, prepare: () => (() => unknown) | Promise<() => unknown>): Turn {
+  return async () => {
+    const fn = await prepare()
+    const times: number[] = []
+    for (let run = 0; run < Math.max(1, count); run++) {
+      const start = process.hrtime.bigint()
+      await fn()
+      times.push(Number(process.hrtime.bigint() - start))
+    }
+    return median(times)
+  }
+}
+
+/** The ratio of two contestants, round by round, and then its median: what disturbs a whole round cancels out. */
+export function ratio(over: Standing, under: Standing): number {
+  return median(over.turns.map((ns, round) => ns / (under.turns[round] ?? under.ns)))
+}
+
+export function median(values: number[]): number {
+  const sorted = [...values].sort((a, b) => a - b)
+  const middle = sorted.length >> 1
+  const upper = sorted[middle] ?? Number.NaN
+  return sorted.length % 2 === 1 ? upper : (upper + (sorted[middle - 1] ?? upper)) / 2
+}

@@ -1,0 +1,35 @@
+// Real modules at real work, default options, against V8. Each turn begins with a fresh instance: one of them leaks.
+import { contest, type Effort, ratio, slow } from '../contest.ts'
+import { onMolt, onV8 } from '../engines.ts'
+import { dprint } from '../modules/dprint.ts'
+import { gofmt } from '../modules/gofmt.ts'
+import { oniguruma } from '../modules/oniguruma.ts'
+import type { Group } from '../report.ts'
+
+export default async function throughput(effort: Effort): Promise<Group> {
+  const group: Group = { name: 'throughput: real modules, one unit of work', standings: {}, figures: [] }
+  for (const module of [gofmt, dprint, oniguruma]) {
+    const v8 = onV8(module)
+    const molt = await onMolt(module)
+    if (v8.fresh()() !== molt.fresh()()) throw new Error(`${module.name}: the engines answer differently`)
+
+    const calls = Math.ceil(module.calls * effort.share)
+    const turn = { v8: slow(calls, () => v8.fresh()), molt: slow(calls, () => molt.fresh()) }
+    // V8 compiles hot functions again while they run: let it finish before the clock counts.
+    for (let warming = 0; warming < 3 * effort.share; warming++) {
+      await turn.v8()
+      await turn.molt()
+    }
+    const standings = await contest(effort.rounds, turn)
+    group.standings[`${module.name}: V8`] = standings.v8
+    group.standings[`${module.name}: manager.exports`] = standings.molt
+    group.figures.push({
+      what: `${module.name} (${module.origin}) against V8`,
+      ratio: ratio(standings.v8, standings.molt),
+      unit: 'its speed',
+      ...(module === gofmt ? { goal: { atLeast: 1 } } : {}),
+    })
+    await molt.close()
+  }
+  return group
+}

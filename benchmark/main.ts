@@ -1,0 +1,75 @@
+// npm run bench [-- GROUP… --smoke --rounds N --strict --save]
+//   GROUP     exports, calls, imports, create, throughput, interruptible; default all
+//   --smoke   one short round, to see that everything runs
+//   --rounds  how often each contestant has its turn (default 9)
+//   --strict  exit 1 when a goal is missed
+//   --save    keep the result as results/reference.json, the one that is committed
+import { mkdirSync, writeFileSync } from 'node:fs'
+import { relative } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { parseArgs } from 'node:util'
+import { type Effort, full, smoke } from './contest.ts'
+import calls from './groups/calls.ts'
+import create from './groups/create.ts'
+import exportCalls from './groups/exports.ts'
+import importCalls from './groups/imports.ts'
+import interruptible from './groups/interruptible.ts'
+import throughput from './groups/throughput.ts'
+import { circumstances, type Group, passes, show, verdict } from './report.ts'
+
+const groups: Record<string, (effort: Effort) => Promise<Group>> = {
+  exports: exportCalls,
+  calls,
+  imports: importCalls,
+  create,
+  throughput,
+  interruptible,
+}
+
+const { values: flags, positionals } = parseArgs({
+  allowPositionals: true,
+  options: {
+    smoke: { type: 'boolean', default: false },
+    rounds: { type: 'string' },
+    strict: { type: 'boolean', default: false },
+    save: { type: 'boolean', default: false },
+  },
+})
+const unknown = positionals.filter((name) => !(name in groups))
+if (unknown.length > 0) {
+  process.stderr.write(`no such group: ${unknown.join(', ')}. There are: ${Object.keys(groups).join(', ')}\n`)
+  process.exit(2)
+}
+const effort = flags.smoke ? smoke : { ...full, rounds: Number(flags.rounds ?? full.rounds) }
+
+const context = circumstances()
+process.stdout.write(
+  `${context.cpu}, ${context.cores} cores, Node ${context.node} (V8 ${context.v8}), ${context.commit}\n`,
+)
+const done: Group[] = []
+for (const name of positionals.length > 0 ? positionals : Object.keys(groups)) {
+  const group = await (groups[name] as (effort: Effort) => Promise<Group>)(effort)
+  process.stdout.write(`${show(group)}\n`)
+  done.push(group)
+}
+
+const figures = done.flatMap((group) => group.figures)
+const missed = figures.filter((figure) => passes(figure) === false)
+process.stdout.write(`\n${figures.filter((figure) => passes(figure)).length} goals met, ${missed.length} missed\n`)
+for (const figure of missed) process.stdout.write(`  ${figure.what}: ${verdict(figure)}\n`)
+
+if (flags.smoke) {
+  process.stdout.write('One short round shows that the benchmarks run; its figures mean nothing and are not kept.\n')
+} else {
+  const results = new URL('results/', import.meta.url)
+  mkdirSync(results, { recursive: true })
+  const name = flags.save ? 'reference' : context.date.replaceAll(':', '-').slice(0, 19)
+  const path = fileURLToPath(new URL(`${name}.json`, results))
+  const kept = done.map((group) => ({
+    ...group,
+    figures: group.figures.map((figure) => ({ ...figure, pass: passes(figure) ?? null })),
+  }))
+  writeFileSync(path, `${JSON.stringify({ ...context, effort, groups: kept }, null, 1)}\n`)
+  process.stdout.write(`Result: ${relative(process.cwd(), path)}\n`)
+}
+if (flags.strict && missed.length > 0) process.exitCode = 1

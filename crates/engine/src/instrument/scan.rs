@@ -1,0 +1,322 @@
+//! Going through function bodies.
+//!
+//! Modules have megabytes of code, and this happens at every start, even when the compiled code
+//! comes from a cache. So the instructions that real modules consist of are stepped over by a
+//! table; a body with anything else in it is read again, from its beginning, by `wasmparser`.
+//! Neither validates: that is done on what is spliced.
+
+use wasmparser::{FunctionBody, Operator};
+
+use super::{InstrumentError, Result};
+
+/// A place where a poll may go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Site {
+    /// Before the instruction at this offset in the module.
+    pub(super) at: usize,
+    /// The function that is called there, or [`Site::POLLED`].
+    pub(super) callee: u32,
+}
+
+impl Site {
+    /// In place of a callee: a poll does go there. (No module has so many functions.)
+    pub(super) const POLLED: u32 = u32::MAX;
+
+    pub(super) fn is_polled(self) -> bool {
+        self.callee == Self::POLLED
+    }
+}
+
+/// Finds the places, in order. Calls inside a loop are none: the loop's own poll comes before them.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Sites {
+    pub(super) found: Vec<Site>,
+    /// For each open block of the body at hand, whether it is a loop.
+    open: Vec<bool>,
+    loops: usize,
+}
+
+impl Sites {
+    fn begin(&mut self) {
+        self.open.clear();
+        self.loops = 0;
+    }
+
+    fn enter(&mut self) {
+        self.open.push(false);
+    }
+
+    fn enter_loop(&mut self, body: usize) {
+        self.open.push(true);
+        self.loops += 1;
+        self.found.push(Site {
+            at: body,
+            callee: Site::POLLED,
+        });
+    }
+
+    fn leave(&mut self) {
+        if self.open.pop() == Some(true) {
+            self.loops -= 1;
+        }
+    }
+
+    fn call(&mut self, at: usize, callee: u32) {
+        if self.loops == 0 {
+            self.found.push(Site { at, callee });
+        }
+    }
+
+    /// A call of who knows what, which may well lead back here.
+    fn indirect_call(&mut self, at: usize) {
+        self.call(at, Site::POLLED);
+    }
+}
+
+/// Notes what is in `body`.
+pub(super) fn scan(body: &FunctionBody<'_>, sites: &mut Sites) -> Result<()> {
+    let entry = body.get_binary_reader_for_operators()?.original_position();
+    let code = body
+        .as_bytes()
+        .get(entry - body.range().start..)
+        .unwrap_or_default();
+    let before = sites.found.len();
+    if scan_common(code, entry, sites).is_none() {
+        sites.found.truncate(before);
+        scan_any(body, sites)?;
+    }
+    Ok(())
+}
+
+/// Every instruction there is.
+fn scan_any(body: &FunctionBody<'_>, sites: &mut Sites) -> Result<()> {
+    sites.begin();
+    let mut operators = body.get_operators_reader()?;
+    while !operators.eof() {
+        let at = operators.original_position();
+        match operators.read()? {
+            Operator::Loop { .. } => sites.enter_loop(operators.original_position()),
+            Operator::Block { .. } | Operator::If { .. } | Operator::TryTable { .. } => {
+                sites.enter();
+            }
+            Operator::End => sites.leave(),
+            Operator::Call { function_index } | Operator::ReturnCall { function_index } => {
+                sites.call(at, function_index);
+            }
+            Operator::CallIndirect { .. }
+            | Operator::ReturnCallIndirect { .. }
+            | Operator::CallRef { .. }
+            | Operator::ReturnCallRef { .. }
+            | Operator::Resume { .. }
+            | Operator::ResumeThrow { .. }
+            | Operator::ResumeThrowRef { .. }
+            | Operator::Switch { .. } => sites.indirect_call(at),
+            Operator::Try { .. }
+            | Operator::Catch { .. }
+            | Operator::Rethrow { .. }
+            | Operator::Delegate { .. }
+            | Operator::CatchAll => return Err(InstrumentError::LegacyExceptions { offset: at }),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// What follows an opcode.
+#[derive(Clone, Copy)]
+enum Immediate {
+    None,
+    /// That many LEB128 numbers of 32 bits.
+    Indices(u8),
+    /// One LEB128 number of 64 bits.
+    Long,
+    /// That many bytes.
+    Bytes(u8),
+    BlockType,
+    MemArg,
+    /// A memory argument and a lane.
+    MemArgLane,
+    BrTable,
+    /// A second opcode, of the `0xfc` space.
+    Prefix,
+    /// A second opcode, of the `0xfd` space.
+    Simd,
+    /// For [`scan_any`].
+    Other,
+}
+
+const BLOCK: u8 = 0x02;
+const LOOP: u8 = 0x03;
+const IF: u8 = 0x04;
+const END: u8 = 0x0b;
+const CALL: u8 = 0x10;
+const CALL_INDIRECT: u8 = 0x11;
+const RETURN_CALL: u8 = 0x12;
+const RETURN_CALL_INDIRECT: u8 = 0x13;
+
+const IMMEDIATES: [Immediate; 256] = {
+    let mut table = [Immediate::Other; 256];
+    let mut opcode = 0;
+    while opcode < table.len() {
+        table[opcode] = match opcode {
+            // unreachable, nop, else, end, return, drop, select, numeric, ref.is_null
+            0x00 | 0x01 | 0x05 | 0x0b | 0x0f | 0x1a | 0x1b | 0x45..=0xc4 | 0xd1 => Immediate::None,
+            // block, loop, if
+            0x02..=0x04 => Immediate::BlockType,
+            // br, br_if, call, return_call, local.*, global.*, table.get, table.set, memory.size,
+            // memory.grow, i32.const, ref.func
+            0x0c | 0x0d | 0x10 | 0x12 | 0x20..=0x26 | 0x3f..=0x41 | 0xd2 => Immediate::Indices(1),
+            0x0e => Immediate::BrTable,
+            // call_indirect, return_call_indirect
+            0x11 | 0x13 => Immediate::Indices(2),
+            // loads and stores
+            0x28..=0x3e => Immediate::MemArg,
+            0x42 => Immediate::Long,
+            0x43 => Immediate::Bytes(4),
+            0x44 => Immediate::Bytes(8),
+            0xfc => Immediate::Prefix,
+            0xfd => Immediate::Simd,
+            _ => Immediate::Other,
+        };
+        opcode += 1;
+    }
+    table
+};
+
+/// After `0xfc`: saturating conversions, bulk memory, tables.
+fn prefixed(opcode: u32) -> Immediate {
+    match opcode {
+        0..=7 => Immediate::None,
+        9 | 11 | 13 | 15..=17 => Immediate::Indices(1),
+        8 | 10 | 12 | 14 => Immediate::Indices(2),
+        _ => Immediate::Other,
+    }
+}
+
+/// After `0xfd`: vectors, the relaxed ones too.
+fn simd(opcode: u32) -> Immediate {
+    match opcode {
+        0..=11 | 92 | 93 => Immediate::MemArg,
+        // v128.const, i8x16.shuffle
+        12 | 13 => Immediate::Bytes(16),
+        // extract_lane, replace_lane
+        21..=34 => Immediate::Bytes(1),
+        84..=91 => Immediate::MemArgLane,
+        14..=20 | 35..=83 | 94..=275 => Immediate::None,
+        _ => Immediate::Other,
+    }
+}
+
+/// The instructions of ordinary modules. `None` where one is not: the sites are then incomplete.
+fn scan_common(code: &[u8], start: usize, sites: &mut Sites) -> Option<()> {
+    sites.begin();
+    let mut cursor = Cursor { code, at: 0 };
+    while let Some(&opcode) = code.get(cursor.at) {
+        let at = start + cursor.at;
+        cursor.at += 1;
+        if let CALL | RETURN_CALL = opcode {
+            sites.call(at, cursor.index()?);
+            continue;
+        }
+        cursor.step_over(*IMMEDIATES.get(usize::from(opcode))?)?;
+        match opcode {
+            BLOCK | IF => sites.enter(),
+            LOOP => sites.enter_loop(start + cursor.at),
+            END => sites.leave(),
+            CALL_INDIRECT | RETURN_CALL_INDIRECT => sites.indirect_call(at),
+            _ => {}
+        }
+    }
+    // The last instruction must not have been cut off.
+    (cursor.at == code.len()).then_some(())
+}
+
+struct Cursor<'a> {
+    code: &'a [u8],
+    at: usize,
+}
+
+impl Cursor<'_> {
+    fn byte(&mut self) -> Option<u8> {
+        let byte = *self.code.get(self.at)?;
+        self.at += 1;
+        Some(byte)
+    }
+
+    /// Steps over a LEB128 number of at most `most` bytes.
+    fn skip(&mut self, most: u8) -> Option<()> {
+        for _ in 0..most {
+            if self.byte()? < 0x80 {
+                return Some(());
+            }
+        }
+        None
+    }
+
+    /// An unsigned LEB128 number of 32 bits.
+    fn index(&mut self) -> Option<u32> {
+        let mut value = 0;
+        for shift in [0, 7, 14, 21, 28] {
+            let byte = self.byte()?;
+            value |= u32::from(byte & 0x7f) << shift;
+            if byte < 0x80 {
+                return (shift < 28 || byte < 0x10).then_some(value);
+            }
+        }
+        None
+    }
+
+    fn mem_arg(&mut self) -> Option<()> {
+        match self.byte()? {
+            0..0x40 => {}
+            // The index of a memory follows.
+            0x40..0x80 => self.skip(5)?,
+            _ => return None,
+        }
+        self.skip(10)
+    }
+
+    fn step_over(&mut self, immediate: Immediate) -> Option<()> {
+        match immediate {
+            Immediate::None => {}
+            Immediate::Indices(count) => {
+                for _ in 0..count {
+                    self.skip(5)?;
+                }
+            }
+            Immediate::Long => self.skip(10)?,
+            Immediate::Bytes(count) => self.at += usize::from(count),
+            Immediate::BlockType => match self.byte()? {
+                // Nothing, a plain value type, or a small type index.
+                0x00..=0x40 | 0x6f | 0x70 | 0x7b..=0x7f => {}
+                0x80.. => self.skip(4)?,
+                _ => return None,
+            },
+            Immediate::MemArg => self.mem_arg()?,
+            Immediate::MemArgLane => {
+                self.mem_arg()?;
+                self.at += 1;
+            }
+            Immediate::BrTable => {
+                // The default is one more.
+                for _ in 0..=self.index()? {
+                    self.skip(5)?;
+                }
+            }
+            Immediate::Prefix => {
+                let opcode = self.index()?;
+                self.step_over(prefixed(opcode))?;
+            }
+            Immediate::Simd => {
+                let opcode = self.index()?;
+                self.step_over(simd(opcode))?;
+            }
+            Immediate::Other => return None,
+        }
+        Some(())
+    }
+}
+
+#[cfg(test)]
+#[path = "scan_tests.rs"]
+mod tests;

@@ -1,0 +1,413 @@
+//! What a spliced module looks like. That it can be stopped is tested beside the poll page.
+
+use wasmparser::{Operator, Validator};
+
+use super::*;
+
+const POLLS: InstrumentOptions = InstrumentOptions { polls: true };
+
+fn wasm(wat: &str) -> Vec<u8> {
+    wat::parse_str(wat).unwrap()
+}
+
+fn refused(bytes: &[u8]) -> InstrumentError {
+    instrument(bytes, &POLLS).map(|_| ()).unwrap_err()
+}
+
+/// Splices, validates, and checks that leaving out the polls and their memory gives the module
+/// back.
+fn spliced(bytes: &[u8]) -> Instrumented<'_> {
+    let spliced = instrument(bytes, &POLLS).unwrap();
+    Validator::new_with_features(WasmFeatures::all())
+        .validate_all(&spliced.bytes)
+        .unwrap();
+    let poll_memory = spliced.memories.len() as u32;
+    let mut polls = 0;
+    let (before, after) = (operators(bytes), operators(&spliced.bytes));
+    assert_eq!(before.len(), after.len());
+    for (before, after) in before.iter().zip(&after) {
+        let mut kept = Vec::new();
+        for operator in after {
+            kept.push(operator.clone());
+            if operator.contains(&format!("memory: {poll_memory} ")) {
+                assert!(operator.starts_with("I32Store "), "{operator}");
+                kept.truncate(kept.len() - 3);
+                polls += 1;
+            }
+        }
+        assert_eq!(before, &kept);
+    }
+    assert_eq!(spliced.has_poll_memory, polls > 0);
+    spliced
+}
+
+fn operators(bytes: &[u8]) -> Vec<Vec<String>> {
+    bodies(bytes)
+        .iter()
+        .map(|body| body.iter().map(|o| format!("{o:?}")).collect())
+        .collect()
+}
+
+fn bodies(bytes: &[u8]) -> Vec<Vec<Operator<'_>>> {
+    Parser::new(0)
+        .parse_all(bytes)
+        .filter_map(|payload| match payload.unwrap() {
+            Payload::CodeSectionEntry(body) => Some(
+                body.get_operators_reader()
+                    .unwrap()
+                    .into_iter()
+                    .map(std::result::Result::unwrap)
+                    .collect(),
+            ),
+            _ => None,
+        })
+        .collect()
+}
+
+/// Polls per function.
+fn polls(wat: &str) -> Vec<usize> {
+    let bytes = wasm(wat);
+    let spliced = spliced(&bytes);
+    let (before, after) = (operators(&bytes), operators(&spliced.bytes));
+    before
+        .iter()
+        .zip(after)
+        .map(|(b, a)| (a.len() - b.len()) / 3)
+        .collect()
+}
+
+#[test]
+fn loops_and_recursion_are_polled_and_nothing_else() {
+    assert_eq!(polls("(module (func) (func i32.const 1 drop))"), [0, 0]);
+    assert_eq!(
+        polls("(module (func loop end loop loop end end) (func call 0))"),
+        [3, 0]
+    );
+    assert_eq!(polls("(module (func call 0))"), [1]);
+    assert_eq!(
+        polls("(module (func call 1) (func call 2) (func call 0))"),
+        [0, 0, 1]
+    );
+    assert_eq!(polls("(module (func call 1 call 1) (func))"), [0, 0]);
+    assert_eq!(
+        polls("(module (func return_call 1) (func return_call 0))"),
+        [0, 1]
+    );
+    // Imports come first in the index space.
+    assert_eq!(
+        polls(r#"(module (import "" "" (func)) (func call 0) (func call 2 call 0))"#),
+        [0, 1]
+    );
+    assert_eq!(
+        polls(
+            "(module (table 1 funcref) (func (call_indirect (i32.const 0))) (func (return_call_indirect (i32.const 0))))"
+        ),
+        [1, 1]
+    );
+}
+
+#[test]
+fn a_poll_stands_first_in_a_loop_and_before_a_call() {
+    let bytes = wasm(
+        "(module (table 1 funcref) (func (local i64) nop loop nop end (call_indirect (i32.const 0)) call 0))",
+    );
+    let spliced = spliced(&bytes);
+    let names: Vec<_> = operators(&spliced.bytes)
+        .remove(0)
+        .iter()
+        .map(|o| o.split([' ', '{']).next().unwrap().to_owned())
+        .collect();
+    let poll = ["I32Const", "I32Const", "I32Store"];
+    let expected = [
+        &["Nop", "Loop"][..],
+        &poll,
+        &["Nop", "End", "I32Const"],
+        &poll,
+        &["CallIndirect"],
+        &poll,
+        &["Call", "End"],
+    ];
+    assert_eq!(names, expected.concat());
+}
+
+/// Functions of which each calls the next, `calls` times; and a last one.
+fn chain(depth: usize, calls: usize) -> usize {
+    let functions = (1..=depth).fold(String::new(), |wat, next| {
+        wat + "(func" + &format!(" call {next}").repeat(calls) + ")"
+    });
+    polls(&format!("(module {functions} (func))")).iter().sum()
+}
+
+#[test]
+fn calls_that_multiply_are_polled_somewhere() {
+    assert_eq!(chain(16, 2), 0);
+    assert!((2..=20).contains(&chain(64, 2)));
+    // Depth costs neither stack nor time.
+    assert_eq!(chain(50_000, 1), 0);
+}
+
+#[test]
+fn the_poll_memory_is_the_last() {
+    for (wat, memories, defined) in [
+        ("(module (func loop end))", 0, 0),
+        ("(module (memory 1) (func loop end))", 1, 1),
+        (
+            "(module (memory 1) (memory 0 5) (memory i64 7) (func loop end))",
+            3,
+            3,
+        ),
+        (
+            r#"(module (import "" "" (memory 2 3 shared)) (memory 4) (func loop end))"#,
+            2,
+            1,
+        ),
+        (
+            r#"(module (import "" "" (memory 0)) (func loop end))"#,
+            1,
+            0,
+        ),
+    ] {
+        let bytes = wasm(wat);
+        let spliced = spliced(&bytes);
+        assert_eq!(
+            (spliced.memories.len(), spliced.defined_memories()),
+            (memories, defined),
+            "{wat}"
+        );
+    }
+}
+
+#[test]
+fn a_memory_section_is_made_in_the_right_place() {
+    for rest in [
+        "",
+        "(global i32 (i32.const 0))",
+        "(tag)",
+        r#"(export "f" (func 0))"#,
+        "(start 0)",
+        "(table 1 funcref) (elem (i32.const 0) 0)",
+        r#"(data "passive")"#,
+        "(table 1 funcref)",
+    ] {
+        spliced(&wasm(&format!("(module (func loop end) {rest})")));
+    }
+}
+
+#[test]
+fn the_types_of_memories_are_reported_as_declared() {
+    let bytes = wasm(
+        r#"(module (import "" "" (memory 2 3 shared)) (memory i64 4 (pagesize 1)) (memory 5) (func loop end))"#,
+    );
+    let plain = MemoryInfo {
+        imported: false,
+        minimum: 5,
+        maximum: None,
+        shared: false,
+        memory64: false,
+        page_size_log2: 16,
+    };
+    let expected = [
+        MemoryInfo {
+            imported: true,
+            minimum: 2,
+            maximum: Some(3),
+            shared: true,
+            ..plain
+        },
+        MemoryInfo {
+            minimum: 4,
+            memory64: true,
+            page_size_log2: 0,
+            ..plain
+        },
+        plain,
+    ];
+    assert_eq!(spliced(&bytes).memories, expected);
+    let unpolled = instrument(&bytes, &InstrumentOptions { polls: false }).unwrap();
+    assert_eq!(unpolled.memories, expected);
+    assert!(!unpolled.has_poll_memory && matches!(unpolled.bytes, Cow::Borrowed(_)));
+}
+
+#[test]
+fn a_module_that_always_ends_soon_is_left_alone() {
+    let bytes = wasm("(module (memory 1) (func) (func call 0))");
+    assert!(matches!(
+        instrument(&bytes, &POLLS).unwrap().bytes,
+        Cow::Borrowed(_)
+    ));
+}
+
+#[test]
+fn names_are_kept_and_code_offsets_dropped() {
+    let bytes = wasm(
+        r#"(module $the_name
+            (@custom ".debug_info" "x") (@custom "sourceMappingURL" "x") (@custom "producers" (after last) "\00")
+            (@custom "my.own" "x") (@custom "reloc.CODE" "x")
+            (func $a_function loop (@metadata.code.branch_hint "\00") (if (i32.const 0) (then)) end))"#,
+    );
+    let spliced = spliced(&bytes);
+    assert_eq!(spliced.name.as_deref(), Some("the_name"));
+    let customs: Vec<_> = Parser::new(0)
+        .parse_all(&spliced.bytes)
+        .filter_map(|payload| match payload.unwrap() {
+            Payload::CustomSection(custom) => Some(custom.name().to_owned()),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(customs, ["producers", "my.own", "name"]);
+    assert_eq!(instrument(&wasm("(module)"), &POLLS).unwrap().name, None);
+}
+
+#[test]
+fn what_is_no_module_is_refused() {
+    assert_eq!(refused(b""), InstrumentError::NotWasm { first: Vec::new() });
+    assert_eq!(
+        refused(b"").to_string(),
+        "these bytes are no WebAssembly module: they begin with nothing and not with 00 61 73 6d"
+    );
+    assert_eq!(
+        refused(b"\0as"),
+        InstrumentError::NotWasm {
+            first: b"\0as".to_vec()
+        }
+    );
+    assert_eq!(
+        refused(b"#!/bin/sh\n"),
+        InstrumentError::NotWasm {
+            first: b"#!/bin/s".to_vec()
+        }
+    );
+    assert_eq!(refused(&wasm("(component)")), InstrumentError::Component);
+    assert!(matches!(
+        refused(b"\0asm"),
+        InstrumentError::Malformed { offset: 4, .. }
+    ));
+    assert!(matches!(
+        refused(b"\0asm\x02\0\0\0"),
+        InstrumentError::Malformed { .. }
+    ));
+    let bytes = wasm("(module (memory 1) (func loop end))");
+    for cut in 8..bytes.len() {
+        // Between two sections a module may end, as far as can be seen here.
+        if let Err(error) = instrument(&bytes[..cut], &POLLS) {
+            assert!(
+                matches!(error, InstrumentError::Malformed { .. }),
+                "{cut}: {error}"
+            );
+        }
+    }
+}
+
+#[test]
+fn legacy_exceptions_are_refused_with_the_remedy() {
+    for body in [
+        "try catch_all end",
+        "try catch 0 end",
+        "try end delegate 0",
+        "try catch_all rethrow 0 end",
+    ] {
+        // The assembler does not write them: put them in by hand.
+        let bytes: Vec<u8> = match body {
+            "try catch_all end" => vec![0x06, 0x40, 0x19, 0x0b, 0x0b],
+            "try catch 0 end" => vec![0x06, 0x40, 0x07, 0x00, 0x0b, 0x0b],
+            "try end delegate 0" => vec![0x06, 0x40, 0x18, 0x00, 0x0b],
+            _ => vec![0x06, 0x40, 0x19, 0x09, 0x00, 0x0b, 0x0b],
+        };
+        let module = with_body(&bytes);
+        for polls in [true, false] {
+            let error = instrument(&module, &InstrumentOptions { polls })
+                .map(|_| ())
+                .unwrap_err();
+            let at = module.len() - bytes.len();
+            assert_eq!(
+                error,
+                InstrumentError::LegacyExceptions { offset: at },
+                "{body}"
+            );
+            assert!(error.to_string().contains("wasm-opt --translate-to-exnref"));
+        }
+    }
+}
+
+/// A module of one function with that code.
+fn with_body(code: &[u8]) -> Vec<u8> {
+    let mut types = wasm_encoder::TypeSection::new();
+    types.ty().function([], []);
+    let mut functions = wasm_encoder::FunctionSection::new();
+    functions.function(0);
+    let mut body = wasm_encoder::Function::new([]);
+    body.raw(code.iter().copied());
+    let mut bodies = wasm_encoder::CodeSection::new();
+    bodies.function(&body);
+    let mut module = wasm_encoder::Module::new();
+    module.section(&types).section(&functions).section(&bodies);
+    module.finish()
+}
+
+#[test]
+fn limits_of_the_format_are_named() {
+    let memories = "(memory 0)".repeat(MAX_MEMORIES);
+    let error = refused(&wasm(&format!("(module {memories} (func loop end))")));
+    assert!(matches!(error, InstrumentError::NoRoom { .. }), "{error}");
+    assert!(
+        error.to_string().contains("engine.interruptible: false"),
+        "{error}"
+    );
+
+    let mut code = vec![0x03, 0x40, 0x0b];
+    code.resize(MAX_FUNCTION_BYTES - 2, 0x01);
+    code.push(0x0b);
+    assert!(matches!(
+        refused(&with_body(&code)),
+        InstrumentError::NoRoom { .. }
+    ));
+    code.drain(3..20);
+    spliced(&with_body(&code));
+}
+
+#[test]
+fn damaged_modules_are_refused_or_left_to_the_compiler_but_never_a_panic() {
+    let bytes = wasm(
+        r#"(module $n (import "a" "b" (func)) (import "a" "m" (memory 1)) (memory 1 2) (table 2 funcref) (global i32 (i32.const 0))
+            (export "x" (func 1)) (elem (i32.const 0) 1 2) (data (i32.const 0) "hello")
+            (func (local i32 i64) loop (br_table 0 0 0 (i32.const 1)) end call 2 (call_indirect (i32.const 0)))
+            (func (param i32) (if (local.get 0) (then (call 2 (i32.const 0)) (call 0))) (drop (v128.const i64x2 0 0))))"#,
+    );
+    let mut state = 1_u64;
+    let mut random = move || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize
+    };
+    let mut accepted = 0;
+    for _ in 0..100_000 {
+        let mut bytes = bytes.clone();
+        for _ in 0..=random() % 3 {
+            let at = 8 + random() % (bytes.len() - 8);
+            match random() % 4 {
+                0 => bytes[at] = random() as u8,
+                1 => bytes[at] ^= 1 << (random() % 8),
+                2 => bytes.truncate(at),
+                _ => bytes.insert(at, random() as u8),
+            }
+            if bytes.len() <= 8 {
+                break;
+            }
+        }
+        let valid = |bytes: &[u8]| {
+            Validator::new_with_features(WasmFeatures::all())
+                .validate_all(bytes)
+                .is_ok()
+        };
+        match instrument(&bytes, &POLLS) {
+            Ok(spliced) => {
+                accepted += 1;
+                assert_eq!(valid(&bytes), valid(&spliced.bytes), "{bytes:x?}");
+            }
+            Err(InstrumentError::LegacyExceptions { .. } | InstrumentError::NoRoom { .. }) => {}
+            Err(error) => assert!(!valid(&bytes), "{error} {bytes:x?}"),
+        }
+    }
+    assert!(accepted > 1000, "{accepted}");
+}

@@ -1,0 +1,665 @@
+//! The functions that `index.js` is written over. Handles are externals; nothing here is public.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use napi::sys;
+use wasm_molt_engine::{
+    CallControl, CallLimits, Error, ErrorCode, Manager, Outcome, Settle, Stop, Work,
+};
+
+use crate::convert::cannot_cross;
+use crate::env::EnvState;
+use crate::error::Place;
+use crate::exports::{self, Target};
+use crate::hooks::JsHost;
+use crate::js::{Js, JsResult, Native, Pending, Val};
+use crate::lease::LeaseSide;
+use crate::memory::out_of_bounds;
+use crate::options::{self, Refused};
+use crate::report;
+use crate::side::{ManagerSide, ReplicaSide};
+
+/// Every function, by the name `index.js` uses.
+pub(crate) const FUNCTIONS: &[(&str, Native)] = &[
+    ("setup", set_up),
+    ("settleHost", settle_host),
+    ("newManager", new_manager),
+    ("start", start),
+    ("startSync", start_sync),
+    ("name", name),
+    ("generation", generation),
+    ("state", state),
+    ("stats", stats),
+    ("call", call),
+    ("callSync", call_sync),
+    ("invoke", invoke),
+    ("exports", manager_exports),
+    ("abort", abort),
+    ("acquire", acquire),
+    ("cancelAcquire", cancel_acquire),
+    ("reload", reload),
+    ("reloadSync", reload_sync),
+    ("close", close),
+    ("destroy", destroy),
+    ("leaseGeneration", lease_generation),
+    ("leaseExports", lease_exports),
+    ("leaseCall", lease_call),
+    ("leaseRelease", lease_release),
+    ("contextGeneration", context_generation),
+    ("contextExports", context_exports),
+    ("managerMemory", manager_memory),
+    ("leaseMemory", lease_memory),
+    ("contextMemory", context_memory),
+    ("memoryByteLength", memory_byte_length),
+    ("memoryBuffer", memory_buffer),
+    ("memoryRead", memory_read),
+    ("memoryReadString", memory_read_string),
+    ("memoryWrite", memory_write),
+    // Measured against by the benchmarks: an empty Node-API function.
+    ("__noop", noop),
+];
+
+fn noop(js: Js, _args: &[Val]) -> JsResult<Val> {
+    Ok(js.undefined())
+}
+
+fn arg(args: &[Val], index: usize) -> Val {
+    args.get(index).copied().unwrap_or(std::ptr::null_mut())
+}
+
+fn set_up(js: Js, args: &[Val]) -> JsResult<Val> {
+    EnvState::set_up(js, arg(args, 0))?;
+    Ok(js.undefined())
+}
+
+fn settle_host(js: Js, args: &[Val]) -> JsResult<Val> {
+    let env = EnvState::of(js)?;
+    let id = js.get_number(arg(args, 0)).unwrap_or_default() as u32;
+    let value = arg(args, 2);
+    let is_ok = js.get_bool(arg(args, 1)).unwrap_or(false);
+    env.settle_host(id, if is_ok { Ok(value) } else { Err(value) });
+    Ok(js.undefined())
+}
+
+fn refused(env: &EnvState, refused: Refused, place: &Place<'_>) -> Pending {
+    match refused {
+        Refused::Error(error) => env.throw(&error, place),
+        Refused::Pending => Pending,
+    }
+}
+
+fn side(js: Js, args: &[Val]) -> JsResult<Rc<ManagerSide>> {
+    // SAFETY: `index.js` passes what `newManager` returned.
+    unsafe { js.external_ref::<Rc<ManagerSide>>(arg(args, 0)) }.map(Rc::clone)
+}
+
+// ---------------------------------------------------------------------- life
+
+/// `(options, onEvent) => handle`
+fn new_manager(js: Js, args: &[Val]) -> JsResult<Val> {
+    static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+    let env = EnvState::of(js)?;
+    let place = Place::default();
+    let (options, mut hooks) =
+        options::manager(js, arg(args, 0)).map_err(|e| refused(&env, e, &place))?;
+    hooks.on_event = Some(js.reference(arg(args, 1))?);
+    let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
+    let timeout_ms = options.limits.timeout_ms;
+    let host = Arc::new(JsHost::new(&env, id));
+    let (manager, home) =
+        Manager::new(options, Arc::clone(&host) as _).map_err(|e| env.throw(&e, &place))?;
+    host.set_destroyed(manager.destroyed().clone());
+    let home = home.ok_or_else(|| env.throw(&Error::internal("no home"), &place))?;
+    let side = Rc::new(ManagerSide {
+        id,
+        manager,
+        home,
+        hooks,
+        timeout_ms,
+        current: RefCell::default(),
+        stamp: Cell::new(0),
+        stack: RefCell::default(),
+        swapping: Cell::new(0),
+        detours: Cell::new(0),
+        completed: Cell::new(0),
+        leases: RefCell::default(),
+        exports: Cell::new(None),
+    });
+    env.managers.borrow_mut().insert(id, Rc::clone(&side));
+    js.external(side)
+}
+
+/// `(handle, source) => Promise<void>`
+fn start(js: Js, args: &[Val]) -> JsResult<Val> {
+    let env = EnvState::of(js)?;
+    let side = side(js, args)?;
+    let source = options::source(js, arg(args, 1)).map_err(|e| refused(&env, e, &side.place()))?;
+    let pending = Deferred::new(&env, &side)?;
+    let promise = pending.promise;
+    side.manager.start(source, pending.done(|env, _, ()| Ok(env.js().undefined())));
+    Ok(promise)
+}
+
+/// `(handle, source) => void`
+fn start_sync(js: Js, args: &[Val]) -> JsResult<Val> {
+    let env = EnvState::of(js)?;
+    let side = side(js, args)?;
+    let source = options::source(js, arg(args, 1)).map_err(|e| refused(&env, e, &side.place()))?;
+    side.manager.start_now(&source).map_err(|e| env.throw(&e, &side.place()))?;
+    Ok(js.undefined())
+}
+
+fn name(js: Js, args: &[Val]) -> JsResult<Val> {
+    js.string(side(js, args)?.manager.name())
+}
+
+fn generation(js: Js, args: &[Val]) -> JsResult<Val> {
+    js.number(side(js, args)?.manager.generation().get() as f64)
+}
+
+fn state(js: Js, args: &[Val]) -> JsResult<Val> {
+    js.string(side(js, args)?.manager.state().as_str())
+}
+
+fn stats(js: Js, args: &[Val]) -> JsResult<Val> {
+    let side = side(js, args)?;
+    side.flush_counts();
+    report::stats(js, &side.manager.stats(Some(&side.home)))
+}
+
+/// `(handle, options) => Promise<ReloadReport>`
+fn reload(js: Js, args: &[Val]) -> JsResult<Val> {
+    let env = EnvState::of(js)?;
+    let side = side(js, args)?;
+    let options = options::reload(js, arg(args, 1)).map_err(|e| refused(&env, e, &side.place()))?;
+    let pending = Deferred::new(&env, &side)?;
+    let promise = pending.promise;
+    side.swap_begins();
+    let done = pending.done_always(
+        |side| side.swap_ends(),
+        |env, _, report: Arc<_>| report::reload(env.js(), &report),
+    );
+    side.manager.reload(options, done);
+    Ok(promise)
+}
+
+fn reload_sync(js: Js, args: &[Val]) -> JsResult<Val> {
+    let env = EnvState::of(js)?;
+    let side = side(js, args)?;
+    let options = options::reload(js, arg(args, 1)).map_err(|e| refused(&env, e, &side.place()))?;
+    let report = side
+        .manager
+        .reload_now(Some(&side.home), &options)
+        .map_err(|e| env.throw(&e, &side.place()))?;
+    report::reload(js, &report)
+}
+
+/// `(handle, drainTimeoutMs?) => Promise<void>`
+fn close(js: Js, args: &[Val]) -> JsResult<Val> {
+    let env = EnvState::of(js)?;
+    let side = side(js, args)?;
+    let timeout = options::milliseconds(js, "drainTimeoutMs", arg(args, 1), 0)
+        .map_err(|e| refused(&env, e, &side.place()))?;
+    let pending = Deferred::new(&env, &side)?;
+    let promise = pending.promise;
+    let timeout = timeout.map(Duration::from_millis);
+    side.manager.close(timeout, pending.done(ended));
+    Ok(promise)
+}
+
+/// `(handle) => Promise<void>`
+fn destroy(js: Js, args: &[Val]) -> JsResult<Val> {
+    let env = EnvState::of(js)?;
+    let side = side(js, args)?;
+    let pending = Deferred::new(&env, &side)?;
+    let promise = pending.promise;
+    side.manager.destroy(pending.done(ended));
+    Ok(promise)
+}
+
+fn ended(env: &Rc<EnvState>, _side: &Rc<ManagerSide>, (): ()) -> JsResult<Val> {
+    Ok(env.js().undefined())
+}
+
+// ---------------------------------------------------------------------- promises
+
+/// A promise that another thread will answer. While it is open the process stays alive.
+struct Deferred {
+    env: usize,
+    inbox: Arc<crate::inbox::Inbox>,
+    manager: u64,
+    deferred: RawDeferred,
+    promise: Val,
+}
+
+/// Settled once, on the JS thread.
+struct RawDeferred(sys::napi_deferred);
+
+// SAFETY: it only travels through other threads; it is used on the JS thread.
+unsafe impl Send for RawDeferred {}
+
+impl Deferred {
+    fn new(env: &EnvState, side: &ManagerSide) -> JsResult<Self> {
+        let js = env.js();
+        let (deferred, promise) = js.promise()?;
+        env.begin();
+        Ok(Self {
+            env: js.raw() as usize,
+            inbox: Arc::clone(&env.inbox),
+            manager: side.id,
+            deferred: RawDeferred(deferred),
+            promise,
+        })
+    }
+
+    fn done<T: Send + 'static>(
+        self,
+        convert: impl FnOnce(&Rc<EnvState>, &Rc<ManagerSide>, T) -> JsResult<Val> + Send + 'static,
+    ) -> Box<dyn FnOnce(Result<T, Error>) + Send> {
+        self.done_always(|_| {}, convert)
+    }
+
+    /// * `always`: runs on the JS thread before the promise settles, whichever way.
+    fn done_always<T: Send + 'static>(
+        self,
+        always: impl FnOnce(&ManagerSide) + Send + 'static,
+        convert: impl FnOnce(&Rc<EnvState>, &Rc<ManagerSide>, T) -> JsResult<Val> + Send + 'static,
+    ) -> Box<dyn FnOnce(Result<T, Error>) + Send> {
+        let Self { env, inbox, manager, deferred, .. } = self;
+        Box::new(move |outcome| {
+            // Without an environment there is nobody to answer.
+            let _ = inbox.post(Box::new(move |_| {
+                let Some(env) = EnvState::at(env) else { return };
+                let Some(side) = env.managers.borrow().get(&manager).map(Rc::clone) else { return };
+                always(&side);
+                settle(&env, &side, deferred, outcome, convert);
+            }));
+        })
+    }
+}
+
+fn settle<T>(
+    env: &Rc<EnvState>,
+    side: &Rc<ManagerSide>,
+    deferred: RawDeferred,
+    outcome: Result<T, Error>,
+    convert: impl FnOnce(&Rc<EnvState>, &Rc<ManagerSide>, T) -> JsResult<Val>,
+) {
+    let js = env.js();
+    env.end();
+    let settled = match outcome {
+        Ok(value) => convert(env, side, value).map_err(|Pending| js.take_exception()),
+        Err(error) => Err(env
+            .error_value(&error, &side.place())
+            .unwrap_or_else(|Pending| js.take_exception())),
+    };
+    match settled {
+        Ok(value) => js.resolve(deferred.0, value),
+        Err(error) => js.reject(deferred.0, error),
+    }
+}
+
+// ---------------------------------------------------------------------- calls
+
+fn function_index(
+    env: &EnvState,
+    side: &ManagerSide,
+    name: Val,
+) -> JsResult<usize> {
+    let js = env.js();
+    let Some(module) = side.manager.module() else {
+        let error = Error::new(
+            ErrorCode::Closed,
+            format!("{} is {}", side.manager.name(), side.manager.state().as_str()),
+        );
+        return Err(env.throw(&error, &side.place()));
+    };
+    if js.kind(name)? != crate::js::Kind::String {
+        let error = Error::invalid("the name of the export must be a string");
+        return Err(env.throw(&error, &side.place()));
+    }
+    let index = js.with_string(name, |name| module.function_index(name))?;
+    index.map_err(|e| env.throw(&e, &side.place()))
+}
+
+/// What a call may be stopped by: `(…, timeoutMs, canAbort)`.
+fn call_limits(env: &EnvState, side: &ManagerSide, args: &[Val], at: usize) -> JsResult<CallLimits> {
+    let js = env.js();
+    let timeout_ms = options::milliseconds(js, "timeoutMs", arg(args, at), 1)
+        .map_err(|e| refused(env, e, &side.place()))?;
+    let can_abort = js.get_bool(arg(args, at + 1)).unwrap_or(false);
+    Ok(CallLimits { timeout_ms, can_abort })
+}
+
+fn bytes_out(env: &Rc<EnvState>, _side: &Rc<ManagerSide>, outcome: Outcome) -> JsResult<Val> {
+    match outcome {
+        Outcome::Bytes(bytes) => env.js().uint8_array(&bytes),
+        Outcome::Values(_) => Ok(env.js().undefined()),
+    }
+}
+
+fn values_out(env: &Rc<EnvState>, side: &Rc<ManagerSide>, outcome: Outcome) -> JsResult<Val> {
+    let Outcome::Values(values) = outcome else { return Ok(env.js().undefined()) };
+    let owner = values.iter().find_map(|value| match value {
+        wasm_molt_engine::Value::Func(Some(handle)) => {
+            env.replicas.borrow().get(&handle.replica_id()).map(Rc::clone)
+        }
+        _ => None,
+    });
+    // The guest may have grown its memory meanwhile.
+    if let Some(current) = &*side.current.borrow() {
+        current.before_js(env.js());
+    }
+    env.results(&values, owner.as_ref())
+}
+
+/// The promise, or where a signal may stop the call: `[promise, abort]`.
+fn with_abort(js: Js, promise: Val, can_abort: bool, control: Option<Arc<CallControl>>) -> JsResult<Val> {
+    if !can_abort {
+        return Ok(promise);
+    }
+    let pair = js.array(2)?;
+    js.set_element(pair, 0, promise)?;
+    js.set_element(pair, 1, js.external(control)?)?;
+    Ok(pair)
+}
+
+/// `(handle, name, args, timeoutMs, canAbort) => Promise | [Promise, control]`
+fn call(js: Js, args: &[Val]) -> JsResult<Val> {
+    let env = EnvState::of(js)?;
+    let side = side(js, args)?;
+    let (work, limits) = call_work(&env, &side, args, 1)?;
+    let pending = Deferred::new(&env, &side)?;
+    let promise = pending.promise;
+    let settle: Settle = pending.done(values_out);
+    let control = side.manager.call(Some(&side.home), work, limits, settle);
+    with_abort(js, promise, limits.can_abort, control)
+}
+
+fn call_work(
+    env: &EnvState,
+    side: &ManagerSide,
+    args: &[Val],
+    at: usize,
+) -> JsResult<(Work, CallLimits)> {
+    let function = function_index(env, side, arg(args, at))?;
+    let limits = call_limits(env, side, args, at + 2)?;
+    let Some(module) = side.manager.module() else {
+        return Err(env.throw(&Error::internal("no module"), &side.place()));
+    };
+    let Some(export) = module.functions().get(function) else {
+        return Err(env.throw(&Error::internal("no function"), &side.place()));
+    };
+    if !export.signature.can_cross() {
+        return Err(cannot_cross(env.js()));
+    }
+    let args = env.arguments(arg(args, at + 1), &export.signature)?;
+    Ok((Work::Call { function, args }, limits))
+}
+
+/// `(handle, name, args) => value`
+fn call_sync(js: Js, args: &[Val]) -> JsResult<Val> {
+    let env = EnvState::of(js)?;
+    let side = side(js, args)?;
+    let index = function_index(&env, &side, arg(args, 1))?;
+    exports::call_sync(&env, &side, index, arg(args, 2))
+}
+
+/// `(handle, name, input, timeoutMs, canAbort) => Promise | [Promise, control]`
+fn invoke(js: Js, args: &[Val]) -> JsResult<Val> {
+    let env = EnvState::of(js)?;
+    let side = side(js, args)?;
+    let function = function_index(&env, &side, arg(args, 1))?;
+    let limits = call_limits(&env, &side, args, 3)?;
+    side.manager.check_invoke(function).map_err(|e| env.throw(&e, &side.place()))?;
+    let Some(bytes) = js.bytes(arg(args, 2))? else {
+        let error = Error::invalid("the input of invoke must be a Uint8Array");
+        return Err(env.throw(&error, &side.place()));
+    };
+    // SAFETY: no JavaScript has run since the bytes were taken. They are copied here because
+    // JavaScript could detach the buffer at any later time.
+    let input = unsafe { bytes.to_vec() };
+    let pending = Deferred::new(&env, &side)?;
+    let promise = pending.promise;
+    let work = Work::Invoke { function, input };
+    let control = side.manager.call(Some(&side.home), work, limits, pending.done(bytes_out));
+    with_abort(js, promise, limits.can_abort, control)
+}
+
+/// `abort(control, reason)`
+fn abort(js: Js, args: &[Val]) -> JsResult<Val> {
+    let env = EnvState::of(js)?;
+    // SAFETY: `index.js` passes the second half of what `with_abort` returned.
+    let control = unsafe { js.external_ref::<Option<Arc<CallControl>>>(arg(args, 0)) }?;
+    if let Some(control) = control {
+        control.stop(Stop::Aborted(env.keep(arg(args, 1))?));
+    }
+    Ok(js.undefined())
+}
+
+// ---------------------------------------------------------------------- leases
+
+/// `(handle) => [Promise<LeasedInstance>, cancel]`
+fn acquire(js: Js, args: &[Val]) -> JsResult<Val> {
+    let env = EnvState::of(js)?;
+    let side = side(js, args)?;
+    let pending = Deferred::new(&env, &side)?;
+    let promise = pending.promise;
+    let done = pending.done(|env, side, lease| match LeaseSide::new(env, side, lease) {
+        Ok(lease) => lease.object(),
+        Err(error) => Err(env.throw(&error, &side.place())),
+    });
+    let id = side.manager.lease(Some(&side.home), done);
+    let pair = js.array(2)?;
+    js.set_element(pair, 0, promise)?;
+    js.set_element(pair, 1, js.external(id)?)?;
+    Ok(pair)
+}
+
+/// `cancelAcquire(handle, id, reason)`
+fn cancel_acquire(js: Js, args: &[Val]) -> JsResult<Val> {
+    let env = EnvState::of(js)?;
+    let side = side(js, args)?;
+    // SAFETY: `index.js` passes the second half of what `acquire` returned.
+    let id = unsafe { js.external_ref::<wasm_molt_engine::WaitId>(arg(args, 1)) }?;
+    side.manager.cancel_lease(*id, Error::Aborted(env.keep(arg(args, 2))?));
+    Ok(js.undefined())
+}
+
+fn lease(js: Js, args: &[Val]) -> JsResult<Rc<LeaseSide>> {
+    // SAFETY: `index.js` passes what `makeLease` was given.
+    unsafe { js.external_ref::<Rc<LeaseSide>>(arg(args, 0)) }.map(Rc::clone)
+}
+
+/// The lease, if it has not ended.
+fn live_lease(js: Js, args: &[Val]) -> JsResult<Rc<LeaseSide>> {
+    let lease = lease(js, args)?;
+    if lease.lease.is_released() {
+        return Err(lease.env.throw(&lease.lease.stale(), &lease.manager.place()));
+    }
+    Ok(lease)
+}
+
+fn lease_generation(js: Js, args: &[Val]) -> JsResult<Val> {
+    js.number(lease(js, args)?.side.replica.generation().get() as f64)
+}
+
+fn lease_exports(js: Js, args: &[Val]) -> JsResult<Val> {
+    let lease = live_lease(js, args)?;
+    exports::exports_object(&lease.env, &lease.manager, &Target::Lease(Rc::clone(&lease)))
+}
+
+/// `(lease, name, args, timeoutMs, canAbort) => Promise | [Promise, control]`
+fn lease_call(js: Js, args: &[Val]) -> JsResult<Val> {
+    let lease = live_lease(js, args)?;
+    let (env, side) = (&lease.env, &lease.manager);
+    let (work, limits) = call_work(env, side, args, 1)?;
+    let pending = Deferred::new(env, side)?;
+    let promise = pending.promise;
+    let control = side.manager.call_in(&lease.lease, work, limits, pending.done(values_out));
+    with_abort(js, promise, limits.can_abort, control)
+}
+
+fn lease_release(js: Js, args: &[Val]) -> JsResult<Val> {
+    lease(js, args)?.expire();
+    Ok(js.undefined())
+}
+
+// ---------------------------------------------------------------------- contexts of imports
+
+fn context(js: Js, args: &[Val]) -> JsResult<Rc<ReplicaSide>> {
+    // SAFETY: `index.js` passes what `makeContext` was given.
+    unsafe { js.external_ref::<Rc<ReplicaSide>>(arg(args, 0)) }.map(Rc::clone)
+}
+
+fn context_generation(js: Js, args: &[Val]) -> JsResult<Val> {
+    js.number(context(js, args)?.replica.generation().get() as f64)
+}
+
+fn context_exports(js: Js, args: &[Val]) -> JsResult<Val> {
+    let side = context(js, args)?;
+    let env = EnvState::of(js)?;
+    let Some(manager) = side.manager.upgrade() else { return js.object() };
+    exports::exports_of(&env, &manager, side.replica.module(), &Target::Instance(Rc::clone(&side)))
+}
+
+fn manager_exports(js: Js, args: &[Val]) -> JsResult<Val> {
+    let side = side(js, args)?;
+    let env = EnvState::of(js)?;
+    exports::exports_object(&env, &side, &Target::Live)
+}
+
+// ---------------------------------------------------------------------- memory
+
+/// Whose memory it is.
+enum MemoryOf {
+    Manager(Rc<ManagerSide>),
+    Lease(Rc<LeaseSide>),
+    Instance(Rc<ReplicaSide>),
+}
+
+fn manager_memory(js: Js, args: &[Val]) -> JsResult<Val> {
+    js.external(MemoryOf::Manager(side(js, args)?))
+}
+
+fn lease_memory(js: Js, args: &[Val]) -> JsResult<Val> {
+    js.external(MemoryOf::Lease(live_lease(js, args)?))
+}
+
+fn context_memory(js: Js, args: &[Val]) -> JsResult<Val> {
+    js.external(MemoryOf::Instance(context(js, args)?))
+}
+
+/// The instance whose memory is meant, now.
+fn memory_side(js: Js, args: &[Val]) -> JsResult<Rc<ReplicaSide>> {
+    // SAFETY: `index.js` passes what one of the three functions above returned.
+    let of = unsafe { js.external_ref::<MemoryOf>(arg(args, 0)) }?;
+    let (side, error) = match of {
+        MemoryOf::Manager(manager) => {
+            // Inside a host call "the instance" is the one that called.
+            let calling = manager.stack.borrow().last().map(Rc::clone);
+            match calling.map_or_else(|| manager.current(), Ok) {
+                Ok(side) => return Ok(side),
+                Err(error) => {
+                    let env = EnvState::of(js)?;
+                    return Err(env.throw(&error, &manager.place()));
+                }
+            }
+        }
+        MemoryOf::Lease(lease) if lease.lease.is_released() => (&lease.side, lease.lease.stale()),
+        MemoryOf::Lease(lease) => return Ok(Rc::clone(&lease.side)),
+        MemoryOf::Instance(side) if side.is_expired.get() => (side, side.replica.stale()),
+        MemoryOf::Instance(side) => return Ok(Rc::clone(side)),
+    };
+    let env = EnvState::of(js)?;
+    let manager = side.manager.upgrade();
+    let place = manager.as_ref().map(|m| m.place()).unwrap_or_default();
+    Err(env.throw(&error, &place))
+}
+
+fn memory_byte_length(js: Js, args: &[Val]) -> JsResult<Val> {
+    let side = memory_side(js, args)?;
+    js.number(side.replica.memory().map_or(0, |m| m.byte_len()) as f64)
+}
+
+fn memory_buffer(js: Js, args: &[Val]) -> JsResult<Val> {
+    let side = memory_side(js, args)?;
+    match side.replica.memory() {
+        Some(memory) => side.view.buffer(js, memory),
+        None => js.empty_buffer(),
+    }
+}
+
+/// `(ptr, length)`, as whole numbers; a negative pointer is a 32-bit one that JavaScript reads signed.
+fn range(js: Js, args: &[Val]) -> JsResult<(u64, usize)> {
+    let whole = |value: Val, name: &str| -> JsResult<f64> {
+        match js.get_number(value) {
+            Some(v) if v.fract() == 0.0 && v.abs() <= 9_007_199_254_740_991.0 => Ok(v),
+            Some(v) => Err(js.throw_range_error(&format!("{name} must be a whole number, and is {v}"))),
+            None => Err(js.throw_type_error(&format!("{name} must be a number"))),
+        }
+    };
+    let ptr = whole(arg(args, 1), "ptr")?;
+    let len = whole(arg(args, 2), "byteLength")?;
+    let ptr = if ptr < 0.0 { f64::from((ptr as i64) as i32 as u32) } else { ptr };
+    if len < 0.0 {
+        return Err(js.throw_range_error(&format!("byteLength must not be negative, and is {len}")));
+    }
+    Ok((ptr as u64, len as usize))
+}
+
+fn read(js: Js, args: &[Val]) -> JsResult<Vec<u8>> {
+    let side = memory_side(js, args)?;
+    let (ptr, len) = range(js, args)?;
+    let available = side.replica.memory().map_or(0, |m| m.byte_len());
+    let error = wasm_molt_engine::OutOfBounds { ptr, byte_length: len, memory_bytes: available };
+    // Asked before allocating: a wrong length must not become a huge buffer of ours.
+    if len > available {
+        return Err(out_of_bounds(js, &error));
+    }
+    let mut bytes = vec![0; len];
+    match side.replica.memory() {
+        Some(memory) => memory.read(ptr, &mut bytes).map_err(|e| out_of_bounds(js, &e))?,
+        None if len > 0 || ptr > 0 => return Err(out_of_bounds(js, &error)),
+        None => {}
+    }
+    Ok(bytes)
+}
+
+fn memory_read(js: Js, args: &[Val]) -> JsResult<Val> {
+    js.uint8_array(&read(js, args)?)
+}
+
+fn memory_read_string(js: Js, args: &[Val]) -> JsResult<Val> {
+    js.string(&String::from_utf8_lossy(&read(js, args)?))
+}
+
+/// `(memory, ptr, bytes | string) => bytes written`
+fn memory_write(js: Js, args: &[Val]) -> JsResult<Val> {
+    let side = memory_side(js, args)?;
+    let value = arg(args, 2);
+    let bytes = match js.kind(value)? {
+        crate::js::Kind::String => js.get_string(value)?.into_bytes(),
+        _ => match js.bytes(value)? {
+            // SAFETY: no JavaScript has run since the bytes were taken.
+            Some(bytes) => unsafe { bytes.to_vec() },
+            None => return Err(js.throw_type_error("bytes must be a Uint8Array or a string")),
+        },
+    };
+    let zero = js.int32(0)?;
+    let (ptr, _) = range(js, &[arg(args, 0), arg(args, 1), zero])?;
+    let memory_bytes = side.replica.memory().map_or(0, |m| m.byte_len());
+    match side.replica.memory() {
+        Some(memory) => memory.write(ptr, &bytes).map_err(|e| out_of_bounds(js, &e))?,
+        None => {
+            let error =
+                wasm_molt_engine::OutOfBounds { ptr, byte_length: bytes.len(), memory_bytes };
+            return Err(out_of_bounds(js, &error));
+        }
+    }
+    js.number(bytes.len() as f64)
+}

@@ -1,0 +1,310 @@
+//! One Node environment (the main thread's or a worker's): its values, its inbox, its managers.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::ptr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use napi::sys;
+use wasm_molt_engine::HostRef;
+
+use crate::inbox::{Inbox, RawRef, Task};
+use crate::js::{Js, JsResult, Val};
+use crate::side::{ManagerSide, ReplicaSide};
+
+/// Functions of `index.js` that need JavaScript to be written in.
+pub(crate) struct Helpers {
+    /// `(code, message, fields, cause) => WasmError`
+    pub(crate) error: sys::napi_ref,
+    /// `value => BigInt.asIntN(64, value)`, `ToBigInt64` of the WebAssembly JS API.
+    pub(crate) to_bigint64: sys::napi_ref,
+    /// `iterable => [...iterable]`
+    pub(crate) to_array: sys::napi_ref,
+    /// `(promise, id) => …`: reports through `settleHost`.
+    pub(crate) follow: sys::napi_ref,
+    /// `(lease) => LeasedInstance`
+    pub(crate) make_lease: sys::napi_ref,
+    /// `(context) => InstanceContext`
+    pub(crate) make_context: sys::napi_ref,
+}
+
+/// A value of JavaScript kept in the environment's slab. Any thread may hold and drop it.
+pub(crate) struct Kept {
+    inbox: Arc<Inbox>,
+    index: u32,
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.inbox.release_slot(self.index);
+    }
+}
+
+/// What waits for `settleHost`.
+pub(crate) type Settled = Box<dyn FnOnce(&EnvState, Result<Val, Val>)>;
+
+/// Lives on its JS thread.
+pub(crate) struct EnvState {
+    env: sys::napi_env,
+    pub(crate) inbox: Arc<Inbox>,
+    wake: sys::napi_threadsafe_function,
+    /// Operations under way: while there is one, the process stays alive.
+    busy: Cell<u32>,
+    slab: sys::napi_ref,
+    slab_free: RefCell<Vec<u32>>,
+    slab_len: Cell<u32>,
+    pub(crate) helpers: Helpers,
+    pub(crate) managers: RefCell<HashMap<u64, Rc<ManagerSide>>>,
+    pub(crate) replicas: RefCell<HashMap<u64, Rc<ReplicaSide>>>,
+    settled: RefCell<HashMap<u32, Settled>>,
+    next_id: Cell<u32>,
+}
+
+thread_local! {
+    /// The environments of this thread: one, unless the addon was loaded more than once.
+    static ENVS: RefCell<Vec<Rc<EnvState>>> = const { RefCell::new(Vec::new()) };
+}
+
+impl EnvState {
+    /// Sets this environment up with the helpers of `index.js`.
+    pub(crate) fn set_up(js: Js, helpers: Val) -> JsResult<()> {
+        let helper = |name| js.reference(js.property(helpers, name)?);
+        let helpers = Helpers {
+            error: helper(c"error")?,
+            to_bigint64: helper(c"toBigInt64")?,
+            to_array: helper(c"toArray")?,
+            follow: helper(c"follow")?,
+            make_lease: helper(c"makeLease")?,
+            make_context: helper(c"makeContext")?,
+        };
+        let slab = js.reference(js.array(0)?)?;
+        let wake = make_wake(js)?;
+        let state = Rc::new(Self {
+            env: js.raw(),
+            inbox: Inbox::new(wake),
+            wake,
+            busy: Cell::new(0),
+            slab,
+            slab_free: RefCell::default(),
+            slab_len: Cell::new(0),
+            helpers,
+            managers: RefCell::default(),
+            replicas: RefCell::default(),
+            settled: RefCell::default(),
+            next_id: Cell::new(0),
+        });
+        ENVS.with_borrow_mut(|envs| {
+            envs.retain(|e| e.env != js.raw());
+            envs.push(state);
+        });
+        // SAFETY: valid environment; the hook finds its state by the environment's address.
+        // Registered after the wake function, so it runs before that one is gone.
+        unsafe { sys::napi_add_env_cleanup_hook(js.raw(), Some(clean_up), js.raw().cast()) };
+        Ok(())
+    }
+
+    /// The state of the running callback's environment.
+    pub(crate) fn of(js: Js) -> JsResult<Rc<Self>> {
+        find(js.raw()).ok_or_else(|| js.throw_type_error("wasm-molt is not set up in this environment"))
+    }
+
+    /// The state of the environment at that address, if it is this thread's.
+    pub(crate) fn at(address: usize) -> Option<Rc<Self>> {
+        ENVS.with_borrow(|envs| envs.iter().find(|e| e.env as usize == address).map(Rc::clone))
+    }
+
+    pub(crate) fn js(&self) -> Js {
+        // SAFETY: the state lives on the environment's thread, and only callbacks get to it.
+        unsafe { Js::new(self.env) }
+    }
+
+    pub(crate) fn helper(&self, reference: sys::napi_ref) -> JsResult<Val> {
+        let js = self.js();
+        js.dereference(reference).ok_or_else(|| js.throw_type_error("a helper is missing"))
+    }
+
+    // ------------------------------------------------------------------ staying alive
+
+    /// An operation begins that must be answered before the process may end by itself.
+    pub(crate) fn begin(&self) {
+        let busy = self.busy.get();
+        self.busy.set(busy + 1);
+        if busy == 0 {
+            // SAFETY: the wake function lives as long as this state.
+            unsafe { sys::napi_ref_threadsafe_function(self.env, self.wake) };
+        }
+    }
+
+    pub(crate) fn end(&self) {
+        let busy = self.busy.get().saturating_sub(1);
+        self.busy.set(busy);
+        if busy == 0 {
+            // SAFETY: as above.
+            unsafe { sys::napi_unref_threadsafe_function(self.env, self.wake) };
+        }
+    }
+
+    // ------------------------------------------------------------------ the slab
+
+    /// Keeps a value until the last clone of the result is dropped, on whatever thread.
+    pub(crate) fn keep(&self, value: Val) -> JsResult<HostRef> {
+        let js = self.js();
+        let array = self.helper(self.slab)?;
+        let index = self.slab_free.borrow_mut().pop().unwrap_or_else(|| {
+            let index = self.slab_len.get();
+            self.slab_len.set(index + 1);
+            index
+        });
+        js.set_element(array, index, value)?;
+        Ok(HostRef::new(Kept { inbox: Arc::clone(&self.inbox), index }))
+    }
+
+    /// The value that was kept; undefined if it is not this environment's.
+    pub(crate) fn kept(&self, value: &HostRef) -> JsResult<Val> {
+        match value.downcast_ref::<Kept>() {
+            Some(kept) if Arc::ptr_eq(&kept.inbox, &self.inbox) => {
+                self.js().element(self.helper(self.slab)?, kept.index)
+            }
+            _ => Ok(self.js().undefined()),
+        }
+    }
+
+    /// Gives back what other threads have let go of.
+    pub(crate) fn sweep(&self) {
+        if !self.inbox.has_released() {
+            return;
+        }
+        let js = self.js();
+        let (slots, refs) = self.inbox.take_released();
+        for RawRef(reference) in refs {
+            js.unreference(reference);
+        }
+        let Ok(array) = self.helper(self.slab) else { return };
+        let undefined = js.undefined();
+        let mut free = self.slab_free.borrow_mut();
+        for index in slots {
+            if js.set_element(array, index, undefined).is_ok() {
+                free.push(index);
+            }
+        }
+    }
+
+    // ------------------------------------------------------------------ promises of the host
+
+    /// Waits for a promise of the user; `then` runs when it settles.
+    pub(crate) fn follow(&self, promise: Val, then: Settled) -> JsResult<()> {
+        let js = self.js();
+        let id = self.next_id.get().wrapping_add(1);
+        self.next_id.set(id);
+        self.settled.borrow_mut().insert(id, then);
+        js.call(self.helper(self.helpers.follow)?, &[promise, js.number(f64::from(id))?])?;
+        Ok(())
+    }
+
+    pub(crate) fn settle_host(&self, id: u32, outcome: Result<Val, Val>) {
+        let then = self.settled.borrow_mut().remove(&id);
+        if let Some(then) = then {
+            then(self, outcome);
+        }
+    }
+
+    // ------------------------------------------------------------------ the inbox
+
+    fn drain(&self) {
+        let js = self.js();
+        self.sweep();
+        for task in self.inbox.take() {
+            js.scoped(|| self.run_task(task));
+        }
+    }
+
+    fn run_task(&self, task: Task) {
+        let run = std::panic::AssertUnwindSafe(|| task(self));
+        if let Err(panic) = std::panic::catch_unwind(run) {
+            crate::error::throw_panic(self.js(), &*panic);
+        }
+        if self.js().is_exception_pending() {
+            self.js().report_uncaught();
+        }
+    }
+
+    /// The environment goes: stop everything, wait for the threads that are inside guests, let go.
+    fn tear_down(&self) {
+        drop(self.inbox.close());
+        self.settled.borrow_mut().clear();
+        let managers: Vec<_> = self.managers.borrow_mut().drain().map(|(_, m)| m).collect();
+        let mut ends = Vec::new();
+        for side in &managers {
+            let (tell, told) = crossbeam_channel::bounded(1);
+            side.tear_down();
+            side.manager.destroy(Box::new(move |_| {
+                let _ = tell.send(());
+            }));
+            ends.push(told);
+        }
+        for told in ends {
+            // A guest stops at its next poll; a bound keeps a stuck one from hanging the exit.
+            let _ = told.recv_timeout(LONGEST_GOODBYE);
+        }
+        self.replicas.borrow_mut().clear();
+    }
+}
+
+const LONGEST_GOODBYE: Duration = Duration::from_secs(5);
+
+fn find(env: sys::napi_env) -> Option<Rc<EnvState>> {
+    ENVS.with_borrow(|envs| envs.iter().find(|e| e.env == env).map(Rc::clone))
+}
+
+fn make_wake(js: Js) -> JsResult<sys::napi_threadsafe_function> {
+    let name = js.string("wasm-molt")?;
+    let mut wake = ptr::null_mut();
+    // SAFETY: valid environment and values; `woken` matches the expected signature.
+    let status = unsafe {
+        sys::napi_create_threadsafe_function(
+            js.raw(),
+            ptr::null_mut(),
+            ptr::null_mut(),
+            name,
+            0,
+            1,
+            ptr::null_mut(),
+            None,
+            ptr::null_mut(),
+            Some(woken),
+            &raw mut wake,
+        )
+    };
+    if status != sys::Status::napi_ok {
+        return Err(js.throw_type_error("the wake function could not be made"));
+    }
+    // SAFETY: just made. Idle managers must not keep the process alive.
+    unsafe { sys::napi_unref_threadsafe_function(js.raw(), wake) };
+    Ok(wake)
+}
+
+unsafe extern "C" fn woken(
+    env: sys::napi_env,
+    _callback: Val,
+    _context: *mut c_void,
+    _data: *mut c_void,
+) {
+    // Null while the environment goes.
+    if env.is_null() {
+        return;
+    }
+    if let Some(state) = find(env) {
+        state.drain();
+    }
+}
+
+unsafe extern "C" fn clean_up(env: *mut c_void) {
+    let state = find(env.cast());
+    if let Some(state) = state {
+        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| state.tear_down()));
+        ENVS.with_borrow_mut(|envs| envs.retain(|e| e.env != env.cast()));
+    }
+}

@@ -1,0 +1,573 @@
+//! Guest functions as JavaScript functions: the hottest path there is.
+//!
+//! Each function carries a record with everything its call needs. A call of `manager.exports.f` on an
+//! idle instance takes: the arguments, one look at the gate's word, the guest, the result.
+
+use std::cell::Cell;
+use std::ffi::c_void;
+use std::ptr;
+use std::rc::Rc;
+
+use napi::sys;
+use wasm_molt_engine::{
+    Away, Error, ErrorCode, FuncHandle, Inside, Job, LeaseInside, Module, RawValue, Replica, Signature, Value,
+};
+
+use crate::convert::cannot_cross;
+use crate::env::EnvState;
+use crate::imports::JsEnd;
+use crate::js::{Js, JsResult, Val, callback_info, enter};
+use crate::lease::LeaseSide;
+use crate::side::{Frame, ManagerSide, ReplicaSide};
+
+/// Whose function it is.
+#[derive(Clone)]
+pub(crate) enum Target {
+    /// Always the current generation's.
+    Live,
+    /// A leased instance's, until the lease ends.
+    Lease(Rc<LeaseSide>),
+    /// One instance's, until it is replaced.
+    Instance(Rc<ReplicaSide>),
+}
+
+/// Which function.
+#[derive(Clone, Copy)]
+pub(crate) enum Which {
+    /// The export at that position.
+    Export(usize),
+    /// One that came out as a funcref.
+    Handle(FuncHandle),
+}
+
+/// What a function object carries.
+pub(crate) struct Record {
+    env: Rc<EnvState>,
+    manager: Rc<ManagerSide>,
+    target: Target,
+    which: Which,
+    signature: Signature,
+    is_numeric: bool,
+    /// The live function, and the stamp at which it was looked up.
+    cached: Cell<(u64, Option<FuncHandle>)>,
+}
+
+/// Marks our function objects, so that a foreign one is never taken for ours.
+const TAG: sys::napi_type_tag =
+    sys::napi_type_tag { lower: 0x6d6f_6c74_6675_6e63, upper: 0x9d3c_51f0_77aa_e204 };
+
+/// Values that fit on the stack without thought.
+const FEW: usize = 4;
+const MANY: usize = 16;
+
+fn new_function(record: Record, name: &str) -> JsResult<Val> {
+    let js = record.env.js();
+    let record = Box::into_raw(Box::new(record));
+    let made = js.function(name, Some(call_export), record.cast::<c_void>());
+    let function = made.inspect_err(|_| {
+        // SAFETY: no function was made, so the box is still ours.
+        drop(unsafe { Box::from_raw(record) });
+    })?;
+    // From here on the function object owns the record.
+    js.tag(function, record, &TAG)?;
+    Ok(function)
+}
+
+/// An object with all functions of the module.
+pub(crate) fn exports_object(
+    env: &Rc<EnvState>,
+    manager: &Rc<ManagerSide>,
+    target: &Target,
+) -> JsResult<Val> {
+    let Some(module) = manager.manager.module() else { return env.js().object() };
+    exports_of(env, manager, &module, target)
+}
+
+/// The same for a module that may not serve yet: an instance still being made.
+pub(crate) fn exports_of(
+    env: &Rc<EnvState>,
+    manager: &Rc<ManagerSide>,
+    module: &Module,
+    target: &Target,
+) -> JsResult<Val> {
+    let js = env.js();
+    let object = js.object()?;
+    for (index, export) in module.functions().iter().enumerate() {
+        let record = Record {
+            env: Rc::clone(env),
+            manager: Rc::clone(manager),
+            target: target.clone(),
+            which: Which::Export(index),
+            is_numeric: export.signature.is_numeric(),
+            signature: export.signature.clone(),
+            cached: Cell::new((u64::MAX, None)),
+        };
+        let function = new_function(record, &export.name)?;
+        js.set_named(object, &export.name, function)?;
+    }
+    Ok(object)
+}
+
+/// The function object of a funcref; the same object for the same guest function.
+pub(crate) fn function_value(
+    env: &EnvState,
+    side: &Rc<ReplicaSide>,
+    handle: FuncHandle,
+) -> JsResult<Val> {
+    let js = env.js();
+    let known = side.functions.borrow().get(&handle.address()).copied();
+    if let Some(reference) = known {
+        if let Some(function) = js.dereference(reference) {
+            return Ok(function);
+        }
+        js.unreference(reference);
+    }
+    let (Some(manager), Ok(env)) = (side.manager.upgrade(), EnvState::of(js)) else {
+        return js.null();
+    };
+    let Some(signature) = side.replica.signature(&handle) else { return js.null() };
+    let record = Record {
+        env,
+        manager,
+        target: Target::Instance(Rc::clone(side)),
+        which: Which::Handle(handle),
+        is_numeric: signature.is_numeric(),
+        signature,
+        cached: Cell::new((0, Some(handle))),
+    };
+    let function = new_function(record, &handle.address().to_string())?;
+    side.functions.borrow_mut().insert(handle.address(), js.weak_reference(function)?);
+    Ok(function)
+}
+
+/// The guest function behind a function object of ours.
+pub(crate) fn function_of(js: Js, function: Val) -> Option<Value> {
+    // SAFETY: the tag is only ever put on functions with a `Record`.
+    let record = unsafe { js.tagged::<Record>(function, &TAG) }?;
+    match (&record.target, record.which) {
+        (Target::Live, Which::Export(index)) => Some(Value::Export(index)),
+        (Target::Lease(lease), which) => Some(Value::Func(resolve(&lease.side.replica, which))),
+        (Target::Instance(side), which) => Some(Value::Func(resolve(&side.replica, which))),
+        (Target::Live, Which::Handle(handle)) => Some(Value::Func(Some(handle))),
+    }
+}
+
+fn resolve(replica: &Replica, which: Which) -> Option<FuncHandle> {
+    match which {
+        Which::Export(index) => replica.function(index),
+        Which::Handle(handle) => Some(handle),
+    }
+}
+
+/// The right to be inside, by the way it was got.
+enum Entry<'a> {
+    Home(Inside<'a, Job>),
+    Leased(LeaseInside),
+    /// A host call of the same instance is on this stack.
+    Again,
+}
+
+/// How the call gets to its guest.
+enum Path<'a> {
+    Here(Entry<'a>, Rc<ReplicaSide>),
+    /// Ask the pool thread that is inside.
+    There(Rc<JsEnd>, Rc<ReplicaSide>),
+}
+
+unsafe extern "C" fn call_export(env: sys::napi_env, info: sys::napi_callback_info) -> Val {
+    // SAFETY: the environment of this very callback.
+    let js = unsafe { Js::new(env) };
+    enter(js, || {
+        let mut args = [ptr::null_mut(); MANY];
+        let (given, data) = callback_info(js, info, &mut args)?;
+        // SAFETY: `new_function` stored a record there, and the function that is being called owns it.
+        let record = unsafe { &*data.cast::<Record>() };
+        let params = record.signature.params.len();
+        if params <= MANY {
+            return record.call(args.get(..params).unwrap_or_default());
+        }
+        let mut more = vec![ptr::null_mut(); given.max(params)];
+        callback_info(js, info, &mut more)?;
+        record.call(more.get(..params).unwrap_or_default())
+    })
+}
+
+/// Calls an export of the current generation by name, for `callSync`.
+pub(crate) fn call_sync(
+    env: &Rc<EnvState>,
+    manager: &Rc<ManagerSide>,
+    index: usize,
+    args: Val,
+) -> JsResult<Val> {
+    let js = env.js();
+    let Some(module) = manager.manager.module() else { return Ok(js.undefined()) };
+    let Some(export) = module.functions().get(index) else { return Ok(js.undefined()) };
+    let record = Record {
+        env: Rc::clone(env),
+        manager: Rc::clone(manager),
+        target: Target::Live,
+        which: Which::Export(index),
+        // The arguments are in an array already: values are as good as raw ones.
+        is_numeric: false,
+        signature: export.signature.clone(),
+        cached: Cell::new((u64::MAX, None)),
+    };
+    if !record.signature.can_cross() {
+        return Err(cannot_cross(js));
+    }
+    let values = env.arguments(args, &record.signature)?;
+    record.call_values(values)
+}
+
+impl Record {
+    #[inline]
+    fn call(&self, args: &[Val]) -> JsResult<Val> {
+        if !self.is_numeric {
+            return self.call_general(args);
+        }
+        let len = args.len().max(self.signature.results.len());
+        if len <= FEW {
+            self.call_numeric(args, &mut [RawValue::i32(0); FEW])
+        } else if len <= MANY {
+            self.call_numeric(args, &mut [RawValue::i32(0); MANY])
+        } else {
+            self.call_numeric(args, &mut vec![RawValue::i32(0); len])
+        }
+    }
+
+    #[inline]
+    fn call_numeric(&self, args: &[Val], raw: &mut [RawValue]) -> JsResult<Val> {
+        // Coercion may run JavaScript, so it comes before anything is entered.
+        for ((slot, arg), ty) in raw.iter_mut().zip(args).zip(&*self.signature.params) {
+            *slot = self.env.to_raw(*arg, *ty)?;
+        }
+        let manager = &*self.manager;
+        if matches!(self.target, Target::Live)
+            && manager.detours.get() == 0
+            && manager.timeout_ms.is_none()
+            && let Some(inside) = manager.home.enter()
+        {
+            return self.call_at_home(inside, raw);
+        }
+        self.call_numeric_slow(raw)
+    }
+
+    #[inline]
+    fn call_at_home(&self, inside: Inside<'_, Job>, raw: &mut [RawValue]) -> JsResult<Val> {
+        let manager = &*self.manager;
+        let current = manager.current.borrow();
+        let side = match &*current {
+            Some(side) => Rc::clone(side),
+            None => {
+                drop((current, inside));
+                return Err(self.throw(&self.gone()));
+            }
+        };
+        drop(current);
+        let Some(func) = self.function(&side.replica) else {
+            drop(inside);
+            return Err(self.throw(&self.gone()));
+        };
+        // SAFETY: `inside` is the right to be in slot 0, whose instance `side` shows; the function is
+        // that instance's, and `raw` was filled after its signature.
+        let outcome = unsafe { side.replica.call_raw(&func, raw) };
+        if outcome.is_err() || side.replica.is_poisoned() {
+            self.settle(Entry::Home(inside), &side, outcome.err())?;
+            return self.raw_results(raw);
+        }
+        drop(inside);
+        manager.completed.set(manager.completed.get() + 1);
+        side.before_js(self.env.js());
+        self.raw_results(raw)
+    }
+
+    #[inline]
+    fn raw_results(&self, raw: &[RawValue]) -> JsResult<Val> {
+        match (&*self.signature.results, raw) {
+            ([], _) => Ok(self.env.js().undefined()),
+            ([ty], [value, ..]) => self.env.from_raw(*value, *ty),
+            (types, raw) => {
+                let js = self.env.js();
+                let array = js.array(types.len())?;
+                for (index, (value, ty)) in raw.iter().zip(types).enumerate() {
+                    js.set_element(array, index as u32, self.env.from_raw(*value, *ty)?)?;
+                }
+                Ok(array)
+            }
+        }
+    }
+
+    /// The function in that instance, looked up again whenever the instance has changed.
+    #[inline]
+    fn function(&self, replica: &Replica) -> Option<FuncHandle> {
+        let stamp = self.manager.stamp.get();
+        if let (at, Some(func)) = self.cached.get()
+            && at == stamp
+            && func.replica_id() == replica.id()
+        {
+            return Some(func);
+        }
+        let func = resolve(replica, self.which);
+        self.cached.set((stamp, func));
+        func
+    }
+
+    #[cold]
+    fn gone(&self) -> Error {
+        match self.manager.current() {
+            Ok(_) => Error::internal("an export that the instance does not have"),
+            Err(error) => error,
+        }
+    }
+
+    #[cold]
+    fn throw(&self, error: &Error) -> crate::js::Pending {
+        self.env.throw(error, &self.manager.place())
+    }
+
+    // ------------------------------------------------------------------ everything but the fast path
+
+    fn call_numeric_slow(&self, raw: &mut [RawValue]) -> JsResult<Val> {
+        let path = self.path().map_err(|e| self.throw(&e))?;
+        let (entry, side) = match path {
+            Path::Here(entry, side) => (entry, side),
+            Path::There(pool, side) => {
+                let types = self.signature.params.iter();
+                let args = raw.iter().zip(types).map(|(v, ty)| v.to_value(*ty)).collect();
+                return self.call_there(&pool, &side, args);
+            }
+        };
+        let Some(func) = self.function(&side.replica) else {
+            self.leave(entry, &side);
+            return Err(self.throw(&not_started()));
+        };
+        // SAFETY: `entry` is the right to be inside; the function is that instance's, and `raw` was
+        // filled after its signature.
+        let call = || unsafe { side.replica.call_raw(&func, raw) };
+        let outcome = self.timed(&entry, &side, call);
+        self.settle(entry, &side, outcome.err())?;
+        self.raw_results(raw)
+    }
+
+    /// `limits.timeoutMs` holds for outermost synchronous calls too.
+    fn timed<T>(
+        &self,
+        entry: &Entry<'_>,
+        side: &ReplicaSide,
+        call: impl FnOnce() -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        match (self.manager.timeout_ms, entry) {
+            (Some(ms), Entry::Home(_) | Entry::Leased(_)) => {
+                side.replica.with_deadline(ms, call).and_then(|outcome| outcome)
+            }
+            _ => call(),
+        }
+    }
+
+    fn count(&self, entry: &Entry<'_>) {
+        if matches!(entry, Entry::Home(_) | Entry::Leased(_)) {
+            self.manager.completed.set(self.manager.completed.get() + 1);
+        }
+    }
+
+    /// With references, or from an array.
+    fn call_general(&self, args: &[Val]) -> JsResult<Val> {
+        if !self.signature.can_cross() {
+            return Err(cannot_cross(self.env.js()));
+        }
+        let mut values = Vec::with_capacity(args.len());
+        for (arg, ty) in args.iter().zip(&*self.signature.params) {
+            values.push(self.env.to_wasm(*arg, *ty)?);
+        }
+        self.call_values(values)
+    }
+
+    fn call_values(&self, args: Vec<Value>) -> JsResult<Val> {
+        let path = self.path().map_err(|e| self.throw(&e))?;
+        let (entry, side) = match path {
+            Path::Here(entry, side) => (entry, side),
+            Path::There(pool, side) => return self.call_there(&pool, &side, args),
+        };
+        let Some(func) = self.function(&side.replica) else {
+            self.leave(entry, &side);
+            return Err(self.throw(&not_started()));
+        };
+        // SAFETY: `entry` is the right to be inside, and the function is that instance's.
+        let call = || unsafe { side.replica.call(&func, args) };
+        let (values, error) = match self.timed(&entry, &side, call) {
+            Ok(values) => (values, None),
+            Err(error) => (Vec::new(), Some(error)),
+        };
+        self.settle(entry, &side, error)?;
+        self.env.results(&values, Some(&side))
+    }
+
+    /// The guest is on a pool thread that waits for JavaScript: it runs the call, this thread waits.
+    fn call_there(&self, pool: &Rc<JsEnd>, side: &Rc<ReplicaSide>, args: Vec<Value>) -> JsResult<Val> {
+        let Some(func) = resolve(&side.replica, self.which) else {
+            return Err(self.throw(&not_started()));
+        };
+        let outcome = pool.call(&self.env, side, func, args);
+        side.before_js(self.env.js());
+        match outcome {
+            Ok(values) => self.env.results(&values, Some(side)),
+            Err(error) => Err(self.throw(&error)),
+        }
+    }
+
+    /// Leaves an instance that failed, or that is poisoned although the call went on (JavaScript
+    /// inside has caught the trap).
+    #[cold]
+    fn settle(&self, entry: Entry<'_>, side: &Rc<ReplicaSide>, error: Option<Error>) -> JsResult<()> {
+        let is_outermost = !matches!(entry, Entry::Again);
+        match &error {
+            Some(error) if is_outermost => {
+                self.manager.manager.call_failed_at_home(&side.replica, error);
+            }
+            None => self.count(&entry),
+            Some(_) => {}
+        }
+        self.leave(entry, side);
+        side.before_js(self.env.js());
+        error.map_or(Ok(()), |error| Err(self.throw(&error)))
+    }
+
+    fn leave(&self, entry: Entry<'_>, side: &ReplicaSide) {
+        match entry {
+            Entry::Home(inside) if side.replica.is_poisoned() => inside.retire(),
+            other => drop(other),
+        }
+    }
+
+    // ------------------------------------------------------------------ finding the way
+
+    fn path(&self) -> Result<Path<'_>, Error> {
+        match &self.target {
+            Target::Live => {
+                // Inside a host call "the instance" is the one that called.
+                let calling = self.manager.stack.borrow().last().map(Rc::clone);
+                match calling.and_then(|side| through_host_call(&side)) {
+                    Some(path) => Ok(path),
+                    None => self.path_home(),
+                }
+            }
+            Target::Lease(lease) => {
+                if lease.lease.is_released() {
+                    return Err(lease.lease.stale());
+                }
+                if let Some(path) = through_host_call(&lease.side) {
+                    return Ok(path);
+                }
+                if lease.side.replica.is_poisoned() {
+                    return Err(poisoned(&self.manager));
+                }
+                let inside = lease.lease.enter()?;
+                Ok(Path::Here(Entry::Leased(inside), Rc::clone(&lease.side)))
+            }
+            Target::Instance(side) => {
+                if side.is_expired.get() {
+                    return Err(side.replica.stale());
+                }
+                if let Some(path) = through_host_call(side) {
+                    return Ok(path);
+                }
+                if let Some(lease) = self.lease_on(side) {
+                    let inside = lease.lease.enter()?;
+                    return Ok(Path::Here(Entry::Leased(inside), Rc::clone(side)));
+                }
+                match &*self.manager.current.borrow() {
+                    Some(current) if Rc::ptr_eq(current, side) => {}
+                    _ => return Err(busy(&self.manager, "the instance is not in a host call")),
+                }
+                self.path_home()
+            }
+        }
+    }
+
+    /// A function of an instance that its holder has leased may be used through the lease.
+    fn lease_on(&self, side: &Rc<ReplicaSide>) -> Option<Rc<LeaseSide>> {
+        self.manager
+            .leases
+            .borrow()
+            .iter()
+            .filter_map(std::rc::Weak::upgrade)
+            .find(|lease| Rc::ptr_eq(&lease.side, side) && !lease.lease.is_released())
+    }
+
+    fn path_home(&self) -> Result<Path<'_>, Error> {
+        let manager = &*self.manager;
+        if manager.swapping.get() > 0 && !matches!(manager.home.refusal(), Away::Shut) {
+            return Err(Error::new(
+                ErrorCode::Reloading,
+                format!(
+                    "a swap of {} is under way; use call(), which waits its turn",
+                    manager.manager.name()
+                ),
+            ));
+        }
+        if let Some(inside) = manager.home.enter() {
+            return Ok(Path::Here(Entry::Home(inside), manager.current()?));
+        }
+        if matches!(manager.home.refusal(), Away::Retired) {
+            manager.manager.repair_now()?;
+            if let Some(inside) = manager.home.enter() {
+                return Ok(Path::Here(Entry::Home(inside), manager.current()?));
+            }
+        }
+        Err(self.refused())
+    }
+
+    #[cold]
+    fn refused(&self) -> Error {
+        let manager = &*self.manager;
+        let name = manager.manager.name();
+        match manager.home.refusal() {
+            Away::Busy => busy(manager, "a pool thread is inside the instance, or a lease holds it"),
+            Away::Closed | Away::Retired => Error::new(
+                ErrorCode::Reloading,
+                format!("a swap of {name} is under way; use call(), which waits its turn"),
+            ),
+            Away::Shut => Error::new(
+                ErrorCode::Closed,
+                format!("{name} is {}; create a new manager", manager.manager.state().as_str()),
+            ),
+        }
+    }
+}
+
+/// If JavaScript is answering a host call of that instance, the call goes through it.
+fn through_host_call<'a>(side: &Rc<ReplicaSide>) -> Option<Path<'a>> {
+    if let Some(frame) = side.frames.borrow().last() {
+        return Some(match frame {
+            Frame::Direct => Path::Here(Entry::Again, Rc::clone(side)),
+            Frame::Remote(pool) => Path::There(Rc::clone(pool), Rc::clone(side)),
+        });
+    }
+    let awaiting = side.awaiting.borrow().clone()?;
+    Some(Path::There(awaiting, Rc::clone(side)))
+}
+
+fn busy(manager: &ManagerSide, why: &str) -> Error {
+    Error::new(
+        ErrorCode::Busy,
+        format!("{}: {why}; use call(), which waits its turn", manager.manager.name()),
+    )
+}
+
+fn poisoned(manager: &ManagerSide) -> Error {
+    Error::new(
+        ErrorCode::StaleHandle,
+        format!(
+            "the leased instance of {} has trapped and is replaced when the lease ends; \
+             release it and take a new one",
+            manager.manager.name()
+        ),
+    )
+}
+
+fn not_started() -> Error {
+    Error::new(
+        ErrorCode::Busy,
+        "the instance is still being made; its exports can be used once its start function has returned",
+    )
+}

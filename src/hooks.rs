@@ -1,0 +1,316 @@
+//! The host's side of the engine: hooks, steps at home, events.
+//!
+//! On the JS thread everything runs directly and must be synchronous. On a control thread it is
+//! posted to the JS thread and waited for; a hook may then return a promise.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use crossbeam_channel::{Receiver, Sender, bounded, never, select};
+use wasm_molt_engine::{
+    Error, ErrorCode, Event, HomeStep, Host, HostRef, ImportValue, Lease, Module, Replaced, Replica,
+    Result,
+};
+
+use crate::env::EnvState;
+use crate::imports;
+use crate::inbox::Inbox;
+use crate::js::{JsResult, Kind, Pending, Val};
+use crate::lease::LeaseSide;
+use crate::report;
+use crate::side::{ManagerSide, ReplicaSide};
+
+/// Any thread.
+pub(crate) struct JsHost {
+    inbox: Arc<Inbox>,
+    manager: u64,
+    /// The environment's address, to find its state on its own thread.
+    env: usize,
+    destroyed: std::sync::OnceLock<Receiver<()>>,
+}
+
+/// Which hook of the user.
+#[derive(Clone)]
+enum Hook {
+    Initialize,
+    SaveState(usize),
+    RestoreState(HostRef, usize),
+}
+
+impl Hook {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Initialize => "initialize",
+            Self::SaveState(_) => "saveState",
+            Self::RestoreState(..) => "restoreState",
+        }
+    }
+}
+
+/// What a hook returned; `None` where there is none.
+type HookResult = Result<Option<HostRef>>;
+
+impl JsHost {
+    pub(crate) fn new(env: &EnvState, manager: u64) -> Self {
+        Self {
+            inbox: Arc::clone(&env.inbox),
+            manager,
+            env: env.js().raw() as usize,
+            destroyed: std::sync::OnceLock::new(),
+        }
+    }
+
+    /// Hooks are not waited for any more once this is disconnected.
+    pub(crate) fn set_destroyed(&self, destroyed: Receiver<()>) {
+        let _ = self.destroyed.set(destroyed);
+    }
+
+    fn here(&self) -> Result<(Rc<EnvState>, Rc<ManagerSide>)> {
+        let env = EnvState::at(self.env).ok_or_else(no_environment)?;
+        let side = env.managers.borrow().get(&self.manager).map(Rc::clone);
+        let side = side.ok_or_else(no_environment)?;
+        Ok((env, side))
+    }
+
+    /// Runs `f` on the JS thread and waits for it.
+    fn on_js<R: Send + 'static>(
+        &self,
+        f: impl FnOnce(&Rc<EnvState>, &Rc<ManagerSide>) -> R + Send + 'static,
+    ) -> Result<R> {
+        if self.inbox.is_js_thread() {
+            let (env, side) = self.here()?;
+            return Ok(f(&env, &side));
+        }
+        let (tell, told) = bounded(1);
+        let (manager, address) = (self.manager, self.env);
+        let posted = self.inbox.post(Box::new(move |_| {
+            let Some(env) = EnvState::at(address) else { return };
+            let side = env.managers.borrow().get(&manager).map(Rc::clone);
+            if let Some(side) = side {
+                let _ = tell.send(f(&env, &side));
+            }
+        }));
+        posted.map_err(|_| no_environment())?;
+        told.recv().map_err(|_| no_environment())
+    }
+
+    fn hook(&self, lease: &Arc<Lease>, hook: Hook) -> HookResult {
+        if self.inbox.is_js_thread() {
+            let (env, side) = self.here()?;
+            return env.js().scoped(|| run_sync(&env, &side, lease, &hook));
+        }
+        let (tell, told) = bounded(1);
+        let leased = Arc::clone(lease);
+        self.on_js(move |env, side| run_async(env, side, leased, &hook, tell))?;
+        let forever = never();
+        let destroyed = self.destroyed.get().unwrap_or(&forever);
+        let outcome = select! {
+            recv(told) -> outcome => outcome.unwrap_or_else(|_| Err(no_environment())),
+            recv(destroyed) -> _ => Err(no_environment()),
+        };
+        // Whatever became of the hook, its handle ends here, on the JS thread, before anybody else
+        // touches the instance.
+        let leased = Arc::clone(lease);
+        let _ = self.on_js(move |_, side| {
+            side.expire_leases(|s| s.replica.id() == leased.replica().id());
+        });
+        outcome
+    }
+}
+
+fn no_environment() -> Error {
+    Error::new(ErrorCode::Closed, "the manager or its JavaScript environment is gone")
+}
+
+impl Host for JsHost {
+    fn imports(&self, replica: &Arc<Replica>, _module: &Module) -> Result<Vec<ImportValue>> {
+        let replica = Arc::clone(replica);
+        self.on_js(move |env, manager| env.js().scoped(|| bind(env, manager, replica)))?
+    }
+
+    fn initialize(&self, lease: &Arc<Lease>) -> Result<()> {
+        self.hook(lease, Hook::Initialize).map(drop)
+    }
+
+    fn save_state(&self, lease: &Arc<Lease>, replica: usize) -> Result<Option<HostRef>> {
+        self.hook(lease, Hook::SaveState(replica))
+    }
+
+    fn restore_state(&self, lease: &Arc<Lease>, state: &HostRef, replica: usize) -> Result<()> {
+        self.hook(lease, Hook::RestoreState(state.clone(), replica)).map(drop)
+    }
+
+    fn at_home(&self, step: HomeStep) -> Result<()> {
+        self.on_js(move |_, side| step(Some(&side.home)))
+    }
+
+    fn replaced(&self, change: &Replaced) {
+        if let Ok((env, side)) = self.here() {
+            side.replaced(&env, change);
+        }
+    }
+
+    fn event(&self, event: Event) {
+        let (manager, address) = (self.manager, self.env);
+        // No environment, no listeners.
+        let _ = self.inbox.post(Box::new(move |_| {
+            let Some(env) = EnvState::at(address) else { return };
+            let side = env.managers.borrow().get(&manager).map(Rc::clone);
+            if let Some(side) = side {
+                emit(&env, &side, &event);
+            }
+        }));
+    }
+}
+
+/// Collects the imports of one new instance.
+fn bind(
+    env: &Rc<EnvState>,
+    manager: &Rc<ManagerSide>,
+    replica: Arc<Replica>,
+) -> Result<Vec<ImportValue>> {
+    let js = env.js();
+    let module = Arc::clone(replica.module());
+    let side = ReplicaSide::new(replica, manager);
+    env.replicas.borrow_mut().insert(side.replica.id(), Rc::clone(&side));
+    let object = imports_object(env, manager, &side).map_err(|Pending| env.take_thrown())?;
+    if let Some(object) = object
+        && js.is_promise(object).unwrap_or(false)
+    {
+        return Err(Error::new(
+            ErrorCode::AsyncImport,
+            "the imports function returned a promise; return the imports object itself",
+        ));
+    }
+    imports::collect(env, manager, &side, &module, object)
+}
+
+fn imports_object(
+    env: &Rc<EnvState>,
+    manager: &Rc<ManagerSide>,
+    side: &Rc<ReplicaSide>,
+) -> JsResult<Option<Val>> {
+    let js = env.js();
+    let Some(reference) = manager.hooks.imports else { return Ok(None) };
+    let given = env.helper(reference)?;
+    let object = if manager.hooks.imports_is_function {
+        let context = js.external(Rc::clone(side))?;
+        let context = js.call(env.helper(env.helpers.make_context)?, &[context])?;
+        js.call(given, &[context])?
+    } else {
+        given
+    };
+    Ok(matches!(js.kind(object)?, Kind::Object | Kind::Function).then_some(object))
+}
+
+/// Calls a hook; `None` where the user gave none.
+fn call_hook(
+    env: &Rc<EnvState>,
+    manager: &Rc<ManagerSide>,
+    lease: &Rc<LeaseSide>,
+    hook: &Hook,
+) -> JsResult<Option<Val>> {
+    let js = env.js();
+    let reference = match hook {
+        Hook::Initialize => manager.hooks.initialize,
+        Hook::SaveState(_) => manager.hooks.save_state,
+        Hook::RestoreState(..) => manager.hooks.restore_state,
+    };
+    let Some(reference) = reference else { return Ok(None) };
+    let function = env.helper(reference)?;
+    let instance = lease.object()?;
+    let returned = match hook {
+        Hook::Initialize => js.call(function, &[instance])?,
+        Hook::SaveState(replica) => js.call(function, &[instance, js.number(*replica as f64)?])?,
+        Hook::RestoreState(state, replica) => {
+            let state = env.kept(state)?;
+            js.call(function, &[instance, state, js.number(*replica as f64)?])?
+        }
+    };
+    Ok(Some(returned))
+}
+
+fn run_sync(
+    env: &Rc<EnvState>,
+    manager: &Rc<ManagerSide>,
+    lease: &Arc<Lease>,
+    hook: &Hook,
+) -> HookResult {
+    let lease = LeaseSide::new(env, manager, Arc::clone(lease))?;
+    let returned = call_hook(env, manager, &lease, hook);
+    lease.expire();
+    let Some(value) = returned.map_err(|Pending| env.take_thrown())? else { return Ok(None) };
+    if env.js().is_promise(value).unwrap_or(false) {
+        return Err(Error::new(
+            ErrorCode::AsyncImport,
+            format!(
+                "{} returned a promise, and this is a synchronous operation; make the hook \
+                 synchronous, or use the asynchronous operation",
+                hook.name()
+            ),
+        ));
+    }
+    env.keep(value).map(Some).map_err(|Pending| env.take_thrown())
+}
+
+fn run_async(
+    env: &Rc<EnvState>,
+    manager: &Rc<ManagerSide>,
+    lease: Arc<Lease>,
+    hook: &Hook,
+    tell: Sender<HookResult>,
+) {
+    let lease = match LeaseSide::new(env, manager, lease) {
+        Ok(lease) => lease,
+        Err(error) => {
+            let _ = tell.send(Err(error));
+            return;
+        }
+    };
+    let outcome = match call_hook(env, manager, &lease, hook) {
+        Ok(Some(value)) => value,
+        Ok(None) => {
+            let _ = tell.send(Ok(None));
+            return;
+        }
+        Err(Pending) => {
+            let _ = tell.send(Err(env.take_thrown()));
+            return;
+        }
+    };
+    if !env.js().is_promise(outcome).unwrap_or(false) {
+        let kept = env.keep(outcome).map(Some).map_err(|Pending| env.take_thrown());
+        let _ = tell.send(kept);
+        return;
+    }
+    // The lease lives until the promise settles: a collected handle would end it.
+    let teller = tell.clone();
+    let then = move |env: &EnvState, outcome: std::result::Result<Val, Val>| {
+        drop(lease);
+        let outcome = match outcome {
+            Ok(value) => env.keep(value).map(Some).map_err(|Pending| env.take_thrown()),
+            Err(reason) => Err(env.thrown(reason)),
+        };
+        let _ = teller.send(outcome);
+    };
+    if env.follow(outcome, Box::new(then)).is_err() {
+        let _ = tell.send(Err(env.take_thrown()));
+    }
+}
+
+fn emit(env: &Rc<EnvState>, side: &Rc<ManagerSide>, event: &Event) {
+    let js = env.js();
+    let Some(listener) = side.hooks.on_event else { return };
+    let send = || -> JsResult<()> {
+        let (kind, payload) = match event {
+            Event::Reload(report) => ("reload", report::reload(js, report)?),
+            Event::ReloadFailed(error) => ("reload:failed", env.error_value(error, &side.place())?),
+            Event::Trap(error) => ("trap", env.error_value(error, &side.place())?),
+            Event::Close => ("close", js.undefined()),
+        };
+        js.call(env.helper(listener)?, &[js.string(kind)?, payload])?;
+        Ok(())
+    };
+    // A listener that throws is the user's affair: it is reported as an uncaught exception.
+    let _ = send();
+}

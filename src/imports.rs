@@ -1,0 +1,501 @@
+//! Imports: JavaScript functions that guests call.
+//!
+//! On the JS thread the function is called directly. From a pool thread the call travels to the JS
+//! thread and the pool thread waits on its channel. If the JavaScript function calls back into the
+//! guest, the JS thread sends a *nested call* to that waiting thread, which alone may run its store,
+//! and serves the thread's own requests until the nested result is there. Requests and nested calls
+//! alternate strictly, so each side always knows what it waits for. When the pool thread gives up
+//! (timeout, signal, `destroy`), its end of the channel closes, and nobody is left waiting.
+
+use std::cell::RefCell;
+use std::mem::ManuallyDrop;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use crossbeam_channel::{Receiver, Sender, bounded, select};
+use napi::sys;
+use smallvec::SmallVec;
+use wasm_molt_engine::{
+    Error, ErrorCode, FuncHandle, HostCall, HostFunction, Import, ImportKind, ImportValue, Module,
+    Result, Signature, Value, ValueType,
+};
+
+use crate::env::EnvState;
+use crate::inbox::Inbox;
+use crate::js::{Js, JsResult, Kind, Pending, Val};
+use crate::side::{Frame, ManagerSide, ReplicaSide};
+
+/// JavaScript values behind a function that any thread may hold.
+///
+/// Only the JS thread looks inside, and only there it is dropped: elsewhere it is sent home first.
+struct JsOnly<T: 'static> {
+    inbox: Arc<Inbox>,
+    content: ManuallyDrop<T>,
+}
+
+// SAFETY: `content` is reached through `get`, which checks the thread, and dropped on the JS thread.
+unsafe impl<T> Send for JsOnly<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for JsOnly<T> {}
+
+impl<T> JsOnly<T> {
+    fn get(&self) -> Option<&T> {
+        self.inbox.is_js_thread().then_some(&*self.content)
+    }
+}
+
+impl<T> Drop for JsOnly<T> {
+    fn drop(&mut self) {
+        // SAFETY: taken once, here; `self.content` is not used again.
+        let content = unsafe { ManuallyDrop::take(&mut self.content) };
+        if self.inbox.is_js_thread() {
+            drop(content);
+            return;
+        }
+        let travelling = JsOnly { inbox: Arc::clone(&self.inbox), content: ManuallyDrop::new(content) };
+        // Without an environment there is nothing to give back to: the reference went with it.
+        if let Err(task) = self.inbox.post(Box::new(move |_| drop(travelling))) {
+            std::mem::forget(task);
+        }
+    }
+}
+
+struct Bound {
+    env: Rc<EnvState>,
+    manager: Rc<ManagerSide>,
+    side: Rc<ReplicaSide>,
+    function: sys::napi_ref,
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        self.env.js().unreference(self.function);
+    }
+}
+
+/// One imported JavaScript function of one instance.
+struct JsImport {
+    bound: JsOnly<Bound>,
+    name: String,
+}
+
+/// What the engine holds of it.
+struct Handle(Arc<JsImport>);
+
+/// What the pool thread hears.
+enum ToPool {
+    Reply(Result<SmallVec<[Value; 2]>>),
+    Call(FuncHandle, Vec<Value>),
+}
+
+/// What the JS thread hears.
+enum ToJs {
+    Done(Result<Vec<Value>>),
+    Request(Arc<Request>),
+}
+
+/// A host call on its way to the JS thread.
+struct Request {
+    import: Arc<JsImport>,
+    signature: Signature,
+    args: SmallVec<[Value; 6]>,
+}
+
+/// The pool thread's end of a conversation.
+struct PoolEnd {
+    to_js: Sender<ToJs>,
+    from_js: Receiver<ToPool>,
+}
+
+/// The JS thread's end.
+pub(crate) struct JsEnd {
+    to_pool: Sender<ToPool>,
+    from_pool: Receiver<ToJs>,
+}
+
+thread_local! {
+    /// Conversations in which this pool thread is running a nested call: the JS thread waits there.
+    static NESTED: RefCell<Vec<Sender<ToJs>>> = const { RefCell::new(Vec::new()) };
+    /// The receiving halves that belong to them.
+    static REPLIES: RefCell<Vec<Receiver<ToPool>>> = const { RefCell::new(Vec::new()) };
+}
+
+impl HostFunction for Handle {
+    fn call(&self, call: &mut HostCall<'_>) -> Result<()> {
+        match self.0.bound.get() {
+            Some(bound) => self.0.call_here(bound, call),
+            None => self.0.call_there(call),
+        }
+    }
+}
+
+impl JsImport {
+    // ------------------------------------------------------------------ on the JS thread
+
+    fn call_here(&self, bound: &Bound, call: &mut HostCall<'_>) -> Result<()> {
+        let js = bound.env.js();
+        js.scoped(|| {
+            bound.side.before_js(js);
+            bound.manager.push_frame(&bound.side, Frame::Direct);
+            let returned = self.call_js(bound, &call.args);
+            bound.manager.pop_frame(&bound.side);
+            let returned = returned.map_err(|Pending| bound.env.take_thrown())?;
+            if is_promise(js, returned, call.signature) {
+                return Err(self.async_import());
+            }
+            convert(&bound.env, returned, call.signature, &mut call.results)
+        })
+    }
+
+    fn call_js(&self, bound: &Bound, args: &[Value]) -> JsResult<Val> {
+        let js = bound.env.js();
+        let function = bound.env.helper(bound.function)?;
+        let mut values: SmallVec<[Val; 8]> = SmallVec::with_capacity(args.len());
+        for arg in args {
+            values.push(bound.env.to_js(arg, Some(&bound.side))?);
+        }
+        js.call(function, &values)
+    }
+
+    #[cold]
+    fn async_import(&self) -> Error {
+        Error::new(
+            ErrorCode::AsyncImport,
+            format!(
+                "the import '{}' returned a promise, and nothing can wait for it in a synchronous call; \
+                 use call(), or make the import synchronous",
+                self.name
+            ),
+        )
+    }
+
+    // ------------------------------------------------------------------ on a pool thread
+
+    fn call_there(self: &Arc<Self>, call: &mut HostCall<'_>) -> Result<()> {
+        let request = Arc::new(Request {
+            import: Arc::clone(self),
+            signature: call.signature.clone(),
+            args: std::mem::take(&mut call.args),
+        });
+        let inner = NESTED.with_borrow(|nested| nested.last().cloned());
+        let pool = if let Some(to_js) = inner {
+            // The JS thread waits in a nested call of ours: it serves this request right there.
+            let from_js = REPLIES.with_borrow(|replies| replies.last().cloned());
+            let from_js = from_js.ok_or_else(|| Error::internal("a conversation without its other half"))?;
+            to_js.send(ToJs::Request(request)).map_err(|_| gone())?;
+            PoolEnd { to_js, from_js }
+        } else {
+            let (to_js, from_pool) = bounded(1);
+            let (to_pool, from_js) = bounded(1);
+            let end = JsEnd { to_pool, from_pool };
+            let posted = self.bound.inbox.post(Box::new(move |_| answer(&request, end)));
+            posted.map_err(|_| gone())?;
+            PoolEnd { to_js, from_js }
+        };
+        call.results = wait(&pool, call)?;
+        Ok(())
+    }
+}
+
+/// Waits for the reply, running nested calls meanwhile.
+fn wait(pool: &PoolEnd, call: &HostCall<'_>) -> Result<SmallVec<[Value; 2]>> {
+    let cancelled = call.replica.interrupter().cancelled();
+    loop {
+        let message = select! {
+            recv(pool.from_js) -> message => message.map_err(|_| gone())?,
+            recv(cancelled) -> _ => return Err(call.replica.interrupted()),
+        };
+        match message {
+            ToPool::Reply(reply) => return reply,
+            ToPool::Call(func, args) => {
+                NESTED.with_borrow_mut(|n| n.push(pool.to_js.clone()));
+                REPLIES.with_borrow_mut(|r| r.push(pool.from_js.clone()));
+                // SAFETY: this thread holds the replica: it is inside this very host call of it.
+                let outcome = unsafe { call.replica.call(&func, args) };
+                NESTED.with_borrow_mut(Vec::pop);
+                REPLIES.with_borrow_mut(Vec::pop);
+                pool.to_js.send(ToJs::Done(outcome)).map_err(|_| gone())?;
+            }
+        }
+    }
+}
+
+fn gone() -> Error {
+    Error::new(ErrorCode::Interrupted, "the JavaScript environment of the import is gone")
+}
+
+/// Answers a request on the JS thread; a promise is answered later.
+fn answer(request: &Arc<Request>, end: JsEnd) {
+    let import = &*request.import;
+    let Some(bound) = import.bound.get() else { return };
+    let end = Rc::new(end);
+    let js = bound.env.js();
+    let returned = match run_request(import, bound, request, &end) {
+        Ok(returned) => returned,
+        Err(error) => return end.reply(Err(error)),
+    };
+    if !is_promise(js, returned, &request.signature) {
+        return end.reply(converted(&bound.env, returned, &request.signature));
+    }
+    *bound.side.awaiting.borrow_mut() = Some(Rc::clone(&end));
+    let side = Rc::clone(&bound.side);
+    let signature = request.signature.clone();
+    let replier = Rc::clone(&end);
+    let then = move |env: &EnvState, outcome: std::result::Result<Val, Val>| {
+        let is_ours = side.awaiting.borrow().as_ref().is_some_and(|a| Rc::ptr_eq(a, &replier));
+        if is_ours {
+            *side.awaiting.borrow_mut() = None;
+        }
+        replier.reply(match outcome {
+            Ok(value) => converted(env, value, &signature),
+            Err(reason) => Err(env.thrown(reason)),
+        });
+    };
+    if bound.env.follow(returned, Box::new(then)).is_err() {
+        end.reply(Err(bound.env.take_thrown()));
+    }
+}
+
+fn run_request(import: &JsImport, bound: &Bound, request: &Request, end: &Rc<JsEnd>) -> Result<Val> {
+    bound.side.before_js(bound.env.js());
+    bound.manager.push_frame(&bound.side, Frame::Remote(Rc::clone(end)));
+    let returned = import.call_js(bound, &request.args);
+    bound.manager.pop_frame(&bound.side);
+    returned.map_err(|Pending| bound.env.take_thrown())
+}
+
+impl JsEnd {
+    fn reply(&self, reply: Result<SmallVec<[Value; 2]>>) {
+        // Nobody listens if the call was stopped meanwhile.
+        let _ = self.to_pool.send(ToPool::Reply(reply));
+    }
+
+    /// Has the waiting pool thread call back into the guest; serves its requests until that is done.
+    pub(crate) fn call(
+        self: &Rc<Self>,
+        env: &EnvState,
+        side: &Rc<ReplicaSide>,
+        func: FuncHandle,
+        args: Vec<Value>,
+    ) -> Result<Vec<Value>> {
+        let stopped = || {
+            Error::new(
+                ErrorCode::Interrupted,
+                format!("the call of {} that made this host call was stopped", side.replica.module().name()),
+            )
+        };
+        self.to_pool.send(ToPool::Call(func, args)).map_err(|_| stopped())?;
+        loop {
+            match self.from_pool.recv().map_err(|_| stopped())? {
+                ToJs::Done(outcome) => return outcome,
+                ToJs::Request(request) => {
+                    let reply = env.js().scoped(|| self.serve(&request));
+                    self.reply(reply);
+                }
+            }
+        }
+    }
+
+    /// An import of a nested call: this thread waits, so it must be synchronous.
+    fn serve(self: &Rc<Self>, request: &Request) -> Result<SmallVec<[Value; 2]>> {
+        let import = &*request.import;
+        let bound = import.bound.get().ok_or_else(gone)?;
+        let returned = run_request(import, bound, request, self)?;
+        if is_promise(bound.env.js(), returned, &request.signature) {
+            return Err(import.async_import());
+        }
+        converted(&bound.env, returned, &request.signature)
+    }
+}
+
+/// Whether the guest has to wait. Plain numbers, the usual case, are not looked at twice.
+fn is_promise(js: Js, value: Val, signature: &Signature) -> bool {
+    let is_number = matches!(
+        &*signature.results,
+        [ValueType::I32 | ValueType::F32 | ValueType::F64]
+    ) && js.get_number(value).is_some();
+    if is_number || matches!(js.kind(value), Ok(Kind::Undefined)) {
+        return false;
+    }
+    js.is_promise(value).unwrap_or(false)
+}
+
+fn converted(env: &EnvState, value: Val, signature: &Signature) -> Result<SmallVec<[Value; 2]>> {
+    let mut results = SmallVec::new();
+    results.extend(signature.results.iter().map(|ty| Value::default_of(*ty)));
+    convert(env, value, signature, &mut results)?;
+    Ok(results)
+}
+
+fn convert(
+    env: &EnvState,
+    value: Val,
+    signature: &Signature,
+    results: &mut SmallVec<[Value; 2]>,
+) -> Result<()> {
+    match (&*signature.results, &mut **results) {
+        ([], _) => Ok(()),
+        ([ty], [slot]) => {
+            *slot = env.to_wasm(value, *ty).map_err(|Pending| env.take_thrown())?;
+            Ok(())
+        }
+        (types, slots) => {
+            let values = env.import_results(value, types).map_err(|Pending| env.take_thrown())?;
+            for (slot, value) in slots.iter_mut().zip(values) {
+                *slot = value;
+            }
+            Ok(())
+        }
+    }
+}
+
+// ---------------------------------------------------------------------- what the user gave
+
+/// The module's imports out of the user's imports object, for one instance. JS thread.
+pub(crate) fn collect(
+    env: &Rc<EnvState>,
+    manager: &Rc<ManagerSide>,
+    side: &Rc<ReplicaSide>,
+    module: &Module,
+    object: Option<Val>,
+) -> Result<Vec<ImportValue>> {
+    let place = Given { env, manager, side, object };
+    module.imports().iter().map(|import| place.value(module, import)).collect()
+}
+
+struct Given<'a> {
+    env: &'a Rc<EnvState>,
+    manager: &'a Rc<ManagerSide>,
+    side: &'a Rc<ReplicaSide>,
+    object: Option<Val>,
+}
+
+impl Given<'_> {
+    fn value(&self, module: &Module, import: &Import) -> Result<ImportValue> {
+        let js = self.env.js();
+        let found = self.find(import).map_err(|Pending| self.env.take_thrown())?;
+        let Some(value) = found else {
+            return Err(missing(module, import));
+        };
+        let kind = js.kind(value).map_err(|Pending| self.env.take_thrown())?;
+        match &import.kind {
+            ImportKind::Function(signature) => {
+                if kind != Kind::Function {
+                    return Err(wrong(module, import, "something that is no function"));
+                }
+                if !signature.can_cross() {
+                    return Err(wrong(module, import, "a JavaScript function"));
+                }
+                self.function(value, import)
+            }
+            ImportKind::Global { ty, .. } => self.global(module, import, *ty, value, kind),
+            ImportKind::Memory { .. } => {
+                let (initial, maximum) = self.limits(module, import, value)?;
+                Ok(ImportValue::Memory { initial, maximum })
+            }
+            ImportKind::Table { .. } => {
+                let (initial, maximum) = self.limits(module, import, value)?;
+                Ok(ImportValue::Table { initial, maximum })
+            }
+            ImportKind::Tag => Err(wrong(module, import, "something else")),
+        }
+    }
+
+    fn find(&self, import: &Import) -> JsResult<Option<Val>> {
+        let js = self.env.js();
+        let Some(object) = self.object else { return Ok(None) };
+        let namespace = js.property_named(object, &import.module)?;
+        if !matches!(js.kind(namespace)?, Kind::Object | Kind::Function) {
+            return Ok(None);
+        }
+        let value = js.property_named(namespace, &import.name)?;
+        Ok((js.kind(value)? != Kind::Undefined).then_some(value))
+    }
+
+    fn function(&self, value: Val, import: &Import) -> Result<ImportValue> {
+        let js = self.env.js();
+        let function = js.reference(value).map_err(|Pending| self.env.take_thrown())?;
+        let bound = Bound {
+            env: Rc::clone(self.env),
+            manager: Rc::clone(self.manager),
+            side: Rc::clone(self.side),
+            function,
+        };
+        let import = JsImport {
+            bound: JsOnly { inbox: Arc::clone(&self.env.inbox), content: ManuallyDrop::new(bound) },
+            name: format!("{}.{}", import.module, import.name),
+        };
+        Ok(ImportValue::Function(Arc::new(Handle(Arc::new(import)))))
+    }
+
+    /// The JS API takes numbers for number globals, bigints for i64, anything for externref.
+    fn global(
+        &self,
+        module: &Module,
+        import: &Import,
+        ty: ValueType,
+        value: Val,
+        kind: Kind,
+    ) -> Result<ImportValue> {
+        let fits = match ty {
+            ValueType::I32 | ValueType::F32 | ValueType::F64 => kind == Kind::Number,
+            ValueType::I64 => kind == Kind::BigInt,
+            ValueType::ExternRef => true,
+            ValueType::FuncRef => kind == Kind::Null,
+            ValueType::Opaque => false,
+        };
+        if !fits {
+            return Err(wrong(module, import, "a value of another type"));
+        }
+        let value = self.env.to_wasm(value, ty).map_err(|Pending| self.env.take_thrown())?;
+        Ok(ImportValue::Global(value))
+    }
+
+    /// `{ initial, maximum? }`, as the descriptors of the JS API.
+    fn limits(&self, module: &Module, import: &Import, value: Val) -> Result<(u64, Option<u64>)> {
+        let js = self.env.js();
+        let read = |name| -> JsResult<Option<f64>> { Ok(js.get_number(js.property(value, name)?)) };
+        let initial = read(c"initial").map_err(|Pending| self.env.take_thrown())?;
+        let maximum = read(c"maximum").map_err(|Pending| self.env.take_thrown())?;
+        match initial {
+            Some(initial) if initial >= 0.0 => Ok((initial as u64, maximum.map(|m| m as u64))),
+            _ => Err(wrong(
+                module,
+                import,
+                "an object of Node's own engine (memories and tables belong to the instance: \
+                 give a plain { initial, maximum } instead)",
+            )),
+        }
+    }
+}
+
+fn missing(module: &Module, import: &Import) -> Error {
+    let remedy = if import.module.starts_with("wasi_") {
+        "give its functions in options.imports"
+    } else {
+        "give it in options.imports"
+    };
+    Error::new(
+        ErrorCode::Link,
+        format!(
+            "{} needs the import '{}'.'{}', {}; {remedy}",
+            module.name(),
+            import.module,
+            import.name,
+            import.kind.describe()
+        ),
+    )
+}
+
+fn wrong(module: &Module, import: &Import, given: &str) -> Error {
+    Error::new(
+        ErrorCode::Link,
+        format!(
+            "{} needs the import '{}'.'{}' to be {}, and was given {given}",
+            module.name(),
+            import.module,
+            import.name,
+            import.kind.describe()
+        ),
+    )
+}

@@ -1,0 +1,146 @@
+//! What other threads have for the JS thread.
+//!
+//! Completions, host calls and steps at home are closures in one queue. The JS thread empties it on
+//! each wake-up, so many completions cost one wake-up. After the environment is gone nothing is
+//! accepted any more, and what was queued is dropped: whoever waits for an answer sees its channel close.
+
+use std::collections::VecDeque;
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use napi::sys;
+
+use crate::env::EnvState;
+
+/// Runs on the JS thread, inside a handle scope.
+pub(crate) type Task = Box<dyn FnOnce(&EnvState) + Send>;
+
+struct Queue {
+    tasks: VecDeque<Task>,
+    /// Null once the environment is going away.
+    wake: sys::napi_threadsafe_function,
+}
+
+/// One per environment. Any thread.
+pub(crate) struct Inbox {
+    queue: Mutex<Queue>,
+    is_woken: AtomicBool,
+    thread: usize,
+    /// Slab indices whose last holder is gone.
+    released: Mutex<Vec<u32>>,
+    released_refs: Mutex<Vec<RawRef>>,
+    released_count: AtomicUsize,
+}
+
+// SAFETY: the thread-safe function is made to be called from any thread, and is only used under the
+// lock while it is not null; everything else is `Send` and `Sync` already.
+unsafe impl Send for Inbox {}
+// SAFETY: as above.
+unsafe impl Sync for Inbox {}
+
+/// A reference that is only used on the JS thread.
+pub(crate) struct RawRef(pub(crate) sys::napi_ref);
+
+// SAFETY: it travels through other threads, and is dereferenced and deleted on the JS thread only.
+unsafe impl Send for RawRef {}
+// SAFETY: as above.
+unsafe impl Sync for RawRef {}
+
+/// Released things that are left until the JS thread comes by anyway.
+const RELEASED_BEFORE_WAKE: usize = 1024;
+
+impl Inbox {
+    pub(crate) fn new(wake: sys::napi_threadsafe_function) -> Arc<Self> {
+        Arc::new(Self {
+            queue: Mutex::new(Queue { tasks: VecDeque::new(), wake }),
+            is_woken: AtomicBool::new(false),
+            thread: thread_token(),
+            released: Mutex::default(),
+            released_refs: Mutex::default(),
+            released_count: AtomicUsize::new(0),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether this is the environment's own thread.
+    #[inline]
+    pub(crate) fn is_js_thread(&self) -> bool {
+        self.thread == thread_token()
+    }
+
+    /// Gives `task` to the JS thread; gives it back if there is no environment any more.
+    pub(crate) fn post(&self, task: Task) -> Result<(), Task> {
+        let mut queue = self.lock();
+        if queue.wake.is_null() {
+            return Err(task);
+        }
+        queue.tasks.push_back(task);
+        self.wake(&queue);
+        Ok(())
+    }
+
+    fn wake(&self, queue: &Queue) {
+        if !self.is_woken.swap(true, Ordering::AcqRel) {
+            let mode = sys::ThreadsafeFunctionCallMode::nonblocking;
+            // SAFETY: not null, so the environment has not begun to go (that needs this lock).
+            unsafe { sys::napi_call_threadsafe_function(queue.wake, ptr::null_mut(), mode) };
+        }
+    }
+
+    /// Everything that is queued now. JS thread.
+    pub(crate) fn take(&self) -> VecDeque<Task> {
+        // Cleared first: what is posted from here on wakes again.
+        self.is_woken.store(false, Ordering::Release);
+        std::mem::take(&mut self.lock().tasks)
+    }
+
+    /// Nothing is accepted from here on. Returns what was queued, to be dropped. JS thread.
+    pub(crate) fn close(&self) -> VecDeque<Task> {
+        let mut queue = self.lock();
+        queue.wake = ptr::null_mut();
+        std::mem::take(&mut queue.tasks)
+    }
+
+    pub(crate) fn release_slot(&self, index: u32) {
+        self.released.lock().unwrap_or_else(PoisonError::into_inner).push(index);
+        self.count_released();
+    }
+
+    pub(crate) fn release_ref(&self, reference: RawRef) {
+        self.released_refs.lock().unwrap_or_else(PoisonError::into_inner).push(reference);
+        self.count_released();
+    }
+
+    fn count_released(&self) {
+        let count = self.released_count.fetch_add(1, Ordering::Relaxed);
+        if count == RELEASED_BEFORE_WAKE {
+            // Only matters while the environment lives.
+            let _ = self.post(Box::new(|_| {}));
+        }
+    }
+
+    /// Whether there is anything to give back.
+    #[inline]
+    pub(crate) fn has_released(&self) -> bool {
+        self.released_count.load(Ordering::Relaxed) > 0
+    }
+
+    pub(crate) fn take_released(&self) -> (Vec<u32>, Vec<RawRef>) {
+        self.released_count.store(0, Ordering::Relaxed);
+        let slots = std::mem::take(&mut *self.released.lock().unwrap_or_else(PoisonError::into_inner));
+        let refs =
+            std::mem::take(&mut *self.released_refs.lock().unwrap_or_else(PoisonError::into_inner));
+        (slots, refs)
+    }
+}
+
+/// Different for each live thread.
+#[inline]
+fn thread_token() -> usize {
+    thread_local!(static TOKEN: u8 = const { 0 });
+    TOKEN.with(|token| std::ptr::from_ref(token) as usize)
+}

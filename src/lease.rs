@@ -1,0 +1,74 @@
+//! The JS thread's side of a lease.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use napi::sys;
+use wasm_molt_engine::{Error, Lease};
+
+use crate::env::EnvState;
+use crate::js::{JsResult, Val};
+use crate::side::{ManagerSide, ReplicaSide};
+
+/// What a `LeasedInstance` holds.
+pub(crate) struct LeaseSide {
+    pub(crate) lease: Arc<Lease>,
+    pub(crate) side: Rc<ReplicaSide>,
+    pub(crate) manager: Rc<ManagerSide>,
+    pub(crate) env: Rc<EnvState>,
+    pub(crate) exports: Cell<Option<sys::napi_ref>>,
+}
+
+impl LeaseSide {
+    pub(crate) fn new(
+        env: &Rc<EnvState>,
+        manager: &Rc<ManagerSide>,
+        lease: Arc<Lease>,
+    ) -> Result<Rc<Self>, Error> {
+        let id = lease.replica().id();
+        let side = env.replicas.borrow().get(&id).map(Rc::clone);
+        let Some(side) = side else {
+            lease.release();
+            return Err(lease.stale());
+        };
+        let lease = Rc::new(Self {
+            lease,
+            side,
+            manager: Rc::clone(manager),
+            env: Rc::clone(env),
+            exports: Cell::new(None),
+        });
+        let mut leases = manager.leases.borrow_mut();
+        leases.retain(|weak| weak.strong_count() > 0);
+        leases.push(Rc::downgrade(&lease));
+        drop(leases);
+        Ok(lease)
+    }
+
+    /// The `LeasedInstance` that JavaScript sees.
+    pub(crate) fn object(self: &Rc<Self>) -> JsResult<Val> {
+        let js = self.env.js();
+        let handle = js.external(Rc::clone(self))?;
+        js.call(self.env.helper(self.env.helpers.make_lease)?, &[handle])
+    }
+
+    /// The handle expires, views are detached, and the instance goes back once nothing is inside.
+    pub(crate) fn expire(&self) {
+        if self.lease.is_released() {
+            return;
+        }
+        self.side.view.detach(self.env.js());
+        self.lease.release();
+    }
+}
+
+impl Drop for LeaseSide {
+    fn drop(&mut self) {
+        // Collected without a release: the safety net. (Views go with the next growth or swap.)
+        self.lease.release();
+        if let Some(exports) = self.exports.take() {
+            self.env.js().unreference(exports);
+        }
+    }
+}

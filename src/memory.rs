@@ -1,0 +1,98 @@
+//! `memory.buffer`: one ArrayBuffer over the live pages, until they move or change in number.
+//!
+//! The buffer pins the address range, so a view that outlives its instance (transferred away, kept by
+//! mistake) reads zeros at worst. It is made once and kept: each new one would count its whole length
+//! as fresh external memory in V8.
+
+use std::cell::Cell;
+use std::ptr;
+
+use napi::sys;
+use wasm_molt_engine::{MemoryRecord, OutOfBounds};
+
+use crate::js::{Js, JsResult, Val};
+
+/// The ArrayBuffer that JavaScript has of one memory.
+pub(crate) struct View {
+    buffer: Cell<sys::napi_ref>,
+    base: Cell<*mut u8>,
+    len: Cell<usize>,
+}
+
+impl Default for View {
+    fn default() -> Self {
+        Self {
+            buffer: Cell::new(ptr::null_mut()),
+            base: Cell::new(ptr::null_mut()),
+            len: Cell::new(0),
+        }
+    }
+}
+
+impl View {
+    #[inline]
+    pub(crate) fn is_live(&self) -> bool {
+        !self.buffer.get().is_null()
+    }
+
+    /// Detaches the buffer if the memory has grown or moved since it was made.
+    #[inline]
+    pub(crate) fn check(&self, js: Js, memory: &MemoryRecord) {
+        if memory.byte_len() != self.len.get() || memory.base() != self.base.get() {
+            self.detach(js);
+        }
+    }
+
+    /// The buffer of this moment.
+    pub(crate) fn buffer(&self, js: Js, memory: &MemoryRecord) -> JsResult<Val> {
+        if self.is_live() {
+            self.check(js, memory);
+        }
+        if self.is_live()
+            && let Some(buffer) = js.dereference(self.buffer.get())
+        {
+            return Ok(buffer);
+        }
+        let Some(view) = memory.view() else { return js.empty_buffer() };
+        if view.byte_length == 0 {
+            return js.empty_buffer();
+        }
+        let (base, len) = (view.base, view.byte_length);
+        match js.external_buffer(base, len, view.pin)? {
+            Some(buffer) => {
+                self.buffer.set(js.reference(buffer)?);
+                self.base.set(base);
+                self.len.set(len);
+                Ok(buffer)
+            }
+            // Electron and its like: a copy of this moment is the best there is.
+            None => copy(js, memory, len),
+        }
+    }
+
+    pub(crate) fn detach(&self, js: Js) {
+        let reference = self.buffer.replace(ptr::null_mut());
+        if reference.is_null() {
+            return;
+        }
+        // A scope of its own: this also runs where no JavaScript is on the stack.
+        js.scoped(|| {
+            if let Some(buffer) = js.dereference(reference) {
+                js.detach(buffer);
+            }
+        });
+        js.unreference(reference);
+    }
+}
+
+fn copy(js: Js, memory: &MemoryRecord, len: usize) -> JsResult<Val> {
+    let mut bytes = vec![0; len];
+    memory.read(0, &mut bytes).map_err(|e| out_of_bounds(js, &e))?;
+    let array = js.uint8_array(&bytes)?;
+    js.property(array, c"buffer")
+}
+
+/// `read`, `readString` and `write` throw a `RangeError`.
+pub(crate) fn out_of_bounds(js: Js, error: &OutOfBounds) -> crate::js::Pending {
+    js.throw_range_error(&error.to_string())
+}

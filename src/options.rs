@@ -1,0 +1,282 @@
+//! Options of the user, read and checked for their types. Ranges and defaults are the engine's.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use napi::sys;
+use wasm_molt_engine::{
+    BufferAbi, BufferReturns, CacheChoice, EngineOptions, Error, Limits, ManagerOptions,
+    OnDrainTimeout, ReloadOptions, Source,
+};
+
+use crate::convert::invalid;
+use crate::js::{Js, JsResult, Kind, Val};
+use crate::side::Hooks;
+
+/// A type error of the user's (told as an engine error), or a pending exception of a getter.
+pub(crate) enum Refused {
+    Error(Error),
+    Pending,
+}
+
+impl From<crate::js::Pending> for Refused {
+    fn from(_: crate::js::Pending) -> Self {
+        Self::Pending
+    }
+}
+
+impl From<Error> for Refused {
+    fn from(error: Error) -> Self {
+        Self::Error(error)
+    }
+}
+
+type Read<T> = Result<T, Refused>;
+
+/// One options object, read key by key.
+struct Reader<'a> {
+    js: Js,
+    /// How errors call it: `options`, `options.limits`, …
+    path: &'a str,
+    object: Val,
+}
+
+/// Larger numbers are not exact in JavaScript.
+const MAX_SAFE: f64 = 9_007_199_254_740_991.0;
+
+impl<'a> Reader<'a> {
+    /// `None` for undefined. Keys that are not known are mistakes: they are told, with the known ones.
+    fn open(js: Js, path: &'a str, object: Val, known: &[&str]) -> Read<Option<Self>> {
+        match js.kind(object)? {
+            Kind::Undefined | Kind::Null => return Ok(None),
+            Kind::Object => {}
+            _ => return Err(invalid(format!("{path} must be an object")).into()),
+        }
+        for key in js.keys(object)? {
+            if !known.contains(&key.as_str()) && js.kind(js.property_named(object, &key)?)? != Kind::Undefined {
+                return Err(invalid(format!(
+                    "{path}.{key} is not an option of this version; known: {}",
+                    known.join(", ")
+                ))
+                .into());
+            }
+        }
+        Ok(Some(Self { js, path, object }))
+    }
+
+    fn get(&self, name: &str) -> Read<Option<(Val, Kind)>> {
+        let value = self.js.property_named(self.object, name)?;
+        let kind = self.js.kind(value)?;
+        Ok((kind != Kind::Undefined).then_some((value, kind)))
+    }
+
+    fn wrong<T>(&self, name: &str, wanted: &str) -> Read<T> {
+        Err(invalid(format!("{}.{name} must be {wanted}", self.path)).into())
+    }
+
+    fn boolean(&self, name: &str) -> Read<Option<bool>> {
+        match self.get(name)? {
+            None => Ok(None),
+            Some((value, _)) => match self.js.get_bool(value) {
+                Some(v) => Ok(Some(v)),
+                None => self.wrong(name, "true or false"),
+            },
+        }
+    }
+
+    fn text(&self, name: &str) -> Read<Option<String>> {
+        match self.get(name)? {
+            None => Ok(None),
+            Some((value, Kind::String)) => Ok(Some(self.js.get_string(value)?)),
+            Some(_) => self.wrong(name, "a string"),
+        }
+    }
+
+    fn count(&self, name: &str, least: u64) -> Read<Option<u64>> {
+        let Some((value, _)) = self.get(name)? else { return Ok(None) };
+        let wanted = format!("a whole number from {least} to 2^53 - 1");
+        match self.js.get_number(value) {
+            Some(v) if v.fract() == 0.0 && v >= least as f64 && v <= MAX_SAFE => Ok(Some(v as u64)),
+            Some(v) => self.wrong(name, &format!("{wanted}, and is {v}")),
+            None => self.wrong(name, &wanted),
+        }
+    }
+
+    fn function(&self, name: &str) -> Read<Option<sys::napi_ref>> {
+        match self.get(name)? {
+            None => Ok(None),
+            Some((value, Kind::Function)) => Ok(Some(self.js.reference(value)?)),
+            Some(_) => self.wrong(name, "a function"),
+        }
+    }
+}
+
+/// `ManagerOptions`, and the functions in it.
+pub(crate) fn manager(js: Js, object: Val) -> Read<(ManagerOptions, Hooks)> {
+    let known = [
+        "name", "instances", "threads", "imports", "initialize", "saveState", "restoreState", "abi",
+        "limits", "maxQueue", "cache", "engine",
+    ];
+    let mut options = ManagerOptions { has_home: true, ..ManagerOptions::default() };
+    let mut hooks = Hooks::default();
+    let Some(reader) = Reader::open(js, "options", object, &known)? else {
+        return Ok((options, hooks));
+    };
+    options.name = reader.text("name")?;
+    if let Some(n) = reader.count("instances", 1)? {
+        options.instances = n as usize;
+    }
+    options.threads = reader.count("threads", 1)?.map(|n| n as usize);
+    if let Some(n) = reader.count("maxQueue", 0)? {
+        options.max_queue = n as usize;
+    }
+    options.limits = limits(js, js.property(object, c"limits")?)?;
+    options.engine = engine(js, js.property(object, c"engine")?)?;
+    options.abi = abi(js, js.property(object, c"abi")?)?;
+    options.cache = match reader.get("cache")? {
+        None => CacheChoice::User,
+        Some((value, Kind::Boolean)) if js.get_bool(value) == Some(false) => CacheChoice::Off,
+        Some((_, Kind::Boolean)) => CacheChoice::User,
+        Some((value, Kind::String)) => CacheChoice::Folder(PathBuf::from(js.get_string(value)?)),
+        Some(_) => return reader.wrong("cache", "true, false or the path of a folder"),
+    };
+    hooks.initialize = reader.function("initialize")?;
+    hooks.save_state = reader.function("saveState")?;
+    hooks.restore_state = reader.function("restoreState")?;
+    if let Some((value, kind)) = reader.get("imports")? {
+        if !matches!(kind, Kind::Object | Kind::Function) {
+            return reader.wrong("imports", "an object, or a function that returns one");
+        }
+        hooks.imports_is_function = kind == Kind::Function;
+        hooks.imports = Some(js.reference(value)?);
+    }
+    Ok((options, hooks))
+}
+
+fn limits(js: Js, object: Val) -> Read<Limits> {
+    let known = ["memoryBytes", "tableElements", "timeoutMs", "fuel", "stackBytes"];
+    let Some(reader) = Reader::open(js, "options.limits", object, &known)? else {
+        return Ok(Limits::default());
+    };
+    Ok(Limits {
+        memory_bytes: reader.count("memoryBytes", 0)?,
+        table_elements: reader.count("tableElements", 0)?,
+        timeout_ms: reader.count("timeoutMs", 1)?,
+        fuel: reader.count("fuel", 1)?,
+        stack_bytes: reader.count("stackBytes", 1)?.map(|n| n as usize),
+    })
+}
+
+fn engine(js: Js, object: Val) -> Read<EngineOptions> {
+    let known = [
+        "interruptible", "fuel", "signalsBasedTraps", "simd", "relaxedSimd", "threads",
+        "memoryReservationBytes",
+    ];
+    let default = EngineOptions::default();
+    let Some(reader) = Reader::open(js, "options.engine", object, &known)? else {
+        return Ok(default);
+    };
+    Ok(EngineOptions {
+        interruptible: reader.boolean("interruptible")?.unwrap_or(default.interruptible),
+        fuel: reader.boolean("fuel")?.unwrap_or(default.fuel),
+        signals_based_traps: reader
+            .boolean("signalsBasedTraps")?
+            .unwrap_or(default.signals_based_traps),
+        simd: reader.boolean("simd")?.unwrap_or(default.simd),
+        relaxed_simd: reader.boolean("relaxedSimd")?.unwrap_or(default.relaxed_simd),
+        threads: reader.boolean("threads")?.unwrap_or(default.threads),
+        memory_reservation_bytes: reader
+            .count("memoryReservationBytes", 0)?
+            .unwrap_or(default.memory_reservation_bytes),
+    })
+}
+
+fn abi(js: Js, object: Val) -> Read<BufferAbi> {
+    let known = ["allocate", "deallocate", "returns"];
+    let mut abi = BufferAbi::default();
+    let Some(reader) = Reader::open(js, "options.abi", object, &known)? else { return Ok(abi) };
+    if let Some(name) = reader.text("allocate")? {
+        abi.allocate = name;
+    }
+    abi.deallocate = match reader.get("deallocate")? {
+        None => abi.deallocate,
+        Some((_, Kind::Null)) => None,
+        Some((value, Kind::String)) => Some(js.get_string(value)?),
+        Some(_) => return reader.wrong("deallocate", "a string, or null where the guest has none"),
+    };
+    abi.returns = match reader.text("returns")?.as_deref() {
+        None | Some("out-pointer") => BufferReturns::OutPointer,
+        Some("packed-i64") => BufferReturns::PackedI64,
+        Some("multi-value") => BufferReturns::MultiValue,
+        Some(other) => {
+            return Err(invalid(format!(
+                "options.abi.returns is '{other}'; it must be 'out-pointer', 'packed-i64' or 'multi-value'"
+            ))
+            .into());
+        }
+    };
+    Ok(abi)
+}
+
+/// `ReloadOptions`.
+pub(crate) fn reload(js: Js, object: Val) -> Read<ReloadOptions> {
+    let known = ["reason", "drainTimeoutMs", "onDrainTimeout", "skipSave", "strategy"];
+    let mut options = ReloadOptions::default();
+    let Some(reader) = Reader::open(js, "options", object, &known)? else { return Ok(options) };
+    if let Some(reason) = reader.text("reason")? {
+        options.reason = reason;
+    }
+    if let Some(ms) = reader.count("drainTimeoutMs", 0)? {
+        options.drain_timeout = Some(Duration::from_millis(ms));
+    }
+    options.on_drain_timeout = match reader.text("onDrainTimeout")?.as_deref() {
+        None | Some("abort") => OnDrainTimeout::Abort,
+        Some("interrupt") => OnDrainTimeout::Interrupt,
+        Some(other) => {
+            return Err(invalid(format!(
+                "options.onDrainTimeout is '{other}'; it must be 'abort' or 'interrupt'"
+            ))
+            .into());
+        }
+    };
+    options.skip_save = reader.boolean("skipSave")?.unwrap_or(false);
+    match reader.text("strategy")?.as_deref() {
+        None | Some("exclusive") => {}
+        Some(other) => {
+            return Err(invalid(format!(
+                "options.strategy is '{other}'; this version offers 'exclusive' only"
+            ))
+            .into());
+        }
+    }
+    Ok(options)
+}
+
+/// A count of milliseconds; `None` for undefined.
+pub(crate) fn milliseconds(js: Js, name: &str, value: Val, least: u64) -> Read<Option<u64>> {
+    if js.kind(value)? == Kind::Undefined {
+        return Ok(None);
+    }
+    match js.get_number(value) {
+        Some(v) if v.fract() == 0.0 && v >= least as f64 && v <= MAX_SAFE => Ok(Some(v as u64)),
+        _ => Err(invalid(format!(
+            "{name} must be a whole number of milliseconds from {least} to 2^53 - 1"
+        ))
+        .into()),
+    }
+}
+
+/// A path or bytes; `index.js` has turned URLs into paths.
+pub(crate) fn source(js: Js, value: Val) -> Read<Source> {
+    if js.kind(value)? == Kind::String {
+        return Ok(Source::File(PathBuf::from(js.get_string(value)?)));
+    }
+    match js.bytes(value)? {
+        // SAFETY: no JavaScript has run since the bytes were taken.
+        Some(bytes) => Ok(Source::Bytes(unsafe { bytes.to_vec() })),
+        None => Err(invalid(
+            "the module's source must be the path of a .wasm or .wat file, a file: URL, a Uint8Array or an ArrayBuffer",
+        )
+        .into()),
+    }
+}

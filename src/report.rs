@@ -1,0 +1,80 @@
+//! Reports and statistics as plain objects.
+
+use std::time::Duration;
+
+use wasm_molt_engine::{Histogram, ManagerStats, ReloadReport};
+
+use crate::js::{Js, JsResult, Val};
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+/// `ReloadReport`.
+pub(crate) fn reload(js: Js, report: &ReloadReport) -> JsResult<Val> {
+    let object = js.object()?;
+    let number = |name, v: f64| js.set(object, name, js.number(v)?);
+    number(c"generation", report.generation.get() as f64)?;
+    number(c"previousGeneration", report.previous_generation.get() as f64)?;
+    js.set(object, c"reason", js.string(&report.reason)?)?;
+    js.set(object, c"strategy", js.string("exclusive")?)?;
+    number(c"drained", report.drained as f64)?;
+    number(c"queued", report.queued as f64)?;
+    number(c"pauseMs", ms(report.pause))?;
+    number(c"drainMs", ms(report.drain))?;
+    number(c"saveMs", ms(report.save))?;
+    number(c"instantiateMs", ms(report.instantiate))?;
+    number(c"restoreMs", ms(report.restore))?;
+    number(c"memoryBytesBefore", report.memory_bytes_before as f64)?;
+    number(c"memoryBytesAfter", report.memory_bytes_after as f64)?;
+    Ok(object)
+}
+
+/// `ManagerStats`.
+pub(crate) fn stats(js: Js, stats: &ManagerStats) -> JsResult<Val> {
+    let object = js.object()?;
+    let number = |object, name, v: f64| js.set(object, name, js.number(v)?);
+    js.set(object, c"name", js.string(&stats.name)?)?;
+    js.set(object, c"state", js.string(stats.state.as_str())?)?;
+    number(object, c"generation", stats.generation as f64)?;
+    let instances = js.object()?;
+    number(instances, c"total", stats.gate.slots as f64)?;
+    number(instances, c"busy", stats.gate.in_flight as f64)?;
+    number(instances, c"poisoned", stats.poisoned as f64)?;
+    js.set(object, c"instances", instances)?;
+    number(object, c"inFlight", stats.gate.in_flight as f64)?;
+    number(object, c"queued", stats.gate.queued as f64)?;
+    number(object, c"memoryBytes", stats.memory_bytes as f64)?;
+    number(object, c"memoryBytesPeak", stats.memory_bytes_peak as f64)?;
+    let calls = js.object()?;
+    number(calls, c"completed", stats.calls.completed as f64)?;
+    number(calls, c"failed", stats.calls.failed as f64)?;
+    number(calls, c"trapped", stats.calls.trapped as f64)?;
+    number(calls, c"interrupted", stats.calls.interrupted as f64)?;
+    number(calls, c"rejected", stats.calls.rejected as f64)?;
+    js.set(object, c"calls", calls)?;
+    let reloads = js.object()?;
+    for (reason, count) in &stats.reloads {
+        js.set_named(reloads, reason, js.number(*count as f64)?)?;
+    }
+    js.set(object, c"reloads", reloads)?;
+    number(object, c"reloadsFailed", stats.reloads_failed as f64)?;
+    js.set(object, c"runTime", histogram(js, &stats.times.run)?)?;
+    js.set(object, c"waitTime", histogram(js, &stats.times.wait)?)?;
+    js.set(object, c"pauseTime", histogram(js, &stats.times.pause)?)?;
+    Ok(object)
+}
+
+fn histogram(js: Js, h: &Histogram) -> JsResult<Val> {
+    let object = js.object()?;
+    let number = |name, v: f64| js.set(object, name, js.number(v)?);
+    number(c"count", h.count as f64)?;
+    number(c"min", h.min)?;
+    number(c"mean", h.mean)?;
+    number(c"p50", h.p50)?;
+    number(c"p90", h.p90)?;
+    number(c"p99", h.p99)?;
+    number(c"p999", h.p999)?;
+    number(c"max", h.max)?;
+    Ok(object)
+}
