@@ -209,12 +209,18 @@ class WasmModuleManager extends EventEmitter {
     return this.#memory
   }
 
-  async call(name, args, options) {
-    return withSignal(
-      options?.signal,
-      (canAbort) => binding.call(this.#handle, name, args, options?.timeoutMs, canAbort),
-      binding.abort,
-    )
+  // Not `async`: the native promise is the answer, and a second one around it would cost.
+  call(name, args, options) {
+    try {
+      if (options === undefined) return binding.call(this.#handle, name, args)
+      return withSignal(
+        options?.signal,
+        (canAbort) => binding.call(this.#handle, name, args, options?.timeoutMs, canAbort),
+        binding.abort,
+      )
+    } catch (error) {
+      return Promise.reject(error)
+    }
   }
 
   callSync(name, args) {

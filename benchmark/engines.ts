@@ -5,14 +5,14 @@ import type { Guest, RealModule } from './modules/module.ts'
 
 export interface Host {
   /** A fresh instance, opened: does one unit of work per call. */
-  fresh(): () => string | number
+  fresh(): Promise<() => string | number>
   close(): Promise<void>
 }
 
 export function onV8(module: RealModule): Host {
   const compiled = new WebAssembly.Module(readFileSync(module.path))
   return {
-    fresh() {
+    async fresh() {
       let memory: WebAssembly.Memory | undefined
       const imports = module.imports?.(() => memory?.buffer as ArrayBuffer) ?? {}
       const { exports } = new WebAssembly.Instance(compiled, imports)
@@ -32,8 +32,8 @@ export async function onMolt(module: RealModule, engine?: EngineOptions): Promis
     ...(engine ? { engine } : {}),
   })
   return {
-    fresh() {
-      manager.reloadSync()
+    async fresh() {
+      await manager.reload()
       return module.open({ exports: manager.exports as Guest['exports'], memory: manager.memory })
     },
     close: () => manager.close(),

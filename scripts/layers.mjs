@@ -15,8 +15,18 @@ const laws = [
   },
 ]
 
-/** Each file says at its top what its unsafe code relies on. A line that is no longer needed goes. */
-const mayBeUnsafe = []
+/** Grouped by the contract that the unsafe code relies on. A file that needs it no longer leaves the list. */
+const mayBeUnsafe = [
+  // Linear memories that we own: reserve, commit, protect, hand out views (design: memory).
+  ...['guest', 'host', 'poll', 'record', 'region', 'sys_portable', 'sys_unix'].map(
+    (name) => `crates/engine/src/memory/${name}.rs`,
+  ),
+  ...['lifetime', 'size'].map((name) => `crates/engine/src/memory/tests/${name}.rs`),
+  // One store, one thread at a time: replica.rs holds the store, the others hold the ticket that makes its use sound.
+  ...['replica', 'host', 'call', 'invoke', 'manager', 'swap'].map((name) => `crates/engine/src/${name}.rs`),
+  // Node-API by hand: js.rs wraps it, the others keep native records behind JS values or call a replica by its ticket.
+  ...['js', 'env', 'exports', 'imports', 'inbox', 'binding', 'options', 'lib'].map((name) => `src/${name}.rs`),
+]
 
 const problems = []
 

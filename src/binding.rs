@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use napi::sys;
 use wasm_molt_engine::{
-    CallControl, CallLimits, Error, ErrorCode, Manager, Outcome, Settle, Stop, Work,
+    CallControl, CallLimits, Error, ErrorCode, Manager, Module, Outcome, Settle, Stop, Work,
 };
 
 use crate::convert::cannot_cross;
@@ -17,11 +17,12 @@ use crate::error::Place;
 use crate::exports::{self, Target};
 use crate::hooks::JsHost;
 use crate::js::{Js, JsResult, Native, Pending, Val};
+use crate::js_only::JsOnly;
 use crate::lease::LeaseSide;
 use crate::memory::out_of_bounds;
 use crate::options::{self, Refused};
 use crate::report;
-use crate::side::{ManagerSide, ReplicaSide};
+use crate::side::{Handle, ManagerSide, ReplicaSide};
 
 /// Every function, by the name `index.js` uses.
 pub(crate) const FUNCTIONS: &[(&str, Native)] = &[
@@ -92,9 +93,13 @@ fn refused(env: &EnvState, refused: Refused, place: &Place<'_>) -> Pending {
     }
 }
 
-fn side(js: Js, args: &[Val]) -> JsResult<Rc<ManagerSide>> {
+fn handle(js: Js, args: &[Val]) -> JsResult<Rc<Handle>> {
     // SAFETY: `index.js` passes what `newManager` returned.
-    unsafe { js.external_ref::<Rc<ManagerSide>>(arg(args, 0)) }.map(Rc::clone)
+    unsafe { js.external_ref::<Rc<Handle>>(arg(args, 0)) }.map(Rc::clone)
+}
+
+fn side(js: Js, args: &[Val]) -> JsResult<Rc<ManagerSide>> {
+    handle(js, args).map(|handle| Rc::clone(&handle.0))
 }
 
 // ---------------------------------------------------------------------- life
@@ -104,11 +109,12 @@ fn new_manager(js: Js, args: &[Val]) -> JsResult<Val> {
     static NEXT_ID: AtomicU64 = AtomicU64::new(1);
     let env = EnvState::of(js)?;
     let place = Place::default();
-    let (options, mut hooks) =
+    let (options, hooks) =
         options::manager(js, arg(args, 0)).map_err(|e| refused(&env, e, &place))?;
-    hooks.on_event = Some(js.reference(arg(args, 1))?);
+    hooks.on_event.set(Some(js.reference(arg(args, 1))?));
     let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
     let timeout_ms = options.limits.timeout_ms;
+    let stack_floor = wasm_molt_engine::stack_floor(options.limits.stack_bytes());
     let host = Arc::new(JsHost::new(&env, id));
     let (manager, home) =
         Manager::new(options, Arc::clone(&host) as _).map_err(|e| env.throw(&e, &place))?;
@@ -120,6 +126,7 @@ fn new_manager(js: Js, args: &[Val]) -> JsResult<Val> {
         home,
         hooks,
         timeout_ms,
+        stack_floor,
         current: RefCell::default(),
         stamp: Cell::new(0),
         stack: RefCell::default(),
@@ -127,10 +134,9 @@ fn new_manager(js: Js, args: &[Val]) -> JsResult<Val> {
         detours: Cell::new(0),
         completed: Cell::new(0),
         leases: RefCell::default(),
-        exports: Cell::new(None),
     });
     env.managers.borrow_mut().insert(id, Rc::clone(&side));
-    js.external(side)
+    js.external(Rc::new(Handle(side)))
 }
 
 /// `(handle, source) => Promise<void>`
@@ -140,7 +146,8 @@ fn start(js: Js, args: &[Val]) -> JsResult<Val> {
     let source = options::source(js, arg(args, 1)).map_err(|e| refused(&env, e, &side.place()))?;
     let pending = Deferred::new(&env, &side)?;
     let promise = pending.promise;
-    side.manager.start(source, pending.done(|env, _, ()| Ok(env.js().undefined())));
+    side.manager
+        .start(source, pending.done(|env, _, ()| Ok(env.js().undefined())));
     Ok(promise)
 }
 
@@ -149,7 +156,9 @@ fn start_sync(js: Js, args: &[Val]) -> JsResult<Val> {
     let env = EnvState::of(js)?;
     let side = side(js, args)?;
     let source = options::source(js, arg(args, 1)).map_err(|e| refused(&env, e, &side.place()))?;
-    side.manager.start_now(&source).map_err(|e| env.throw(&e, &side.place()))?;
+    side.manager
+        .start_now(&source)
+        .map_err(|e| env.throw(&e, &side.place()))?;
     Ok(js.undefined())
 }
 
@@ -179,10 +188,9 @@ fn reload(js: Js, args: &[Val]) -> JsResult<Val> {
     let pending = Deferred::new(&env, &side)?;
     let promise = pending.promise;
     side.swap_begins();
-    let done = pending.done_always(
-        |side| side.swap_ends(),
-        |env, _, report: Arc<_>| report::reload(env.js(), &report),
-    );
+    let done = pending.done_always(ManagerSide::swap_ends, |env, _, report: Arc<_>| {
+        report::reload(env.js(), &report)
+    });
     side.manager.reload(options, done);
     Ok(promise)
 }
@@ -229,29 +237,30 @@ fn ended(env: &Rc<EnvState>, _side: &Rc<ManagerSide>, (): ()) -> JsResult<Val> {
 
 /// A promise that another thread will answer. While it is open the process stays alive.
 struct Deferred {
-    env: usize,
-    inbox: Arc<crate::inbox::Inbox>,
-    manager: u64,
-    deferred: RawDeferred,
+    inside: JsOnly<Inside>,
     promise: Val,
 }
 
-/// Settled once, on the JS thread.
-struct RawDeferred(sys::napi_deferred);
+/// Used on the JS thread, once.
+struct Inside {
+    env: Rc<EnvState>,
+    side: Rc<ManagerSide>,
+    deferred: sys::napi_deferred,
+}
 
-// SAFETY: it only travels through other threads; it is used on the JS thread.
-unsafe impl Send for RawDeferred {}
+type Done<T> = Box<dyn FnOnce(Result<T, Error>) + Send>;
 
 impl Deferred {
-    fn new(env: &EnvState, side: &ManagerSide) -> JsResult<Self> {
-        let js = env.js();
-        let (deferred, promise) = js.promise()?;
+    fn new(env: &Rc<EnvState>, side: &Rc<ManagerSide>) -> JsResult<Self> {
+        let (deferred, promise) = env.js().promise()?;
         env.begin();
+        let inside = Inside {
+            env: Rc::clone(env),
+            side: Rc::clone(side),
+            deferred,
+        };
         Ok(Self {
-            env: js.raw() as usize,
-            inbox: Arc::clone(&env.inbox),
-            manager: side.id,
-            deferred: RawDeferred(deferred),
+            inside: JsOnly::new(&env.inbox, inside),
             promise,
         })
     }
@@ -259,7 +268,7 @@ impl Deferred {
     fn done<T: Send + 'static>(
         self,
         convert: impl FnOnce(&Rc<EnvState>, &Rc<ManagerSide>, T) -> JsResult<Val> + Send + 'static,
-    ) -> Box<dyn FnOnce(Result<T, Error>) + Send> {
+    ) -> Done<T> {
         self.done_always(|_| {}, convert)
     }
 
@@ -268,56 +277,71 @@ impl Deferred {
         self,
         always: impl FnOnce(&ManagerSide) + Send + 'static,
         convert: impl FnOnce(&Rc<EnvState>, &Rc<ManagerSide>, T) -> JsResult<Val> + Send + 'static,
-    ) -> Box<dyn FnOnce(Result<T, Error>) + Send> {
-        let Self { env, inbox, manager, deferred, .. } = self;
+    ) -> Done<T> {
+        let inside = self.inside;
         Box::new(move |outcome| {
+            let inbox = Arc::clone(inside.inbox());
             // Without an environment there is nobody to answer.
             let _ = inbox.post(Box::new(move |_| {
-                let Some(env) = EnvState::at(env) else { return };
-                let Some(side) = env.managers.borrow().get(&manager).map(Rc::clone) else { return };
-                always(&side);
-                settle(&env, &side, deferred, outcome, convert);
+                if let Some(inside) = inside.get() {
+                    always(&inside.side);
+                    inside.settle(outcome, convert);
+                }
             }));
         })
     }
 }
 
-fn settle<T>(
-    env: &Rc<EnvState>,
-    side: &Rc<ManagerSide>,
-    deferred: RawDeferred,
-    outcome: Result<T, Error>,
-    convert: impl FnOnce(&Rc<EnvState>, &Rc<ManagerSide>, T) -> JsResult<Val>,
-) {
-    let js = env.js();
-    env.end();
-    let settled = match outcome {
-        Ok(value) => convert(env, side, value).map_err(|Pending| js.take_exception()),
-        Err(error) => Err(env
-            .error_value(&error, &side.place())
-            .unwrap_or_else(|Pending| js.take_exception())),
-    };
-    match settled {
-        Ok(value) => js.resolve(deferred.0, value),
-        Err(error) => js.reject(deferred.0, error),
+impl Inside {
+    fn settle<T>(
+        &self,
+        outcome: Result<T, Error>,
+        convert: impl FnOnce(&Rc<EnvState>, &Rc<ManagerSide>, T) -> JsResult<Val>,
+    ) {
+        let Self {
+            env,
+            side,
+            deferred,
+        } = self;
+        let js = env.js();
+        env.end();
+        let settled = match outcome {
+            Ok(value) => convert(env, side, value).map_err(|Pending| js.take_exception()),
+            Err(error) => Err(env
+                .error_value(&error, &side.place())
+                .unwrap_or_else(|Pending| js.take_exception())),
+        };
+        match settled {
+            Ok(value) => js.resolve(*deferred, value),
+            Err(error) => js.reject(*deferred, error),
+        }
     }
 }
 
 // ---------------------------------------------------------------------- calls
 
+/// The module that serves.
+fn serving(env: &EnvState, side: &ManagerSide) -> JsResult<Arc<Module>> {
+    side.manager.module().ok_or_else(|| {
+        let error = Error::new(
+            ErrorCode::Closed,
+            format!(
+                "{} is {}",
+                side.manager.name(),
+                side.manager.state().as_str()
+            ),
+        );
+        env.throw(&error, &side.place())
+    })
+}
+
 fn function_index(
     env: &EnvState,
     side: &ManagerSide,
+    module: &Module,
     name: Val,
 ) -> JsResult<usize> {
     let js = env.js();
-    let Some(module) = side.manager.module() else {
-        let error = Error::new(
-            ErrorCode::Closed,
-            format!("{} is {}", side.manager.name(), side.manager.state().as_str()),
-        );
-        return Err(env.throw(&error, &side.place()));
-    };
     if js.kind(name)? != crate::js::Kind::String {
         let error = Error::invalid("the name of the export must be a string");
         return Err(env.throw(&error, &side.place()));
@@ -327,12 +351,20 @@ fn function_index(
 }
 
 /// What a call may be stopped by: `(…, timeoutMs, canAbort)`.
-fn call_limits(env: &EnvState, side: &ManagerSide, args: &[Val], at: usize) -> JsResult<CallLimits> {
+fn call_limits(
+    env: &EnvState,
+    side: &ManagerSide,
+    args: &[Val],
+    at: usize,
+) -> JsResult<CallLimits> {
     let js = env.js();
     let timeout_ms = options::milliseconds(js, "timeoutMs", arg(args, at), 1)
         .map_err(|e| refused(env, e, &side.place()))?;
     let can_abort = js.get_bool(arg(args, at + 1)).unwrap_or(false);
-    Ok(CallLimits { timeout_ms, can_abort })
+    Ok(CallLimits {
+        timeout_ms,
+        can_abort,
+    })
 }
 
 fn bytes_out(env: &Rc<EnvState>, _side: &Rc<ManagerSide>, outcome: Outcome) -> JsResult<Val> {
@@ -343,11 +375,15 @@ fn bytes_out(env: &Rc<EnvState>, _side: &Rc<ManagerSide>, outcome: Outcome) -> J
 }
 
 fn values_out(env: &Rc<EnvState>, side: &Rc<ManagerSide>, outcome: Outcome) -> JsResult<Val> {
-    let Outcome::Values(values) = outcome else { return Ok(env.js().undefined()) };
+    let Outcome::Values(values) = outcome else {
+        return Ok(env.js().undefined());
+    };
     let owner = values.iter().find_map(|value| match value {
-        wasm_molt_engine::Value::Func(Some(handle)) => {
-            env.replicas.borrow().get(&handle.replica_id()).map(Rc::clone)
-        }
+        wasm_molt_engine::Value::Func(Some(handle)) => env
+            .replicas
+            .borrow()
+            .get(&handle.replica_id())
+            .map(Rc::clone),
         _ => None,
     });
     // The guest may have grown its memory meanwhile.
@@ -358,7 +394,12 @@ fn values_out(env: &Rc<EnvState>, side: &Rc<ManagerSide>, outcome: Outcome) -> J
 }
 
 /// The promise, or where a signal may stop the call: `[promise, abort]`.
-fn with_abort(js: Js, promise: Val, can_abort: bool, control: Option<Arc<CallControl>>) -> JsResult<Val> {
+fn with_abort(
+    js: Js,
+    promise: Val,
+    can_abort: bool,
+    control: Option<Arc<CallControl>>,
+) -> JsResult<Val> {
     if !can_abort {
         return Ok(promise);
     }
@@ -372,7 +413,8 @@ fn with_abort(js: Js, promise: Val, can_abort: bool, control: Option<Arc<CallCon
 fn call(js: Js, args: &[Val]) -> JsResult<Val> {
     let env = EnvState::of(js)?;
     let side = side(js, args)?;
-    let (work, limits) = call_work(&env, &side, args, 1)?;
+    let module = serving(&env, &side)?;
+    let (work, limits) = call_work(&env, &side, &module, args, 1)?;
     let pending = Deferred::new(&env, &side)?;
     let promise = pending.promise;
     let settle: Settle = pending.done(values_out);
@@ -383,14 +425,12 @@ fn call(js: Js, args: &[Val]) -> JsResult<Val> {
 fn call_work(
     env: &EnvState,
     side: &ManagerSide,
+    module: &Module,
     args: &[Val],
     at: usize,
 ) -> JsResult<(Work, CallLimits)> {
-    let function = function_index(env, side, arg(args, at))?;
+    let function = function_index(env, side, module, arg(args, at))?;
     let limits = call_limits(env, side, args, at + 2)?;
-    let Some(module) = side.manager.module() else {
-        return Err(env.throw(&Error::internal("no module"), &side.place()));
-    };
     let Some(export) = module.functions().get(function) else {
         return Err(env.throw(&Error::internal("no function"), &side.place()));
     };
@@ -404,18 +444,22 @@ fn call_work(
 /// `(handle, name, args) => value`
 fn call_sync(js: Js, args: &[Val]) -> JsResult<Val> {
     let env = EnvState::of(js)?;
-    let side = side(js, args)?;
-    let index = function_index(&env, &side, arg(args, 1))?;
-    exports::call_sync(&env, &side, index, arg(args, 2))
+    let handle = handle(js, args)?;
+    let module = serving(&env, &handle.0)?;
+    let index = function_index(&env, &handle.0, &module, arg(args, 1))?;
+    exports::call_sync(&env, &handle, index, arg(args, 2))
 }
 
 /// `(handle, name, input, timeoutMs, canAbort) => Promise | [Promise, control]`
 fn invoke(js: Js, args: &[Val]) -> JsResult<Val> {
     let env = EnvState::of(js)?;
     let side = side(js, args)?;
-    let function = function_index(&env, &side, arg(args, 1))?;
+    let module = serving(&env, &side)?;
+    let function = function_index(&env, &side, &module, arg(args, 1))?;
     let limits = call_limits(&env, &side, args, 3)?;
-    side.manager.check_invoke(function).map_err(|e| env.throw(&e, &side.place()))?;
+    side.manager
+        .check_invoke(function)
+        .map_err(|e| env.throw(&e, &side.place()))?;
     let Some(bytes) = js.bytes(arg(args, 2))? else {
         let error = Error::invalid("the input of invoke must be a Uint8Array");
         return Err(env.throw(&error, &side.place()));
@@ -426,7 +470,9 @@ fn invoke(js: Js, args: &[Val]) -> JsResult<Val> {
     let pending = Deferred::new(&env, &side)?;
     let promise = pending.promise;
     let work = Work::Invoke { function, input };
-    let control = side.manager.call(Some(&side.home), work, limits, pending.done(bytes_out));
+    let control = side
+        .manager
+        .call(Some(&side.home), work, limits, pending.done(bytes_out));
     with_abort(js, promise, limits.can_abort, control)
 }
 
@@ -466,7 +512,8 @@ fn cancel_acquire(js: Js, args: &[Val]) -> JsResult<Val> {
     let side = side(js, args)?;
     // SAFETY: `index.js` passes the second half of what `acquire` returned.
     let id = unsafe { js.external_ref::<wasm_molt_engine::WaitId>(arg(args, 1)) }?;
-    side.manager.cancel_lease(*id, Error::Aborted(env.keep(arg(args, 2))?));
+    side.manager
+        .cancel_lease(*id, Error::Aborted(env.keep(arg(args, 2))?));
     Ok(js.undefined())
 }
 
@@ -479,7 +526,9 @@ fn lease(js: Js, args: &[Val]) -> JsResult<Rc<LeaseSide>> {
 fn live_lease(js: Js, args: &[Val]) -> JsResult<Rc<LeaseSide>> {
     let lease = lease(js, args)?;
     if lease.lease.is_released() {
-        return Err(lease.env.throw(&lease.lease.stale(), &lease.manager.place()));
+        return Err(lease
+            .env
+            .throw(&lease.lease.stale(), &lease.manager.place()));
     }
     Ok(lease)
 }
@@ -490,17 +539,25 @@ fn lease_generation(js: Js, args: &[Val]) -> JsResult<Val> {
 
 fn lease_exports(js: Js, args: &[Val]) -> JsResult<Val> {
     let lease = live_lease(js, args)?;
-    exports::exports_object(&lease.env, &lease.manager, &Target::Lease(Rc::clone(&lease)))
+    let target = Target::Lease(Rc::clone(&lease));
+    exports::exports_of(
+        &lease.env,
+        &lease.manager,
+        lease.side.replica.module(),
+        &target,
+    )
 }
 
 /// `(lease, name, args, timeoutMs, canAbort) => Promise | [Promise, control]`
 fn lease_call(js: Js, args: &[Val]) -> JsResult<Val> {
     let lease = live_lease(js, args)?;
     let (env, side) = (&lease.env, &lease.manager);
-    let (work, limits) = call_work(env, side, args, 1)?;
+    let (work, limits) = call_work(env, side, lease.side.replica.module(), args, 1)?;
     let pending = Deferred::new(env, side)?;
     let promise = pending.promise;
-    let control = side.manager.call_in(&lease.lease, work, limits, pending.done(values_out));
+    let control = side
+        .manager
+        .call_in(&lease.lease, work, limits, pending.done(values_out));
     with_abort(js, promise, limits.can_abort, control)
 }
 
@@ -523,27 +580,35 @@ fn context_generation(js: Js, args: &[Val]) -> JsResult<Val> {
 fn context_exports(js: Js, args: &[Val]) -> JsResult<Val> {
     let side = context(js, args)?;
     let env = EnvState::of(js)?;
-    let Some(manager) = side.manager.upgrade() else { return js.object() };
-    exports::exports_of(&env, &manager, side.replica.module(), &Target::Instance(Rc::clone(&side)))
+    let Some(manager) = side.manager.upgrade() else {
+        return js.object();
+    };
+    exports::exports_of(
+        &env,
+        &manager,
+        side.replica.module(),
+        &Target::Instance(Rc::clone(&side)),
+    )
 }
 
 fn manager_exports(js: Js, args: &[Val]) -> JsResult<Val> {
-    let side = side(js, args)?;
+    let handle = handle(js, args)?;
     let env = EnvState::of(js)?;
-    exports::exports_object(&env, &side, &Target::Live)
+    let target = Target::Live(Rc::clone(&handle));
+    exports::exports_object(&env, &handle.0, &target)
 }
 
 // ---------------------------------------------------------------------- memory
 
 /// Whose memory it is.
 enum MemoryOf {
-    Manager(Rc<ManagerSide>),
+    Manager(Rc<Handle>),
     Lease(Rc<LeaseSide>),
     Instance(Rc<ReplicaSide>),
 }
 
 fn manager_memory(js: Js, args: &[Val]) -> JsResult<Val> {
-    js.external(MemoryOf::Manager(side(js, args)?))
+    js.external(MemoryOf::Manager(handle(js, args)?))
 }
 
 fn lease_memory(js: Js, args: &[Val]) -> JsResult<Val> {
@@ -559,7 +624,8 @@ fn memory_side(js: Js, args: &[Val]) -> JsResult<Rc<ReplicaSide>> {
     // SAFETY: `index.js` passes what one of the three functions above returned.
     let of = unsafe { js.external_ref::<MemoryOf>(arg(args, 0)) }?;
     let (side, error) = match of {
-        MemoryOf::Manager(manager) => {
+        MemoryOf::Manager(handle) => {
+            let manager = &handle.0;
             // Inside a host call "the instance" is the one that called.
             let calling = manager.stack.borrow().last().map(Rc::clone);
             match calling.map_or_else(|| manager.current(), Ok) {
@@ -599,13 +665,19 @@ fn range(js: Js, args: &[Val]) -> JsResult<(u64, usize)> {
     let whole = |value: Val, name: &str| -> JsResult<f64> {
         match js.get_number(value) {
             Some(v) if v.fract() == 0.0 && v.abs() <= 9_007_199_254_740_991.0 => Ok(v),
-            Some(v) => Err(js.throw_range_error(&format!("{name} must be a whole number, and is {v}"))),
+            Some(v) => {
+                Err(js.throw_range_error(&format!("{name} must be a whole number, and is {v}")))
+            }
             None => Err(js.throw_type_error(&format!("{name} must be a number"))),
         }
     };
     let ptr = whole(arg(args, 1), "ptr")?;
     let len = whole(arg(args, 2), "byteLength")?;
-    let ptr = if ptr < 0.0 { f64::from((ptr as i64) as i32 as u32) } else { ptr };
+    let ptr = if ptr < 0.0 {
+        f64::from((ptr as i64) as i32 as u32)
+    } else {
+        ptr
+    };
     if len < 0.0 {
         return Err(js.throw_range_error(&format!("byteLength must not be negative, and is {len}")));
     }
@@ -616,14 +688,20 @@ fn read(js: Js, args: &[Val]) -> JsResult<Vec<u8>> {
     let side = memory_side(js, args)?;
     let (ptr, len) = range(js, args)?;
     let available = side.replica.memory().map_or(0, |m| m.byte_len());
-    let error = wasm_molt_engine::OutOfBounds { ptr, byte_length: len, memory_bytes: available };
+    let error = wasm_molt_engine::OutOfBounds {
+        ptr,
+        byte_length: len,
+        memory_bytes: available,
+    };
     // Asked before allocating: a wrong length must not become a huge buffer of ours.
     if len > available {
         return Err(out_of_bounds(js, &error));
     }
     let mut bytes = vec![0; len];
     match side.replica.memory() {
-        Some(memory) => memory.read(ptr, &mut bytes).map_err(|e| out_of_bounds(js, &e))?,
+        Some(memory) => memory
+            .read(ptr, &mut bytes)
+            .map_err(|e| out_of_bounds(js, &e))?,
         None if len > 0 || ptr > 0 => return Err(out_of_bounds(js, &error)),
         None => {}
     }
@@ -654,10 +732,15 @@ fn memory_write(js: Js, args: &[Val]) -> JsResult<Val> {
     let (ptr, _) = range(js, &[arg(args, 0), arg(args, 1), zero])?;
     let memory_bytes = side.replica.memory().map_or(0, |m| m.byte_len());
     match side.replica.memory() {
-        Some(memory) => memory.write(ptr, &bytes).map_err(|e| out_of_bounds(js, &e))?,
+        Some(memory) => memory
+            .write(ptr, &bytes)
+            .map_err(|e| out_of_bounds(js, &e))?,
         None => {
-            let error =
-                wasm_molt_engine::OutOfBounds { ptr, byte_length: bytes.len(), memory_bytes };
+            let error = wasm_molt_engine::OutOfBounds {
+                ptr,
+                byte_length: bytes.len(),
+                memory_bytes,
+            };
             return Err(out_of_bounds(js, &error));
         }
     }

@@ -25,7 +25,9 @@ impl EnvState {
             },
             ValueType::FuncRef => match js.kind(value)? {
                 Kind::Null => Value::Func(None),
-                Kind::Function => exports::function_of(js, value).ok_or_else(|| not_a_guest_function(js))?,
+                Kind::Function => {
+                    exports::function_of(js, value).ok_or_else(|| not_a_guest_function(js))?
+                }
                 _ => return Err(not_a_guest_function(js)),
             },
             ValueType::Opaque => return Err(cannot_cross(js)),
@@ -55,7 +57,7 @@ impl EnvState {
     }
 
     #[inline]
-    pub(crate) fn from_raw(&self, value: RawValue, ty: ValueType) -> JsResult<Val> {
+    pub(crate) fn raw_to_js(&self, value: RawValue, ty: ValueType) -> JsResult<Val> {
         let js = self.js();
         match ty {
             ValueType::I64 => js.bigint(value.to_i64()),
@@ -83,7 +85,11 @@ impl EnvState {
     }
 
     /// undefined for no result, the value for one, an array for several.
-    pub(crate) fn results(&self, values: &[Value], side: Option<&Rc<ReplicaSide>>) -> JsResult<Val> {
+    pub(crate) fn results(
+        &self,
+        values: &[Value],
+        side: Option<&Rc<ReplicaSide>>,
+    ) -> JsResult<Val> {
         let js = self.js();
         match values {
             [] => Ok(js.undefined()),
@@ -112,7 +118,11 @@ impl EnvState {
         let mut values = Vec::with_capacity(signature.params.len());
         for (index, ty) in signature.params.iter().enumerate() {
             let index = index as u32;
-            let value = if index < given { js.element(args, index)? } else { js.undefined() };
+            let value = if index < given {
+                js.element(args, index)?
+            } else {
+                js.undefined()
+            };
             values.push(self.to_wasm(value, *ty)?);
         }
         Ok(values)
@@ -151,7 +161,9 @@ fn not_a_guest_function(js: Js) -> crate::js::Pending {
 
 /// The JS API throws a `TypeError` before anything runs.
 pub(crate) fn cannot_cross(js: Js) -> crate::js::Pending {
-    js.throw_type_error("v128, exception and GC reference values cannot cross between WebAssembly and JavaScript")
+    js.throw_type_error(
+        "v128, exception and GC reference values cannot cross between WebAssembly and JavaScript",
+    )
 }
 
 /// `ERR_WASM_EXPORT_NOT_FOUND` and the like carry their code also where the engine is not involved.

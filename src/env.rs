@@ -11,7 +11,7 @@ use std::time::Duration;
 use napi::sys;
 use wasm_molt_engine::HostRef;
 
-use crate::inbox::{Inbox, RawRef, Task};
+use crate::inbox::{Inbox, Task};
 use crate::js::{Js, JsResult, Val};
 use crate::side::{ManagerSide, ReplicaSide};
 
@@ -108,12 +108,17 @@ impl EnvState {
 
     /// The state of the running callback's environment.
     pub(crate) fn of(js: Js) -> JsResult<Rc<Self>> {
-        find(js.raw()).ok_or_else(|| js.throw_type_error("wasm-molt is not set up in this environment"))
+        find(js.raw())
+            .ok_or_else(|| js.throw_type_error("wasm-molt is not set up in this environment"))
     }
 
     /// The state of the environment at that address, if it is this thread's.
     pub(crate) fn at(address: usize) -> Option<Rc<Self>> {
-        ENVS.with_borrow(|envs| envs.iter().find(|e| e.env as usize == address).map(Rc::clone))
+        ENVS.with_borrow(|envs| {
+            envs.iter()
+                .find(|e| e.env as usize == address)
+                .map(Rc::clone)
+        })
     }
 
     pub(crate) fn js(&self) -> Js {
@@ -123,7 +128,8 @@ impl EnvState {
 
     pub(crate) fn helper(&self, reference: sys::napi_ref) -> JsResult<Val> {
         let js = self.js();
-        js.dereference(reference).ok_or_else(|| js.throw_type_error("a helper is missing"))
+        js.dereference(reference)
+            .ok_or_else(|| js.throw_type_error("a helper is missing"))
     }
 
     // ------------------------------------------------------------------ staying alive
@@ -159,7 +165,10 @@ impl EnvState {
             index
         });
         js.set_element(array, index, value)?;
-        Ok(HostRef::new(Kept { inbox: Arc::clone(&self.inbox), index }))
+        Ok(HostRef::new(Kept {
+            inbox: Arc::clone(&self.inbox),
+            index,
+        }))
     }
 
     /// The value that was kept; undefined if it is not this environment's.
@@ -178,11 +187,10 @@ impl EnvState {
             return;
         }
         let js = self.js();
-        let (slots, refs) = self.inbox.take_released();
-        for RawRef(reference) in refs {
-            js.unreference(reference);
-        }
-        let Ok(array) = self.helper(self.slab) else { return };
+        let slots = self.inbox.take_released();
+        let Ok(array) = self.helper(self.slab) else {
+            return;
+        };
         let undefined = js.undefined();
         let mut free = self.slab_free.borrow_mut();
         for index in slots {
@@ -200,7 +208,10 @@ impl EnvState {
         let id = self.next_id.get().wrapping_add(1);
         self.next_id.set(id);
         self.settled.borrow_mut().insert(id, then);
-        js.call(self.helper(self.helpers.follow)?, &[promise, js.number(f64::from(id))?])?;
+        js.call(
+            self.helper(self.helpers.follow)?,
+            &[promise, js.number(f64::from(id))?],
+        )?;
         Ok(())
     }
 
@@ -250,6 +261,7 @@ impl EnvState {
             let _ = told.recv_timeout(LONGEST_GOODBYE);
         }
         self.replicas.borrow_mut().clear();
+        drop(self.inbox.take_graves());
     }
 }
 

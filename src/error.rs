@@ -38,20 +38,31 @@ impl EnvState {
             Error::DrainTimeout { in_flight, .. } => {
                 js.set(fields, c"inFlight", js.number(*in_flight as f64)?)?;
             }
-            Error::ReloadFailed { phase, cause: inner, .. } => {
+            Error::ReloadFailed {
+                phase,
+                cause: inner,
+                ..
+            } => {
                 js.set(fields, c"phase", js.string(phase.as_str())?)?;
                 cause = self.error_value(inner, place)?;
             }
             _ => {}
         }
         let message = self.message(error);
-        let args = [js.string(code.as_str())?, js.string(&message)?, fields, cause];
+        let args = [
+            js.string(code.as_str())?,
+            js.string(&message)?,
+            fields,
+            cause,
+        ];
         js.call(self.helper(self.helpers.error)?, &args)
     }
 
     /// The text; where host code threw, with the words of what it threw.
     fn message(&self, error: &Error) -> String {
-        let Error::ReloadFailed { what, phase, cause } = error else { return error.to_string() };
+        let Error::ReloadFailed { what, phase, cause } = error else {
+            return error.to_string();
+        };
         let (Error::Thrown(value) | Error::Aborted(value)) = &**cause else {
             return error.to_string();
         };
@@ -63,7 +74,10 @@ impl EnvState {
         let js = self.js();
         let value = self.kept(value).ok()?;
         let text = match js.kind(value).ok()? {
-            crate::js::Kind::Object => js.property(value, c"message").ok().and_then(|m| js.get_string(m).ok()),
+            crate::js::Kind::Object => js
+                .property(value, c"message")
+                .ok()
+                .and_then(|m| js.get_string(m).ok()),
             crate::js::Kind::String => js.get_string(value).ok(),
             _ => None,
         };

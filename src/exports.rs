@@ -10,7 +10,8 @@ use std::rc::Rc;
 
 use napi::sys;
 use wasm_molt_engine::{
-    Away, Error, ErrorCode, FuncHandle, Inside, Job, LeaseInside, Module, RawValue, Replica, Signature, Value,
+    Away, Error, ErrorCode, FuncHandle, Inside, Job, LeaseInside, Module, RawValue, Replica,
+    Signature, Value, has_stack, out_of_stack,
 };
 
 use crate::convert::cannot_cross;
@@ -18,13 +19,13 @@ use crate::env::EnvState;
 use crate::imports::JsEnd;
 use crate::js::{Js, JsResult, Val, callback_info, enter};
 use crate::lease::LeaseSide;
-use crate::side::{Frame, ManagerSide, ReplicaSide};
+use crate::side::{Frame, Handle, ManagerSide, ReplicaSide};
 
 /// Whose function it is.
 #[derive(Clone)]
 pub(crate) enum Target {
-    /// Always the current generation's.
-    Live,
+    /// Always the current generation's; keeps the manager in use.
+    Live(Rc<Handle>),
     /// A leased instance's, until the lease ends.
     Lease(Rc<LeaseSide>),
     /// One instance's, until it is replaced.
@@ -53,8 +54,10 @@ pub(crate) struct Record {
 }
 
 /// Marks our function objects, so that a foreign one is never taken for ours.
-const TAG: sys::napi_type_tag =
-    sys::napi_type_tag { lower: 0x6d6f_6c74_6675_6e63, upper: 0x9d3c_51f0_77aa_e204 };
+const TAG: sys::napi_type_tag = sys::napi_type_tag {
+    lower: 0x6d6f_6c74_6675_6e63,
+    upper: 0x9d3c_51f0_77aa_e204,
+};
 
 /// Values that fit on the stack without thought.
 const FEW: usize = 4;
@@ -79,7 +82,9 @@ pub(crate) fn exports_object(
     manager: &Rc<ManagerSide>,
     target: &Target,
 ) -> JsResult<Val> {
-    let Some(module) = manager.manager.module() else { return env.js().object() };
+    let Some(module) = manager.manager.module() else {
+        return env.js().object();
+    };
     exports_of(env, manager, &module, target)
 }
 
@@ -125,7 +130,9 @@ pub(crate) fn function_value(
     let (Some(manager), Ok(env)) = (side.manager.upgrade(), EnvState::of(js)) else {
         return js.null();
     };
-    let Some(signature) = side.replica.signature(&handle) else { return js.null() };
+    let Some(signature) = side.replica.signature(&handle) else {
+        return js.null();
+    };
     let record = Record {
         env,
         manager,
@@ -136,7 +143,9 @@ pub(crate) fn function_value(
         cached: Cell::new((0, Some(handle))),
     };
     let function = new_function(record, &handle.address().to_string())?;
-    side.functions.borrow_mut().insert(handle.address(), js.weak_reference(function)?);
+    side.functions
+        .borrow_mut()
+        .insert(handle.address(), js.weak_reference(function)?);
     Ok(function)
 }
 
@@ -145,10 +154,10 @@ pub(crate) fn function_of(js: Js, function: Val) -> Option<Value> {
     // SAFETY: the tag is only ever put on functions with a `Record`.
     let record = unsafe { js.tagged::<Record>(function, &TAG) }?;
     match (&record.target, record.which) {
-        (Target::Live, Which::Export(index)) => Some(Value::Export(index)),
+        (Target::Live(_), Which::Export(index)) => Some(Value::Export(index)),
         (Target::Lease(lease), which) => Some(Value::Func(resolve(&lease.side.replica, which))),
         (Target::Instance(side), which) => Some(Value::Func(resolve(&side.replica, which))),
-        (Target::Live, Which::Handle(handle)) => Some(Value::Func(Some(handle))),
+        (Target::Live(_), Which::Handle(handle)) => Some(Value::Func(Some(handle))),
     }
 }
 
@@ -162,7 +171,7 @@ fn resolve(replica: &Replica, which: Which) -> Option<FuncHandle> {
 /// The right to be inside, by the way it was got.
 enum Entry<'a> {
     Home(Inside<'a, Job>),
-    Leased(LeaseInside),
+    Leased(#[expect(dead_code, reason = "held for its drop")] LeaseInside),
     /// A host call of the same instance is on this stack.
     Again,
 }
@@ -178,34 +187,40 @@ unsafe extern "C" fn call_export(env: sys::napi_env, info: sys::napi_callback_in
     // SAFETY: the environment of this very callback.
     let js = unsafe { Js::new(env) };
     enter(js, || {
-        let mut args = [ptr::null_mut(); MANY];
-        let (given, data) = callback_info(js, info, &mut args)?;
+        // Node fills what was not given, so a large array costs even where it is not used.
+        let mut args = [ptr::null_mut(); FEW];
+        let (_, data) = callback_info(js, info, &mut args)?;
         // SAFETY: `new_function` stored a record there, and the function that is being called owns it.
         let record = unsafe { &*data.cast::<Record>() };
         let params = record.signature.params.len();
-        if params <= MANY {
-            return record.call(args.get(..params).unwrap_or_default());
+        if let Some(args) = args.get(..params) {
+            return record.call(args);
         }
-        let mut more = vec![ptr::null_mut(); given.max(params)];
+        let mut more = vec![ptr::null_mut(); params];
         callback_info(js, info, &mut more)?;
-        record.call(more.get(..params).unwrap_or_default())
+        record.call(&more)
     })
 }
 
 /// Calls an export of the current generation by name, for `callSync`.
 pub(crate) fn call_sync(
     env: &Rc<EnvState>,
-    manager: &Rc<ManagerSide>,
+    handle: &Rc<Handle>,
     index: usize,
     args: Val,
 ) -> JsResult<Val> {
     let js = env.js();
-    let Some(module) = manager.manager.module() else { return Ok(js.undefined()) };
-    let Some(export) = module.functions().get(index) else { return Ok(js.undefined()) };
+    let manager = &handle.0;
+    let Some(module) = manager.manager.module() else {
+        return Ok(js.undefined());
+    };
+    let Some(export) = module.functions().get(index) else {
+        return Ok(js.undefined());
+    };
     let record = Record {
         env: Rc::clone(env),
         manager: Rc::clone(manager),
-        target: Target::Live,
+        target: Target::Live(Rc::clone(handle)),
         which: Which::Export(index),
         // The arguments are in an array already: values are as good as raw ones.
         is_numeric: false,
@@ -242,9 +257,10 @@ impl Record {
             *slot = self.env.to_raw(*arg, *ty)?;
         }
         let manager = &*self.manager;
-        if matches!(self.target, Target::Live)
+        if matches!(self.target, Target::Live(_))
             && manager.detours.get() == 0
             && manager.timeout_ms.is_none()
+            && has_stack(manager.stack_floor)
             && let Some(inside) = manager.home.enter()
         {
             return self.call_at_home(inside, raw);
@@ -285,12 +301,12 @@ impl Record {
     fn raw_results(&self, raw: &[RawValue]) -> JsResult<Val> {
         match (&*self.signature.results, raw) {
             ([], _) => Ok(self.env.js().undefined()),
-            ([ty], [value, ..]) => self.env.from_raw(*value, *ty),
+            ([ty], [value, ..]) => self.env.raw_to_js(*value, *ty),
             (types, raw) => {
                 let js = self.env.js();
                 let array = js.array(types.len())?;
                 for (index, (value, ty)) in raw.iter().zip(types).enumerate() {
-                    js.set_element(array, index as u32, self.env.from_raw(*value, *ty)?)?;
+                    js.set_element(array, index as u32, self.env.raw_to_js(*value, *ty)?)?;
                 }
                 Ok(array)
             }
@@ -333,7 +349,11 @@ impl Record {
             Path::Here(entry, side) => (entry, side),
             Path::There(pool, side) => {
                 let types = self.signature.params.iter();
-                let args = raw.iter().zip(types).map(|(v, ty)| v.to_value(*ty)).collect();
+                let args = raw
+                    .iter()
+                    .zip(types)
+                    .map(|(v, ty)| v.to_value(*ty))
+                    .collect();
                 return self.call_there(&pool, &side, args);
             }
         };
@@ -357,9 +377,10 @@ impl Record {
         call: impl FnOnce() -> Result<T, Error>,
     ) -> Result<T, Error> {
         match (self.manager.timeout_ms, entry) {
-            (Some(ms), Entry::Home(_) | Entry::Leased(_)) => {
-                side.replica.with_deadline(ms, call).and_then(|outcome| outcome)
-            }
+            (Some(ms), Entry::Home(_) | Entry::Leased(_)) => side
+                .replica
+                .with_deadline(ms, call)
+                .and_then(|outcome| outcome),
             _ => call(),
         }
     }
@@ -403,7 +424,12 @@ impl Record {
     }
 
     /// The guest is on a pool thread that waits for JavaScript: it runs the call, this thread waits.
-    fn call_there(&self, pool: &Rc<JsEnd>, side: &Rc<ReplicaSide>, args: Vec<Value>) -> JsResult<Val> {
+    fn call_there(
+        &self,
+        pool: &Rc<JsEnd>,
+        side: &Rc<ReplicaSide>,
+        args: Vec<Value>,
+    ) -> JsResult<Val> {
         let Some(func) = resolve(&side.replica, self.which) else {
             return Err(self.throw(&not_started()));
         };
@@ -418,11 +444,16 @@ impl Record {
     /// Leaves an instance that failed, or that is poisoned although the call went on (JavaScript
     /// inside has caught the trap).
     #[cold]
-    fn settle(&self, entry: Entry<'_>, side: &Rc<ReplicaSide>, error: Option<Error>) -> JsResult<()> {
+    fn settle(
+        &self,
+        entry: Entry<'_>,
+        side: &Rc<ReplicaSide>,
+        error: Option<Error>,
+    ) -> JsResult<()> {
         let is_outermost = !matches!(entry, Entry::Again);
         match &error {
             Some(error) if is_outermost => {
-                self.manager.manager.call_failed_at_home(&side.replica, error);
+                self.manager.manager.call_failed_at_home(error);
             }
             None => self.count(&entry),
             Some(_) => {}
@@ -434,7 +465,10 @@ impl Record {
 
     fn leave(&self, entry: Entry<'_>, side: &ReplicaSide) {
         match entry {
-            Entry::Home(inside) if side.replica.is_poisoned() => inside.retire(),
+            Entry::Home(inside) if side.replica.is_poisoned() => {
+                inside.retire();
+                self.manager.manager.retired_at_home();
+            }
             other => drop(other),
         }
     }
@@ -442,8 +476,15 @@ impl Record {
     // ------------------------------------------------------------------ finding the way
 
     fn path(&self) -> Result<Path<'_>, Error> {
+        if !has_stack(self.manager.stack_floor) {
+            let manager = &self.manager.manager;
+            return Err(out_of_stack(
+                manager.name(),
+                manager.options().limits.stack_bytes(),
+            ));
+        }
         match &self.target {
-            Target::Live => {
+            Target::Live(_) => {
                 // Inside a host call "the instance" is the one that called.
                 let calling = self.manager.stack.borrow().last().map(Rc::clone);
                 match calling.and_then(|side| through_host_call(&side)) {
@@ -459,7 +500,7 @@ impl Record {
                     return Ok(path);
                 }
                 if lease.side.replica.is_poisoned() {
-                    return Err(poisoned(&self.manager));
+                    return Err(lease.lease.poisoned());
                 }
                 let inside = lease.lease.enter()?;
                 Ok(Path::Here(Entry::Leased(inside), Rc::clone(&lease.side)))
@@ -510,11 +551,12 @@ impl Record {
         }
         if matches!(manager.home.refusal(), Away::Retired) {
             manager.manager.repair_now()?;
-            if let Some(inside) = manager.home.enter() {
-                return Ok(Path::Here(Entry::Home(inside), manager.current()?));
-            }
         }
-        Err(self.refused())
+        // Once more: the instance may have come home meanwhile.
+        match manager.home.enter() {
+            Some(inside) => Ok(Path::Here(Entry::Home(inside), manager.current()?)),
+            None => Err(self.refused()),
+        }
     }
 
     #[cold]
@@ -522,14 +564,20 @@ impl Record {
         let manager = &*self.manager;
         let name = manager.manager.name();
         match manager.home.refusal() {
-            Away::Busy => busy(manager, "a pool thread is inside the instance, or a lease holds it"),
+            Away::Busy => busy(
+                manager,
+                "a pool thread is inside the instance, or a lease holds it",
+            ),
             Away::Closed | Away::Retired => Error::new(
                 ErrorCode::Reloading,
                 format!("a swap of {name} is under way; use call(), which waits its turn"),
             ),
             Away::Shut => Error::new(
                 ErrorCode::Closed,
-                format!("{name} is {}; create a new manager", manager.manager.state().as_str()),
+                format!(
+                    "{name} is {}; create a new manager",
+                    manager.manager.state().as_str()
+                ),
             ),
         }
     }
@@ -550,16 +598,8 @@ fn through_host_call<'a>(side: &Rc<ReplicaSide>) -> Option<Path<'a>> {
 fn busy(manager: &ManagerSide, why: &str) -> Error {
     Error::new(
         ErrorCode::Busy,
-        format!("{}: {why}; use call(), which waits its turn", manager.manager.name()),
-    )
-}
-
-fn poisoned(manager: &ManagerSide) -> Error {
-    Error::new(
-        ErrorCode::StaleHandle,
         format!(
-            "the leased instance of {} has trapped and is replaced when the lease ends; \
-             release it and take a new one",
+            "{}: {why}; use call(), which waits its turn",
             manager.manager.name()
         ),
     )

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender, bounded, never, select};
 use wasm_molt_engine::{
-    Error, ErrorCode, Event, HomeStep, Host, HostRef, ImportValue, Lease, Module, Replaced, Replica,
-    Result,
+    Error, ErrorCode, Event, HomeStep, Host, HostRef, ImportValue, Lease, Module, Replaced,
+    Replica, Result,
 };
 
 use crate::env::EnvState;
@@ -84,7 +84,9 @@ impl JsHost {
         let (tell, told) = bounded(1);
         let (manager, address) = (self.manager, self.env);
         let posted = self.inbox.post(Box::new(move |_| {
-            let Some(env) = EnvState::at(address) else { return };
+            let Some(env) = EnvState::at(address) else {
+                return;
+            };
             let side = env.managers.borrow().get(&manager).map(Rc::clone);
             if let Some(side) = side {
                 let _ = tell.send(f(&env, &side));
@@ -119,7 +121,10 @@ impl JsHost {
 }
 
 fn no_environment() -> Error {
-    Error::new(ErrorCode::Closed, "the manager or its JavaScript environment is gone")
+    Error::new(
+        ErrorCode::Closed,
+        "the manager or its JavaScript environment is gone",
+    )
 }
 
 impl Host for JsHost {
@@ -137,7 +142,8 @@ impl Host for JsHost {
     }
 
     fn restore_state(&self, lease: &Arc<Lease>, state: &HostRef, replica: usize) -> Result<()> {
-        self.hook(lease, Hook::RestoreState(state.clone(), replica)).map(drop)
+        self.hook(lease, Hook::RestoreState(state.clone(), replica))
+            .map(drop)
     }
 
     fn at_home(&self, step: HomeStep) -> Result<()> {
@@ -150,11 +156,25 @@ impl Host for JsHost {
         }
     }
 
+    fn released(&self) {
+        // Posted behind every answer, so nothing looks the manager up any more.
+        let (manager, address) = (self.manager, self.env);
+        let _ = self.inbox.post(Box::new(move |env| {
+            debug_assert_eq!(env.js().raw() as usize, address);
+            let side = env.managers.borrow().get(&manager).map(Rc::clone);
+            if let Some(side) = side {
+                side.forget(env);
+            }
+        }));
+    }
+
     fn event(&self, event: Event) {
         let (manager, address) = (self.manager, self.env);
         // No environment, no listeners.
         let _ = self.inbox.post(Box::new(move |_| {
-            let Some(env) = EnvState::at(address) else { return };
+            let Some(env) = EnvState::at(address) else {
+                return;
+            };
             let side = env.managers.borrow().get(&manager).map(Rc::clone);
             if let Some(side) = side {
                 emit(&env, &side, &event);
@@ -172,7 +192,9 @@ fn bind(
     let js = env.js();
     let module = Arc::clone(replica.module());
     let side = ReplicaSide::new(replica, manager);
-    env.replicas.borrow_mut().insert(side.replica.id(), Rc::clone(&side));
+    env.replicas
+        .borrow_mut()
+        .insert(side.replica.id(), Rc::clone(&side));
     let object = imports_object(env, manager, &side).map_err(|Pending| env.take_thrown())?;
     if let Some(object) = object
         && js.is_promise(object).unwrap_or(false)
@@ -191,7 +213,9 @@ fn imports_object(
     side: &Rc<ReplicaSide>,
 ) -> JsResult<Option<Val>> {
     let js = env.js();
-    let Some(reference) = manager.hooks.imports else { return Ok(None) };
+    let Some(reference) = manager.hooks.imports.get() else {
+        return Ok(None);
+    };
     let given = env.helper(reference)?;
     let object = if manager.hooks.imports_is_function {
         let context = js.external(Rc::clone(side))?;
@@ -212,11 +236,13 @@ fn call_hook(
 ) -> JsResult<Option<Val>> {
     let js = env.js();
     let reference = match hook {
-        Hook::Initialize => manager.hooks.initialize,
-        Hook::SaveState(_) => manager.hooks.save_state,
-        Hook::RestoreState(..) => manager.hooks.restore_state,
+        Hook::Initialize => manager.hooks.initialize.get(),
+        Hook::SaveState(_) => manager.hooks.save_state.get(),
+        Hook::RestoreState(..) => manager.hooks.restore_state.get(),
     };
-    let Some(reference) = reference else { return Ok(None) };
+    let Some(reference) = reference else {
+        return Ok(None);
+    };
     let function = env.helper(reference)?;
     let instance = lease.object()?;
     let returned = match hook {
@@ -239,7 +265,9 @@ fn run_sync(
     let lease = LeaseSide::new(env, manager, Arc::clone(lease))?;
     let returned = call_hook(env, manager, &lease, hook);
     lease.expire();
-    let Some(value) = returned.map_err(|Pending| env.take_thrown())? else { return Ok(None) };
+    let Some(value) = returned.map_err(|Pending| env.take_thrown())? else {
+        return Ok(None);
+    };
     if env.js().is_promise(value).unwrap_or(false) {
         return Err(Error::new(
             ErrorCode::AsyncImport,
@@ -250,7 +278,9 @@ fn run_sync(
             ),
         ));
     }
-    env.keep(value).map(Some).map_err(|Pending| env.take_thrown())
+    env.keep(value)
+        .map(Some)
+        .map_err(|Pending| env.take_thrown())
 }
 
 fn run_async(
@@ -279,7 +309,10 @@ fn run_async(
         }
     };
     if !env.js().is_promise(outcome).unwrap_or(false) {
-        let kept = env.keep(outcome).map(Some).map_err(|Pending| env.take_thrown());
+        let kept = env
+            .keep(outcome)
+            .map(Some)
+            .map_err(|Pending| env.take_thrown());
         let _ = tell.send(kept);
         return;
     }
@@ -288,7 +321,10 @@ fn run_async(
     let then = move |env: &EnvState, outcome: std::result::Result<Val, Val>| {
         drop(lease);
         let outcome = match outcome {
-            Ok(value) => env.keep(value).map(Some).map_err(|Pending| env.take_thrown()),
+            Ok(value) => env
+                .keep(value)
+                .map(Some)
+                .map_err(|Pending| env.take_thrown()),
             Err(reason) => Err(env.thrown(reason)),
         };
         let _ = teller.send(outcome);
@@ -300,7 +336,9 @@ fn run_async(
 
 fn emit(env: &Rc<EnvState>, side: &Rc<ManagerSide>, event: &Event) {
     let js = env.js();
-    let Some(listener) = side.hooks.on_event else { return };
+    let Some(listener) = side.hooks.on_event.get() else {
+        return;
+    };
     let send = || -> JsResult<()> {
         let (kind, payload) = match event {
             Event::Reload(report) => ("reload", report::reload(js, report)?),

@@ -8,7 +8,6 @@
 //! (timeout, signal, `destroy`), its end of the channel closes, and nobody is left waiting.
 
 use std::cell::RefCell;
-use std::mem::ManuallyDrop;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -21,44 +20,9 @@ use wasm_molt_engine::{
 };
 
 use crate::env::EnvState;
-use crate::inbox::Inbox;
 use crate::js::{Js, JsResult, Kind, Pending, Val};
+use crate::js_only::JsOnly;
 use crate::side::{Frame, ManagerSide, ReplicaSide};
-
-/// JavaScript values behind a function that any thread may hold.
-///
-/// Only the JS thread looks inside, and only there it is dropped: elsewhere it is sent home first.
-struct JsOnly<T: 'static> {
-    inbox: Arc<Inbox>,
-    content: ManuallyDrop<T>,
-}
-
-// SAFETY: `content` is reached through `get`, which checks the thread, and dropped on the JS thread.
-unsafe impl<T> Send for JsOnly<T> {}
-// SAFETY: as above.
-unsafe impl<T> Sync for JsOnly<T> {}
-
-impl<T> JsOnly<T> {
-    fn get(&self) -> Option<&T> {
-        self.inbox.is_js_thread().then_some(&*self.content)
-    }
-}
-
-impl<T> Drop for JsOnly<T> {
-    fn drop(&mut self) {
-        // SAFETY: taken once, here; `self.content` is not used again.
-        let content = unsafe { ManuallyDrop::take(&mut self.content) };
-        if self.inbox.is_js_thread() {
-            drop(content);
-            return;
-        }
-        let travelling = JsOnly { inbox: Arc::clone(&self.inbox), content: ManuallyDrop::new(content) };
-        // Without an environment there is nothing to give back to: the reference went with it.
-        if let Err(task) = self.inbox.post(Box::new(move |_| drop(travelling))) {
-            std::mem::forget(task);
-        }
-    }
-}
 
 struct Bound {
     env: Rc<EnvState>,
@@ -181,14 +145,18 @@ impl JsImport {
         let pool = if let Some(to_js) = inner {
             // The JS thread waits in a nested call of ours: it serves this request right there.
             let from_js = REPLIES.with_borrow(|replies| replies.last().cloned());
-            let from_js = from_js.ok_or_else(|| Error::internal("a conversation without its other half"))?;
+            let from_js =
+                from_js.ok_or_else(|| Error::internal("a conversation without its other half"))?;
             to_js.send(ToJs::Request(request)).map_err(|_| gone())?;
             PoolEnd { to_js, from_js }
         } else {
             let (to_js, from_pool) = bounded(1);
             let (to_pool, from_js) = bounded(1);
             let end = JsEnd { to_pool, from_pool };
-            let posted = self.bound.inbox.post(Box::new(move |_| answer(&request, end)));
+            let posted = self
+                .bound
+                .inbox()
+                .post(Box::new(move |_| answer(&request, end)));
             posted.map_err(|_| gone())?;
             PoolEnd { to_js, from_js }
         };
@@ -221,13 +189,18 @@ fn wait(pool: &PoolEnd, call: &HostCall<'_>) -> Result<SmallVec<[Value; 2]>> {
 }
 
 fn gone() -> Error {
-    Error::new(ErrorCode::Interrupted, "the JavaScript environment of the import is gone")
+    Error::new(
+        ErrorCode::Interrupted,
+        "the JavaScript environment of the import is gone",
+    )
 }
 
 /// Answers a request on the JS thread; a promise is answered later.
 fn answer(request: &Arc<Request>, end: JsEnd) {
     let import = &*request.import;
-    let Some(bound) = import.bound.get() else { return };
+    let Some(bound) = import.bound.get() else {
+        return;
+    };
     let end = Rc::new(end);
     let js = bound.env.js();
     let returned = match run_request(import, bound, request, &end) {
@@ -242,7 +215,11 @@ fn answer(request: &Arc<Request>, end: JsEnd) {
     let signature = request.signature.clone();
     let replier = Rc::clone(&end);
     let then = move |env: &EnvState, outcome: std::result::Result<Val, Val>| {
-        let is_ours = side.awaiting.borrow().as_ref().is_some_and(|a| Rc::ptr_eq(a, &replier));
+        let is_ours = side
+            .awaiting
+            .borrow()
+            .as_ref()
+            .is_some_and(|a| Rc::ptr_eq(a, &replier));
         if is_ours {
             *side.awaiting.borrow_mut() = None;
         }
@@ -256,9 +233,16 @@ fn answer(request: &Arc<Request>, end: JsEnd) {
     }
 }
 
-fn run_request(import: &JsImport, bound: &Bound, request: &Request, end: &Rc<JsEnd>) -> Result<Val> {
+fn run_request(
+    import: &JsImport,
+    bound: &Bound,
+    request: &Request,
+    end: &Rc<JsEnd>,
+) -> Result<Val> {
     bound.side.before_js(bound.env.js());
-    bound.manager.push_frame(&bound.side, Frame::Remote(Rc::clone(end)));
+    bound
+        .manager
+        .push_frame(&bound.side, Frame::Remote(Rc::clone(end)));
     let returned = import.call_js(bound, &request.args);
     bound.manager.pop_frame(&bound.side);
     returned.map_err(|Pending| bound.env.take_thrown())
@@ -281,10 +265,15 @@ impl JsEnd {
         let stopped = || {
             Error::new(
                 ErrorCode::Interrupted,
-                format!("the call of {} that made this host call was stopped", side.replica.module().name()),
+                format!(
+                    "the call of {} that made this host call was stopped",
+                    side.replica.module().name()
+                ),
             )
         };
-        self.to_pool.send(ToPool::Call(func, args)).map_err(|_| stopped())?;
+        self.to_pool
+            .send(ToPool::Call(func, args))
+            .map_err(|_| stopped())?;
         loop {
             match self.from_pool.recv().map_err(|_| stopped())? {
                 ToJs::Done(outcome) => return outcome,
@@ -336,11 +325,15 @@ fn convert(
     match (&*signature.results, &mut **results) {
         ([], _) => Ok(()),
         ([ty], [slot]) => {
-            *slot = env.to_wasm(value, *ty).map_err(|Pending| env.take_thrown())?;
+            *slot = env
+                .to_wasm(value, *ty)
+                .map_err(|Pending| env.take_thrown())?;
             Ok(())
         }
         (types, slots) => {
-            let values = env.import_results(value, types).map_err(|Pending| env.take_thrown())?;
+            let values = env
+                .import_results(value, types)
+                .map_err(|Pending| env.take_thrown())?;
             for (slot, value) in slots.iter_mut().zip(values) {
                 *slot = value;
             }
@@ -359,8 +352,17 @@ pub(crate) fn collect(
     module: &Module,
     object: Option<Val>,
 ) -> Result<Vec<ImportValue>> {
-    let place = Given { env, manager, side, object };
-    module.imports().iter().map(|import| place.value(module, import)).collect()
+    let place = Given {
+        env,
+        manager,
+        side,
+        object,
+    };
+    module
+        .imports()
+        .iter()
+        .map(|import| place.value(module, import))
+        .collect()
 }
 
 struct Given<'a> {
@@ -373,7 +375,9 @@ struct Given<'a> {
 impl Given<'_> {
     fn value(&self, module: &Module, import: &Import) -> Result<ImportValue> {
         let js = self.env.js();
-        let found = self.find(import).map_err(|Pending| self.env.take_thrown())?;
+        let found = self
+            .find(import)
+            .map_err(|Pending| self.env.take_thrown())?;
         let Some(value) = found else {
             return Err(missing(module, import));
         };
@@ -403,7 +407,9 @@ impl Given<'_> {
 
     fn find(&self, import: &Import) -> JsResult<Option<Val>> {
         let js = self.env.js();
-        let Some(object) = self.object else { return Ok(None) };
+        let Some(object) = self.object else {
+            return Ok(None);
+        };
         let namespace = js.property_named(object, &import.module)?;
         if !matches!(js.kind(namespace)?, Kind::Object | Kind::Function) {
             return Ok(None);
@@ -414,7 +420,9 @@ impl Given<'_> {
 
     fn function(&self, value: Val, import: &Import) -> Result<ImportValue> {
         let js = self.env.js();
-        let function = js.reference(value).map_err(|Pending| self.env.take_thrown())?;
+        let function = js
+            .reference(value)
+            .map_err(|Pending| self.env.take_thrown())?;
         let bound = Bound {
             env: Rc::clone(self.env),
             manager: Rc::clone(self.manager),
@@ -422,7 +430,7 @@ impl Given<'_> {
             function,
         };
         let import = JsImport {
-            bound: JsOnly { inbox: Arc::clone(&self.env.inbox), content: ManuallyDrop::new(bound) },
+            bound: JsOnly::new(&self.env.inbox, bound),
             name: format!("{}.{}", import.module, import.name),
         };
         Ok(ImportValue::Function(Arc::new(Handle(Arc::new(import)))))
@@ -447,7 +455,10 @@ impl Given<'_> {
         if !fits {
             return Err(wrong(module, import, "a value of another type"));
         }
-        let value = self.env.to_wasm(value, ty).map_err(|Pending| self.env.take_thrown())?;
+        let value = self
+            .env
+            .to_wasm(value, ty)
+            .map_err(|Pending| self.env.take_thrown())?;
         Ok(ImportValue::Global(value))
     }
 

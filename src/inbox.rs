@@ -18,6 +18,9 @@ pub(crate) type Task = Box<dyn FnOnce(&EnvState) + Send>;
 
 struct Queue {
     tasks: VecDeque<Task>,
+    /// JavaScript values on their way to be dropped while the environment goes.
+    graves: Vec<Task>,
+    is_gone: bool,
     /// Null once the environment is going away.
     wake: sys::napi_threadsafe_function,
 }
@@ -29,7 +32,6 @@ pub(crate) struct Inbox {
     thread: usize,
     /// Slab indices whose last holder is gone.
     released: Mutex<Vec<u32>>,
-    released_refs: Mutex<Vec<RawRef>>,
     released_count: AtomicUsize,
 }
 
@@ -39,25 +41,21 @@ unsafe impl Send for Inbox {}
 // SAFETY: as above.
 unsafe impl Sync for Inbox {}
 
-/// A reference that is only used on the JS thread.
-pub(crate) struct RawRef(pub(crate) sys::napi_ref);
-
-// SAFETY: it travels through other threads, and is dereferenced and deleted on the JS thread only.
-unsafe impl Send for RawRef {}
-// SAFETY: as above.
-unsafe impl Sync for RawRef {}
-
 /// Released things that are left until the JS thread comes by anyway.
 const RELEASED_BEFORE_WAKE: usize = 1024;
 
 impl Inbox {
     pub(crate) fn new(wake: sys::napi_threadsafe_function) -> Arc<Self> {
         Arc::new(Self {
-            queue: Mutex::new(Queue { tasks: VecDeque::new(), wake }),
+            queue: Mutex::new(Queue {
+                tasks: VecDeque::new(),
+                graves: Vec::new(),
+                is_gone: false,
+                wake,
+            }),
             is_woken: AtomicBool::new(false),
             thread: thread_token(),
             released: Mutex::default(),
-            released_refs: Mutex::default(),
             released_count: AtomicUsize::new(0),
         })
     }
@@ -83,6 +81,26 @@ impl Inbox {
         Ok(())
     }
 
+    /// Gives `task`, which only drops something, to the JS thread, also while the environment goes.
+    pub(crate) fn bury(&self, task: Task) {
+        let Err(task) = self.post(task) else { return };
+        let mut queue = self.lock();
+        if queue.is_gone {
+            drop(queue);
+            // Nobody is left who may drop it: its references went with the environment.
+            std::mem::forget(task);
+        } else {
+            queue.graves.push(task);
+        }
+    }
+
+    /// The last of what was to be dropped; from here on nothing is taken any more. JS thread.
+    pub(crate) fn take_graves(&self) -> Vec<Task> {
+        let mut queue = self.lock();
+        queue.is_gone = true;
+        std::mem::take(&mut queue.graves)
+    }
+
     fn wake(&self, queue: &Queue) {
         if !self.is_woken.swap(true, Ordering::AcqRel) {
             let mode = sys::ThreadsafeFunctionCallMode::nonblocking;
@@ -106,12 +124,10 @@ impl Inbox {
     }
 
     pub(crate) fn release_slot(&self, index: u32) {
-        self.released.lock().unwrap_or_else(PoisonError::into_inner).push(index);
-        self.count_released();
-    }
-
-    pub(crate) fn release_ref(&self, reference: RawRef) {
-        self.released_refs.lock().unwrap_or_else(PoisonError::into_inner).push(reference);
+        self.released
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(index);
         self.count_released();
     }
 
@@ -129,12 +145,9 @@ impl Inbox {
         self.released_count.load(Ordering::Relaxed) > 0
     }
 
-    pub(crate) fn take_released(&self) -> (Vec<u32>, Vec<RawRef>) {
+    pub(crate) fn take_released(&self) -> Vec<u32> {
         self.released_count.store(0, Ordering::Relaxed);
-        let slots = std::mem::take(&mut *self.released.lock().unwrap_or_else(PoisonError::into_inner));
-        let refs =
-            std::mem::take(&mut *self.released_refs.lock().unwrap_or_else(PoisonError::into_inner));
-        (slots, refs)
+        std::mem::take(&mut *self.released.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 

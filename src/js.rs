@@ -84,7 +84,11 @@ impl Js {
 
     #[inline]
     fn check(self, status: sys::napi_status, name: &str) -> JsResult<()> {
-        if status == sys::Status::napi_ok { Ok(()) } else { Err(self.failed(status, name)) }
+        if status == sys::Status::napi_ok {
+            Ok(())
+        } else {
+            Err(self.failed(status, name))
+        }
     }
 
     #[cold]
@@ -107,7 +111,11 @@ impl Js {
         let mut error = ptr::null_mut();
         // SAFETY: valid environment, valid out pointer.
         let status = unsafe { sys::napi_get_and_clear_last_exception(self.0, &raw mut error) };
-        if status == sys::Status::napi_ok && !error.is_null() { error } else { self.undefined() }
+        if status == sys::Status::napi_ok && !error.is_null() {
+            error
+        } else {
+            self.undefined()
+        }
     }
 
     pub(crate) fn throw(self, error: Val) -> Pending {
@@ -169,12 +177,6 @@ impl Js {
         Ok(value)
     }
 
-    pub(crate) fn boolean(self, v: bool) -> JsResult<Val> {
-        let mut value = ptr::null_mut();
-        napi!(self, napi_get_boolean(v, &raw mut value))?;
-        Ok(value)
-    }
-
     #[inline]
     pub(crate) fn int32(self, v: i32) -> JsResult<Val> {
         let mut value = ptr::null_mut();
@@ -198,7 +200,10 @@ impl Js {
 
     pub(crate) fn string(self, v: &str) -> JsResult<Val> {
         let mut value = ptr::null_mut();
-        napi!(self, napi_create_string_utf8(v.as_ptr().cast(), v.len() as isize, &raw mut value))?;
+        napi!(
+            self,
+            napi_create_string_utf8(v.as_ptr().cast(), v.len() as isize, &raw mut value)
+        )?;
         Ok(value)
     }
 
@@ -218,14 +223,20 @@ impl Js {
     pub(crate) fn uint8_array(self, bytes: &[u8]) -> JsResult<Val> {
         let mut data: *mut c_void = ptr::null_mut();
         let mut buffer = ptr::null_mut();
-        napi!(self, napi_create_arraybuffer(bytes.len(), &raw mut data, &raw mut buffer))?;
+        napi!(
+            self,
+            napi_create_arraybuffer(bytes.len(), &raw mut data, &raw mut buffer)
+        )?;
         if !bytes.is_empty() {
             // SAFETY: the fresh buffer has `bytes.len()` bytes at `data`.
             unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), data.cast(), bytes.len()) };
         }
         let mut value = ptr::null_mut();
         let kind = sys::TypedarrayType::uint8_array;
-        napi!(self, napi_create_typedarray(kind, bytes.len(), buffer, 0, &raw mut value))?;
+        napi!(
+            self,
+            napi_create_typedarray(kind, bytes.len(), buffer, 0, &raw mut value)
+        )?;
         Ok(value)
     }
 
@@ -243,7 +254,13 @@ impl Js {
         let mut value = ptr::null_mut();
         napi!(
             self,
-            napi_create_function(name.as_ptr().cast(), name.len() as isize, callback, data, &raw mut value)
+            napi_create_function(
+                name.as_ptr().cast(),
+                name.len() as isize,
+                callback,
+                data,
+                &raw mut value
+            )
         )?;
         Ok(value)
     }
@@ -254,7 +271,12 @@ impl Js {
         let mut value = ptr::null_mut();
         let made = napi!(
             self,
-            napi_create_external(data.cast(), Some(drop_box::<T>), ptr::null_mut(), &raw mut value)
+            napi_create_external(
+                data.cast(),
+                Some(drop_box::<T>),
+                ptr::null_mut(),
+                &raw mut value
+            )
         );
         if made.is_err() {
             // SAFETY: Node-API did not take it.
@@ -313,7 +335,8 @@ impl Js {
     pub(crate) fn to_number(self, value: Val) -> JsResult<f64> {
         let mut v = 0.0;
         // SAFETY: valid environment, value and out pointer.
-        if unsafe { sys::napi_get_value_double(self.0, value, &raw mut v) } == sys::Status::napi_ok {
+        if unsafe { sys::napi_get_value_double(self.0, value, &raw mut v) } == sys::Status::napi_ok
+        {
             return Ok(v);
         }
         let number = self.coerce_number(value)?;
@@ -357,7 +380,10 @@ impl Js {
     /// The text of a string value.
     pub(crate) fn get_string(self, value: Val) -> JsResult<String> {
         let mut len = 0;
-        napi!(self, napi_get_value_string_utf8(value, ptr::null_mut(), 0, &raw mut len))?;
+        napi!(
+            self,
+            napi_get_value_string_utf8(value, ptr::null_mut(), 0, &raw mut len)
+        )?;
         let mut buffer = vec![0u8; len + 1];
         napi!(
             self,
@@ -373,7 +399,12 @@ impl Js {
         let mut len = 0;
         napi!(
             self,
-            napi_get_value_string_utf8(value, buffer.as_mut_ptr().cast(), buffer.len(), &raw mut len)
+            napi_get_value_string_utf8(
+                value,
+                buffer.as_mut_ptr().cast(),
+                buffer.len(),
+                &raw mut len
+            )
         )?;
         // A full buffer may have been cut short.
         if len + 1 < buffer.len()
@@ -413,7 +444,10 @@ impl Js {
                 | sys::TypedarrayType::biguint64_array => 8,
                 _ => 1,
             };
-            return Ok(Some(Bytes { data: data.cast(), len: len * size }));
+            return Ok(Some(Bytes {
+                data: data.cast(),
+                len: len * size,
+            }));
         }
         napi!(self, napi_is_dataview(value, &raw mut is))?;
         if is {
@@ -427,12 +461,21 @@ impl Js {
                     ptr::null_mut()
                 )
             )?;
-            return Ok(Some(Bytes { data: data.cast(), len }));
+            return Ok(Some(Bytes {
+                data: data.cast(),
+                len,
+            }));
         }
         napi!(self, napi_is_arraybuffer(value, &raw mut is))?;
         if is {
-            napi!(self, napi_get_arraybuffer_info(value, &raw mut data, &raw mut len))?;
-            return Ok(Some(Bytes { data: data.cast(), len }));
+            napi!(
+                self,
+                napi_get_arraybuffer_info(value, &raw mut data, &raw mut len)
+            )?;
+            return Ok(Some(Bytes {
+                data: data.cast(),
+                len,
+            }));
         }
         Ok(None)
     }
@@ -467,7 +510,10 @@ impl Js {
 
     pub(crate) fn property(self, object: Val, name: &CStr) -> JsResult<Val> {
         let mut value = ptr::null_mut();
-        napi!(self, napi_get_named_property(object, name.as_ptr(), &raw mut value))?;
+        napi!(
+            self,
+            napi_get_named_property(object, name.as_ptr(), &raw mut value)
+        )?;
         Ok(value)
     }
 
@@ -491,7 +537,9 @@ impl Js {
     pub(crate) fn keys(self, object: Val) -> JsResult<Vec<String>> {
         let mut names = ptr::null_mut();
         napi!(self, napi_get_property_names(object, &raw mut names))?;
-        (0..self.array_length(names)?).map(|i| self.get_string(self.element(names, i)?)).collect()
+        (0..self.array_length(names)?)
+            .map(|i| self.get_string(self.element(names, i)?))
+            .collect()
     }
 
     // ------------------------------------------------------------------ calling
@@ -502,7 +550,13 @@ impl Js {
         let mut result = ptr::null_mut();
         napi!(
             self,
-            napi_call_function(self.undefined(), function, args.len(), args.as_ptr(), &raw mut result)
+            napi_call_function(
+                self.undefined(),
+                function,
+                args.len(),
+                args.as_ptr(),
+                &raw mut result
+            )
         )?;
         Ok(result)
     }
@@ -556,7 +610,10 @@ impl Js {
     pub(crate) fn promise(self) -> JsResult<(sys::napi_deferred, Val)> {
         let mut deferred = ptr::null_mut();
         let mut promise = ptr::null_mut();
-        napi!(self, napi_create_promise(&raw mut deferred, &raw mut promise))?;
+        napi!(
+            self,
+            napi_create_promise(&raw mut deferred, &raw mut promise)
+        )?;
         Ok((deferred, promise))
     }
 
@@ -606,7 +663,10 @@ impl Js {
     pub(crate) fn empty_buffer(self) -> JsResult<Val> {
         let mut data: *mut c_void = ptr::null_mut();
         let mut buffer = ptr::null_mut();
-        napi!(self, napi_create_arraybuffer(0, &raw mut data, &raw mut buffer))?;
+        napi!(
+            self,
+            napi_create_arraybuffer(0, &raw mut data, &raw mut buffer)
+        )?;
         Ok(buffer)
     }
 
@@ -618,10 +678,21 @@ impl Js {
     // ------------------------------------------------------------------ tagged functions
 
     /// Ties `content` to a function object and marks it, so that [`Js::tagged`] finds it again.
-    pub(crate) fn tag<T>(self, object: Val, content: *mut T, tag: &sys::napi_type_tag) -> JsResult<()> {
+    pub(crate) fn tag<T>(
+        self,
+        object: Val,
+        content: *mut T,
+        tag: &sys::napi_type_tag,
+    ) -> JsResult<()> {
         napi!(
             self,
-            napi_wrap(object, content.cast(), Some(drop_box::<T>), ptr::null_mut(), ptr::null_mut())
+            napi_wrap(
+                object,
+                content.cast(),
+                Some(drop_box::<T>),
+                ptr::null_mut(),
+                ptr::null_mut()
+            )
         )?;
         napi!(self, napi_type_tag_object(object, tag))
     }
@@ -630,11 +701,14 @@ impl Js {
     ///
     /// # Safety
     /// The tag is only ever used with this `T`.
-    pub(crate) unsafe fn tagged<'a, T>(self, object: Val, tag: &sys::napi_type_tag) -> Option<&'a T> {
+    pub(crate) unsafe fn tagged<'a, T>(
+        self,
+        object: Val,
+        tag: &sys::napi_type_tag,
+    ) -> Option<&'a T> {
         let mut is = false;
         // SAFETY: valid environment and value.
-        let status =
-            unsafe { sys::napi_check_object_type_tag(self.0, object, tag, &raw mut is) };
+        let status = unsafe { sys::napi_check_object_type_tag(self.0, object, tag, &raw mut is) };
         if status != sys::Status::napi_ok || !is {
             return None;
         }
@@ -676,7 +750,13 @@ pub(crate) fn callback_info(
     let mut data: *mut c_void = ptr::null_mut();
     napi!(
         js,
-        napi_get_cb_info(info, &raw mut count, args.as_mut_ptr(), ptr::null_mut(), &raw mut data)
+        napi_get_cb_info(
+            info,
+            &raw mut count,
+            args.as_mut_ptr(),
+            ptr::null_mut(),
+            &raw mut data
+        )
     )?;
     Ok((count, data))
 }

@@ -1,10 +1,8 @@
 //! The JS thread's side of a lease.
 
-use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use napi::sys;
 use wasm_molt_engine::{Error, Lease};
 
 use crate::env::EnvState;
@@ -17,7 +15,6 @@ pub(crate) struct LeaseSide {
     pub(crate) side: Rc<ReplicaSide>,
     pub(crate) manager: Rc<ManagerSide>,
     pub(crate) env: Rc<EnvState>,
-    pub(crate) exports: Cell<Option<sys::napi_ref>>,
 }
 
 impl LeaseSide {
@@ -37,7 +34,6 @@ impl LeaseSide {
             side,
             manager: Rc::clone(manager),
             env: Rc::clone(env),
-            exports: Cell::new(None),
         });
         let mut leases = manager.leases.borrow_mut();
         leases.retain(|weak| weak.strong_count() > 0);
@@ -67,8 +63,5 @@ impl Drop for LeaseSide {
     fn drop(&mut self) {
         // Collected without a release: the safety net. (Views go with the next growth or swap.)
         self.lease.release();
-        if let Some(exports) = self.exports.take() {
-            self.env.js().unreference(exports);
-        }
     }
 }

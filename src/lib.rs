@@ -11,6 +11,7 @@ mod hooks;
 mod imports;
 mod inbox;
 mod js;
+mod js_only;
 mod lease;
 mod memory;
 mod options;
@@ -41,9 +42,13 @@ pub fn init(exports: Object, env: Env) -> Result<()> {
     let js = unsafe { js::Js::new(env.raw()) };
     let object = exports.raw();
     for (name, body) in binding::FUNCTIONS.iter() {
-        let made = js.native(name, *body).and_then(|function| js.set_named(object, name, function));
+        let made = js
+            .native(name, *body)
+            .and_then(|function| js.set_named(object, name, function));
         if made.is_err() {
-            return Err(napi::Error::from_reason(format!("the function {name} could not be made")));
+            return Err(napi::Error::from_reason(format!(
+                "the function {name} could not be made"
+            )));
         }
     }
     Ok(())

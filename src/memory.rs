@@ -1,4 +1,4 @@
-//! `memory.buffer`: one ArrayBuffer over the live pages, until they move or change in number.
+//! `memory.buffer`: one `ArrayBuffer` over the live pages, until they move or change in number.
 //!
 //! The buffer pins the address range, so a view that outlives its instance (transferred away, kept by
 //! mistake) reads zeros at worst. It is made once and kept: each new one would count its whole length
@@ -12,7 +12,7 @@ use wasm_molt_engine::{MemoryRecord, OutOfBounds};
 
 use crate::js::{Js, JsResult, Val};
 
-/// The ArrayBuffer that JavaScript has of one memory.
+/// The `ArrayBuffer` that JavaScript has of one memory.
 pub(crate) struct View {
     buffer: Cell<sys::napi_ref>,
     base: Cell<*mut u8>,
@@ -53,7 +53,9 @@ impl View {
         {
             return Ok(buffer);
         }
-        let Some(view) = memory.view() else { return js.empty_buffer() };
+        let Some(view) = memory.view() else {
+            return js.empty_buffer();
+        };
         if view.byte_length == 0 {
             return js.empty_buffer();
         }
@@ -87,7 +89,9 @@ impl View {
 
 fn copy(js: Js, memory: &MemoryRecord, len: usize) -> JsResult<Val> {
     let mut bytes = vec![0; len];
-    memory.read(0, &mut bytes).map_err(|e| out_of_bounds(js, &e))?;
+    memory
+        .read(0, &mut bytes)
+        .map_err(|e| out_of_bounds(js, &e))?;
     let array = js.uint8_array(&bytes)?;
     js.property(array, c"buffer")
 }

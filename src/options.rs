@@ -10,7 +10,7 @@ use wasm_molt_engine::{
 };
 
 use crate::convert::invalid;
-use crate::js::{Js, JsResult, Kind, Val};
+use crate::js::{Js, Kind, Val};
 use crate::side::Hooks;
 
 /// A type error of the user's (told as an engine error), or a pending exception of a getter.
@@ -53,7 +53,9 @@ impl<'a> Reader<'a> {
             _ => return Err(invalid(format!("{path} must be an object")).into()),
         }
         for key in js.keys(object)? {
-            if !known.contains(&key.as_str()) && js.kind(js.property_named(object, &key)?)? != Kind::Undefined {
+            if !known.contains(&key.as_str())
+                && js.kind(js.property_named(object, &key)?)? != Kind::Undefined
+            {
                 return Err(invalid(format!(
                     "{path}.{key} is not an option of this version; known: {}",
                     known.join(", ")
@@ -93,7 +95,9 @@ impl<'a> Reader<'a> {
     }
 
     fn count(&self, name: &str, least: u64) -> Read<Option<u64>> {
-        let Some((value, _)) = self.get(name)? else { return Ok(None) };
+        let Some((value, _)) = self.get(name)? else {
+            return Ok(None);
+        };
         let wanted = format!("a whole number from {least} to 2^53 - 1");
         match self.js.get_number(value) {
             Some(v) if v.fract() == 0.0 && v >= least as f64 && v <= MAX_SAFE => Ok(Some(v as u64)),
@@ -114,10 +118,23 @@ impl<'a> Reader<'a> {
 /// `ManagerOptions`, and the functions in it.
 pub(crate) fn manager(js: Js, object: Val) -> Read<(ManagerOptions, Hooks)> {
     let known = [
-        "name", "instances", "threads", "imports", "initialize", "saveState", "restoreState", "abi",
-        "limits", "maxQueue", "cache", "engine",
+        "name",
+        "instances",
+        "threads",
+        "imports",
+        "initialize",
+        "saveState",
+        "restoreState",
+        "abi",
+        "limits",
+        "maxQueue",
+        "cache",
+        "engine",
     ];
-    let mut options = ManagerOptions { has_home: true, ..ManagerOptions::default() };
+    let mut options = ManagerOptions {
+        has_home: true,
+        ..ManagerOptions::default()
+    };
     let mut hooks = Hooks::default();
     let Some(reader) = Reader::open(js, "options", object, &known)? else {
         return Ok((options, hooks));
@@ -140,21 +157,27 @@ pub(crate) fn manager(js: Js, object: Val) -> Read<(ManagerOptions, Hooks)> {
         Some((value, Kind::String)) => CacheChoice::Folder(PathBuf::from(js.get_string(value)?)),
         Some(_) => return reader.wrong("cache", "true, false or the path of a folder"),
     };
-    hooks.initialize = reader.function("initialize")?;
-    hooks.save_state = reader.function("saveState")?;
-    hooks.restore_state = reader.function("restoreState")?;
+    hooks.initialize.set(reader.function("initialize")?);
+    hooks.save_state.set(reader.function("saveState")?);
+    hooks.restore_state.set(reader.function("restoreState")?);
     if let Some((value, kind)) = reader.get("imports")? {
         if !matches!(kind, Kind::Object | Kind::Function) {
             return reader.wrong("imports", "an object, or a function that returns one");
         }
         hooks.imports_is_function = kind == Kind::Function;
-        hooks.imports = Some(js.reference(value)?);
+        hooks.imports.set(Some(js.reference(value)?));
     }
     Ok((options, hooks))
 }
 
 fn limits(js: Js, object: Val) -> Read<Limits> {
-    let known = ["memoryBytes", "tableElements", "timeoutMs", "fuel", "stackBytes"];
+    let known = [
+        "memoryBytes",
+        "tableElements",
+        "timeoutMs",
+        "fuel",
+        "stackBytes",
+    ];
     let Some(reader) = Reader::open(js, "options.limits", object, &known)? else {
         return Ok(Limits::default());
     };
@@ -163,13 +186,18 @@ fn limits(js: Js, object: Val) -> Read<Limits> {
         table_elements: reader.count("tableElements", 0)?,
         timeout_ms: reader.count("timeoutMs", 1)?,
         fuel: reader.count("fuel", 1)?,
-        stack_bytes: reader.count("stackBytes", 1)?.map(|n| n as usize),
+        stack: reader.count("stackBytes", 1)?.map(|n| n as usize),
     })
 }
 
 fn engine(js: Js, object: Val) -> Read<EngineOptions> {
     let known = [
-        "interruptible", "fuel", "signalsBasedTraps", "simd", "relaxedSimd", "threads",
+        "interruptible",
+        "fuel",
+        "signalsBasedTraps",
+        "simd",
+        "relaxedSimd",
+        "threads",
         "memoryReservationBytes",
     ];
     let default = EngineOptions::default();
@@ -177,13 +205,17 @@ fn engine(js: Js, object: Val) -> Read<EngineOptions> {
         return Ok(default);
     };
     Ok(EngineOptions {
-        interruptible: reader.boolean("interruptible")?.unwrap_or(default.interruptible),
+        interruptible: reader
+            .boolean("interruptible")?
+            .unwrap_or(default.interruptible),
         fuel: reader.boolean("fuel")?.unwrap_or(default.fuel),
         signals_based_traps: reader
             .boolean("signalsBasedTraps")?
             .unwrap_or(default.signals_based_traps),
         simd: reader.boolean("simd")?.unwrap_or(default.simd),
-        relaxed_simd: reader.boolean("relaxedSimd")?.unwrap_or(default.relaxed_simd),
+        relaxed_simd: reader
+            .boolean("relaxedSimd")?
+            .unwrap_or(default.relaxed_simd),
         threads: reader.boolean("threads")?.unwrap_or(default.threads),
         memory_reservation_bytes: reader
             .count("memoryReservationBytes", 0)?
@@ -194,7 +226,9 @@ fn engine(js: Js, object: Val) -> Read<EngineOptions> {
 fn abi(js: Js, object: Val) -> Read<BufferAbi> {
     let known = ["allocate", "deallocate", "returns"];
     let mut abi = BufferAbi::default();
-    let Some(reader) = Reader::open(js, "options.abi", object, &known)? else { return Ok(abi) };
+    let Some(reader) = Reader::open(js, "options.abi", object, &known)? else {
+        return Ok(abi);
+    };
     if let Some(name) = reader.text("allocate")? {
         abi.allocate = name;
     }
@@ -220,9 +254,17 @@ fn abi(js: Js, object: Val) -> Read<BufferAbi> {
 
 /// `ReloadOptions`.
 pub(crate) fn reload(js: Js, object: Val) -> Read<ReloadOptions> {
-    let known = ["reason", "drainTimeoutMs", "onDrainTimeout", "skipSave", "strategy"];
+    let known = [
+        "reason",
+        "drainTimeoutMs",
+        "onDrainTimeout",
+        "skipSave",
+        "strategy",
+    ];
     let mut options = ReloadOptions::default();
-    let Some(reader) = Reader::open(js, "options", object, &known)? else { return Ok(options) };
+    let Some(reader) = Reader::open(js, "options", object, &known)? else {
+        return Ok(options);
+    };
     if let Some(reason) = reader.text("reason")? {
         options.reason = reason;
     }

@@ -15,7 +15,10 @@ pub(crate) fn reload(js: Js, report: &ReloadReport) -> JsResult<Val> {
     let object = js.object()?;
     let number = |name, v: f64| js.set(object, name, js.number(v)?);
     number(c"generation", report.generation.get() as f64)?;
-    number(c"previousGeneration", report.previous_generation.get() as f64)?;
+    number(
+        c"previousGeneration",
+        report.previous_generation.get() as f64,
+    )?;
     js.set(object, c"reason", js.string(&report.reason)?)?;
     js.set(object, c"strategy", js.string("exclusive")?)?;
     number(c"drained", report.drained as f64)?;

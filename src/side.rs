@@ -74,13 +74,23 @@ impl ReplicaSide {
 /// JavaScript functions that a manager was given.
 #[derive(Default)]
 pub(crate) struct Hooks {
-    pub(crate) imports: Option<sys::napi_ref>,
+    pub(crate) imports: Cell<Option<sys::napi_ref>>,
     pub(crate) imports_is_function: bool,
-    pub(crate) initialize: Option<sys::napi_ref>,
-    pub(crate) save_state: Option<sys::napi_ref>,
-    pub(crate) restore_state: Option<sys::napi_ref>,
+    pub(crate) initialize: Cell<Option<sys::napi_ref>>,
+    pub(crate) save_state: Cell<Option<sys::napi_ref>>,
+    pub(crate) restore_state: Cell<Option<sys::napi_ref>>,
     /// `(kind, payload) => void`
-    pub(crate) on_event: Option<sys::napi_ref>,
+    pub(crate) on_event: Cell<Option<sys::napi_ref>>,
+}
+
+/// Somebody in JavaScript can still reach the manager. When the last one is collected, it is closed:
+/// the safety net for programs that forget to.
+pub(crate) struct Handle(pub(crate) Rc<ManagerSide>);
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.0.manager.close(None, Box::new(|_| {}));
+    }
 }
 
 /// One manager.
@@ -90,6 +100,8 @@ pub(crate) struct ManagerSide {
     pub(crate) home: Home<Job>,
     pub(crate) hooks: Hooks,
     pub(crate) timeout_ms: Option<u64>,
+    /// Synchronous calls may not begin below this address of the JS thread's stack.
+    pub(crate) stack_floor: usize,
     /// The instance at home: what `manager.exports` and `manager.memory` show.
     pub(crate) current: RefCell<Option<Rc<ReplicaSide>>>,
     /// Goes up whenever `current` changes, so that cached functions are looked up again.
@@ -103,7 +115,6 @@ pub(crate) struct ManagerSide {
     /// Synchronous calls that ended well, not yet handed to the statistics.
     pub(crate) completed: Cell<u64>,
     pub(crate) leases: RefCell<Vec<Weak<LeaseSide>>>,
-    pub(crate) exports: Cell<Option<sys::napi_ref>>,
 }
 
 impl ManagerSide {
@@ -138,7 +149,10 @@ impl ManagerSide {
 
     /// The instance at home, or why there is none.
     pub(crate) fn current(&self) -> Result<Rc<ReplicaSide>, Error> {
-        self.current.borrow().clone().ok_or_else(|| self.no_instance())
+        self.current
+            .borrow()
+            .clone()
+            .ok_or_else(|| self.no_instance())
     }
 
     #[cold]
@@ -176,12 +190,31 @@ impl ManagerSide {
     pub(crate) fn expire_leases(&self, is_meant: impl Fn(&ReplicaSide) -> bool) {
         let leases: Vec<_> = self.leases.borrow_mut().drain(..).collect();
         for weak in leases {
-            let Some(lease) = weak.upgrade() else { continue };
+            let Some(lease) = weak.upgrade() else {
+                continue;
+            };
             if is_meant(&lease.side) {
                 lease.expire();
             } else {
                 self.leases.borrow_mut().push(weak);
             }
+        }
+    }
+
+    /// The manager is closed and everything is answered: what the user gave is let go of.
+    pub(crate) fn forget(&self, env: &EnvState) {
+        env.managers.borrow_mut().remove(&self.id);
+        let js = env.js();
+        let hooks = &self.hooks;
+        let all = [
+            &hooks.imports,
+            &hooks.initialize,
+            &hooks.save_state,
+            &hooks.restore_state,
+            &hooks.on_event,
+        ];
+        for reference in all.into_iter().filter_map(Cell::take) {
+            js.unreference(reference);
         }
     }
 

@@ -1,5 +1,5 @@
 // Real modules at real work, default options, against V8. Each turn begins with a fresh instance: one of them leaks.
-import { contest, type Effort, ratio, slow } from '../contest.ts'
+import { contest, type Effort, ratio, slow, type Turn } from '../contest.ts'
 import { onMolt, onV8 } from '../engines.ts'
 import { dprint } from '../modules/dprint.ts'
 import { gofmt } from '../modules/gofmt.ts'
@@ -11,15 +11,13 @@ export default async function throughput(effort: Effort): Promise<Group> {
   for (const module of [gofmt, dprint, oniguruma]) {
     const v8 = onV8(module)
     const molt = await onMolt(module)
-    if (v8.fresh()() !== molt.fresh()()) throw new Error(`${module.name}: the engines answer differently`)
+    if ((await v8.fresh())() !== (await molt.fresh())())
+      throw new Error(`${module.name}: the engines answer differently`)
 
     const calls = Math.ceil(module.calls * effort.share)
     const turn = { v8: slow(calls, () => v8.fresh()), molt: slow(calls, () => molt.fresh()) }
-    // V8 compiles hot functions again while they run: let it finish before the clock counts.
-    for (let warming = 0; warming < 3 * effort.share; warming++) {
-      await turn.v8()
-      await turn.molt()
-    }
+    await settle(turn.v8, effort)
+    await settle(turn.molt, effort)
     const standings = await contest(effort.rounds, turn)
     group.standings[`${module.name}: V8`] = standings.v8
     group.standings[`${module.name}: manager.exports`] = standings.molt
@@ -32,4 +30,14 @@ export default async function throughput(effort: Effort): Promise<Group> {
     await molt.close()
   }
   return group
+}
+
+/** V8 compiles hot functions again while they run: let it finish, which is when four turns have brought nothing better. */
+async function settle(turn: Turn, { share }: Effort): Promise<void> {
+  let best = Number.POSITIVE_INFINITY
+  for (let idle = 0, turns = 0; idle < 4 && turns < 40 * share; turns++) {
+    const ns = await turn()
+    idle = ns < best * 0.98 ? 0 : idle + 1
+    best = Math.min(best, ns)
+  }
 }

@@ -111,13 +111,13 @@ function lines(data: string): Mark[] {
 
 /** Each line's name, on the line. */
 function names({ plain, managed, total, boundMB }: Run): Mark[] {
-  const name = (lane: Lane, call: number, mb: number, align: string): Mark => ({
+  const name = (lane: Lane, call: number, mb: number): Mark => ({
     type: 'text',
     encode: {
       enter: {
         x: { scale: 'x', value: call },
         y: { scale: 'y', value: mb, offset: -9 },
-        align: { value: align },
+        align: { value: 'right' },
         text: { value: lane.title },
         fill: { value: lane.color },
         fontSize: { value: 12 },
@@ -125,8 +125,8 @@ function names({ plain, managed, total, boundMB }: Run): Mark[] {
     },
   })
   return [
-    name(plain, plain.firstFailure?.call ?? plain.calls, plain.memoryBytes / 2 ** 20, 'right'),
-    name(managed, total, boundMB, 'right'),
+    name(plain, plain.firstFailure?.call ?? plain.calls, plain.memoryBytes / 2 ** 20),
+    name(managed, total, boundMB),
   ]
 }
 

@@ -62,7 +62,9 @@ pub struct CallJob {
 
 impl std::fmt::Debug for CallJob {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("CallJob").field("work", &self.work).finish_non_exhaustive()
+        f.debug_struct("CallJob")
+            .field("work", &self.work)
+            .finish_non_exhaustive()
     }
 }
 
@@ -118,7 +120,10 @@ impl CallControl {
                     control.stop(Stop::Timeout(ms));
                 }
             })?;
-            *control.deadline.lock().unwrap_or_else(PoisonError::into_inner) = Some(deadline);
+            *control
+                .deadline
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner) = Some(deadline);
         }
         Ok(Some(control))
     }
@@ -165,7 +170,11 @@ impl CallControl {
 
     fn finish(&self) {
         *self.lock() = State::Done;
-        let deadline = self.deadline.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let deadline = self
+            .deadline
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         drop(deadline);
     }
 
@@ -197,7 +206,7 @@ impl CallJob {
     }
 
     /// Answers a call that was stopped before it ran.
-    fn refuse_stopped(self: Box<Self>) {
+    fn refuse_stopped(self) {
         let stop = self.control.as_ref().and_then(|c| c.stopped());
         let stop = stop.unwrap_or_else(|| Stop::Interrupted("it was cancelled".into()));
         let error = stop.into_error(&format!("{} (still waiting)", self.what()));
@@ -205,7 +214,7 @@ impl CallJob {
     }
 
     /// Answers a call that never ran.
-    pub(crate) fn refuse(self: Box<Self>, error: Error) {
+    pub(crate) fn refuse(self, error: Error) {
         if let Some(control) = &self.control {
             control.finish();
         }
@@ -214,20 +223,27 @@ impl CallJob {
     }
 
     /// Runs on `replica`, which the calling thread holds through `seat`; gives the seat back, then answers.
-    pub(crate) fn run(self: Box<Self>, replica: &Replica, seat: Seat<'_>) {
+    pub(crate) fn run(self, replica: &Replica, seat: Seat<'_>) {
         let shared = Arc::clone(&self.shared);
         let started = Instant::now();
         shared.stats.waited(started - self.admitted_at);
-        let Self { work, settle, control, .. } = *self;
+        let Self {
+            work,
+            settle,
+            control,
+            ..
+        } = self;
         let interrupter = replica.interrupter();
         let run = interrupter.begin();
         if let Some(control) = &control
             && let Err(stop) = control.start(interrupter, run)
         {
             interrupter.end(run);
-            seat.give_back(replica);
+            seat.give_back(&shared, replica);
             shared.stats.rejected();
-            settle(Err(stop.into_error(&format!("{} (still waiting)", shared.name()))));
+            settle(Err(
+                stop.into_error(&format!("{} (still waiting)", shared.name()))
+            ));
             return;
         }
         let outcome = run_guarded(&shared, replica, run, work);
@@ -237,12 +253,12 @@ impl CallJob {
         interrupter.end(run);
         shared.stats.ran(started.elapsed(), &outcome);
         if let Err(error) = &outcome {
-            shared.call_failed(replica, error);
+            shared.tell_trap(error);
         }
         // The seat goes back before the answer: whoever gets the answer finds the instance free.
         // `settling` keeps a swap from overtaking the answer.
         shared.settling_begins();
-        seat.give_back(replica);
+        seat.give_back(&shared, replica);
         settle(outcome);
         shared.settling_ends();
     }
@@ -255,10 +271,9 @@ pub(crate) enum Seat<'a> {
 }
 
 impl Seat<'_> {
-    fn give_back(self, replica: &Replica) {
+    fn give_back(self, shared: &Arc<Shared>, replica: &Replica) {
         match self {
-            Seat::Ticket(ticket) if replica.is_poisoned() => ticket.retire(),
-            Seat::Ticket(ticket) => drop(ticket),
+            Seat::Ticket(ticket) => shared.give_back(ticket, replica),
             Seat::Lease(lease) => lease.call_ended(),
         }
     }
@@ -281,7 +296,10 @@ fn run_guarded(shared: &Arc<Shared>, replica: &Replica, run: RunId, work: Work) 
     drop(deadline);
     outcome.unwrap_or_else(|panic| {
         replica.poison();
-        Err(Error::internal(format_args!("a panic: {}", panic_text(&*panic))))
+        Err(Error::internal(format_args!(
+            "a panic: {}",
+            panic_text(&*panic)
+        )))
     })
 }
 

@@ -47,7 +47,10 @@ impl Deadline {
         let mut pending = timers.lock();
         pending.next_id += 1;
         let key = (at, pending.next_id);
-        let is_earliest = pending.actions.first_key_value().is_none_or(|(first, _)| key < *first);
+        let is_earliest = pending
+            .actions
+            .first_key_value()
+            .is_none_or(|(first, _)| key < *first);
         pending.actions.insert(key, Box::new(action));
         drop(pending);
         if is_earliest {
@@ -75,7 +78,10 @@ impl Timers {
         let mut pending = self.lock();
         loop {
             let Some((&(at, id), _)) = pending.actions.first_key_value() else {
-                pending = self.changed.wait(pending).unwrap_or_else(PoisonError::into_inner);
+                pending = self
+                    .changed
+                    .wait(pending)
+                    .unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
             let wait = at.saturating_duration_since(Instant::now());
@@ -102,7 +108,12 @@ fn start() -> Result<&'static Timers> {
     std::thread::Builder::new()
         .name("molt-timer".into())
         .spawn(move || timers.run())
-        .map_err(|e| Error::new(ErrorCode::Internal, format!("the timer thread did not start: {e}")))?;
+        .map_err(|e| {
+            Error::new(
+                ErrorCode::Internal,
+                format!("the timer thread did not start: {e}"),
+            )
+        })?;
     Ok(timers)
 }
 
@@ -125,14 +136,18 @@ mod tests {
         assert_eq!(rx.recv_timeout(Duration::from_secs(10)), Ok(1));
         assert_eq!(rx.recv_timeout(Duration::from_secs(10)), Ok(3));
         drop((early, late, tx));
-        assert_eq!(rx.recv_timeout(Duration::from_secs(10)), Err(RecvTimeoutError::Disconnected));
+        assert_eq!(
+            rx.recv_timeout(Duration::from_secs(10)),
+            Err(RecvTimeoutError::Disconnected)
+        );
     }
 
     #[test]
     fn a_panicking_action_leaves_the_others_alone() {
         let (tx, rx) = unbounded();
         let bad = Deadline::after(Duration::from_millis(1), || panic!("on purpose")).unwrap();
-        let good = Deadline::after(Duration::from_millis(20), move || tx.send(()).unwrap()).unwrap();
+        let good =
+            Deadline::after(Duration::from_millis(20), move || tx.send(()).unwrap()).unwrap();
         assert_eq!(rx.recv_timeout(Duration::from_secs(10)), Ok(()));
         drop((bad, good));
     }

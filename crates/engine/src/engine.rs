@@ -35,14 +35,19 @@ impl Engine {
         stack_bytes: usize,
         cache: &CacheChoice,
     ) -> Result<Self> {
-        let key = Key { options: options.clone(), stack_bytes, cache: cache.clone() };
+        let key = Key {
+            options: options.clone(),
+            stack_bytes,
+            cache: cache.clone(),
+        };
         let slot = ENGINES
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .entry(key)
             .or_default()
             .clone();
-        slot.get_or_try_init(|| Self::new(options, stack_bytes, cache)).cloned()
+        slot.get_or_try_init(|| Self::new(options, stack_bytes, cache))
+            .cloned()
     }
 
     fn new(options: &EngineOptions, stack_bytes: usize, cache: &CacheChoice) -> Result<Self> {
@@ -56,6 +61,8 @@ impl Engine {
         );
         config
             .signals_based_traps(options.signals_based_traps)
+            // Fibers are not used, but the one limit must not exceed the other.
+            .async_stack_size(stack_bytes.max(2 << 20))
             .max_wasm_stack(stack_bytes)
             .consume_fuel(options.fuel)
             .epoch_interruption(options.interruptible && !options.uses_poll_page())
@@ -77,9 +84,14 @@ impl Engine {
         #[cfg(target_os = "macos")]
         config.macos_use_mach_ports(false);
         let wasmtime = wasmtime::Engine::new(&config).map_err(|e| {
-            Error::invalid(format!("these engine options cannot be combined on this machine: {e}"))
+            Error::invalid(format!(
+                "these engine options cannot be combined on this machine: {e}"
+            ))
         })?;
-        Ok(Self { wasmtime, options: options.clone() })
+        Ok(Self {
+            wasmtime,
+            options: options.clone(),
+        })
     }
 }
 

@@ -147,8 +147,10 @@ pub enum Error {
         info: Box<TrapInfo>,
     },
     /// In-flight work did not end in time.
-    #[error("{what}: {in_flight} still in flight after {waited_ms} ms; raise drainTimeoutMs, \
-             or stop what still runs with onDrainTimeout: 'interrupt' or destroy()")]
+    #[error(
+        "{what}: {in_flight} still in flight after {waited_ms} ms; raise drainTimeoutMs, \
+             or stop what still runs with onDrainTimeout: 'interrupt' or destroy()"
+    )]
     DrainTimeout {
         /// The operation that waited.
         what: String,
@@ -178,7 +180,10 @@ pub enum Error {
 impl Error {
     /// A failure told by code and text.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self::Plain { code, message: message.into() }
+        Self::Plain {
+            code,
+            message: message.into(),
+        }
     }
 
     /// [`ErrorCode::InvalidArgument`].
@@ -190,7 +195,9 @@ impl Error {
     pub fn internal(message: impl fmt::Display) -> Self {
         Self::new(
             ErrorCode::Internal,
-            format!("wasm-molt reached a state that should be impossible: {message}; please report this"),
+            format!(
+                "wasm-molt reached a state that should be impossible: {message}; please report this"
+            ),
         )
     }
 
@@ -212,7 +219,10 @@ impl Error {
             Self::Aborted(_) => true,
             Self::Plain { code, .. } => matches!(
                 code,
-                ErrorCode::Timeout | ErrorCode::OutOfFuel | ErrorCode::Interrupted | ErrorCode::Internal
+                ErrorCode::Timeout
+                    | ErrorCode::OutOfFuel
+                    | ErrorCode::Interrupted
+                    | ErrorCode::Internal
             ),
             _ => false,
         }
@@ -220,4 +230,4 @@ impl Error {
 }
 
 /// A guest exception nobody caught: an orderly unwinding, the instance stays usable.
-pub const UNCAUGHT_EXCEPTION: &str = "uncaught-exception";
+pub(crate) const UNCAUGHT_EXCEPTION: &str = "uncaught-exception";

@@ -42,7 +42,9 @@ pub struct HostCall<'a> {
 
 impl std::fmt::Debug for HostCall<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("HostCall").field("signature", self.signature).finish_non_exhaustive()
+        f.debug_struct("HostCall")
+            .field("signature", self.signature)
+            .finish_non_exhaustive()
     }
 }
 
@@ -122,6 +124,9 @@ pub trait Host: Send + Sync + 'static {
     /// Views of the old ones must be detached and their handles expire now.
     fn replaced(&self, change: &Replaced);
 
+    /// The manager is closed and every question is answered: nothing will be asked of this host again.
+    fn released(&self);
+
     /// Something happened; called on any thread, must not block.
     fn event(&self, event: Event);
 }
@@ -154,8 +159,17 @@ fn run(
     active: &Active<'_>,
     args: SmallVec<[Value; 6]>,
 ) -> Result<SmallVec<[Value; 2]>> {
-    let results = signature.results.iter().map(|t| Value::default_of(*t)).collect();
-    let mut call = HostCall { replica: active.replica, signature, args, results };
+    let results = signature
+        .results
+        .iter()
+        .map(|t| Value::default_of(*t))
+        .collect();
+    let mut call = HostCall {
+        replica: active.replica,
+        signature,
+        args,
+        results,
+    };
     host.call(&mut call)?;
     Ok(call.results)
 }
@@ -193,26 +207,32 @@ fn reference_function(
     signature: Signature,
     host: Arc<dyn HostFunction>,
 ) -> Func {
-    Func::new(store, ty, move |mut caller: Caller<'_, Guest>, params: &[Val], results: &mut [Val]| {
-        let id = caller.data().replica_id();
-        let mut args = SmallVec::new();
-        for param in params {
-            args.push(Value::from_val(param, id, &mut caller).map_err(wasmtime::Error::new)?);
-        }
-        // SAFETY: as in `enter`.
-        let replica = unsafe { &*caller.data().replica() };
-        for arg in &args {
-            replica.seen(arg, &mut caller);
-        }
-        let active = enter(&mut caller);
-        let values = run(&*host, &signature, &active, args).map_err(wasmtime::Error::new)?;
-        drop(active);
-        for (slot, value) in results.iter_mut().zip(values) {
-            let value = replica.own(value);
-            *slot = value.into_val(id, &mut caller).map_err(wasmtime::Error::new)?;
-        }
-        Ok(())
-    })
+    Func::new(
+        store,
+        ty,
+        move |mut caller: Caller<'_, Guest>, params: &[Val], results: &mut [Val]| {
+            let id = caller.data().replica_id();
+            let mut args = SmallVec::new();
+            for param in params {
+                args.push(Value::from_val(param, id, &mut caller).map_err(wasmtime::Error::new)?);
+            }
+            // SAFETY: as in `enter`.
+            let replica = unsafe { &*caller.data().replica() };
+            for arg in &args {
+                replica.seen(arg, &mut caller);
+            }
+            let active = enter(&mut caller);
+            let values = run(&*host, &signature, &active, args).map_err(wasmtime::Error::new)?;
+            drop(active);
+            for (slot, value) in results.iter_mut().zip(values) {
+                let value = replica.own(value);
+                *slot = value
+                    .into_val(id, &mut caller)
+                    .map_err(wasmtime::Error::new)?;
+            }
+            Ok(())
+        },
+    )
 }
 
 fn read_numbers(types: &[ValueType], raw: &[MaybeUninit<ValRaw>]) -> SmallVec<[Value; 6]> {
@@ -248,6 +268,10 @@ pub(crate) fn number_to_raw(value: &Value) -> ValRaw {
 
 impl From<wasm_molt_lifecycle::InFlight> for Error {
     fn from(in_flight: wasm_molt_lifecycle::InFlight) -> Self {
-        Self::DrainTimeout { what: "the drain".into(), in_flight: in_flight.0, waited_ms: 0 }
+        Self::DrainTimeout {
+            what: "the drain".into(),
+            in_flight: in_flight.0,
+            waited_ms: 0,
+        }
     }
 }

@@ -11,8 +11,9 @@
 //! Polls stand
 //! - behind every `loop` header,
 //! - before every indirect call outside of loops (tail calls too),
-//! - before enough direct calls outside of loops that no cycle of calls is without one, and that
-//!   calls which only fan out do not multiply: about [`MAX_WEIGHT`] bytes of code run between two.
+//! - at the entry of enough functions that no cycle of direct calls outside of loops is without one,
+//! - where calls fan out so much that more than [`MAX_WEIGHT`] bytes of code could run without a
+//!   poll.
 //!
 //! So whatever a guest does, it reaches a poll soon, unless it sits in one bulk-memory operation or
 //! in the host.
@@ -35,9 +36,8 @@ mod scan;
 #[cfg(test)]
 mod tests;
 
-/// Bytes of code that calls may run one after the other without a poll: a few milliseconds. Real
-/// modules hardly ever come near, so that this costs nothing.
-const MAX_WEIGHT: u64 = 1 << 24;
+/// Bytes of code that calls may run one after the other without a poll: less than a millisecond.
+const MAX_WEIGHT: u64 = 1 << 20;
 /// What the validator allows (`wasmparser`'s own limits, which it does not export).
 const MAX_MEMORIES: usize = 100;
 const MAX_FUNCTION_BYTES: usize = 7_654_321;
@@ -334,11 +334,12 @@ enum Mark {
 }
 
 impl CallGraph<'_> {
-    /// Decides which direct calls need a poll.
+    /// Decides which functions need a poll at their entry, and which direct calls before them.
     ///
     /// Every cycle has a call that leads back to a function which a depth-first walk still has
-    /// open: polling there cuts all cycles. What remains is a tree of calls, whose weights are
-    /// known from the leaves up; a poll goes before the call that would make one too heavy.
+    /// open: polling in that function cuts all cycles. (At its entry and not before the call:
+    /// measured, fewer places are worth more than fewer executions.) What remains is a tree of
+    /// calls, whose weights are known from the leaves up.
     fn poll(&mut self) {
         let count = self.bodies.len();
         let mut marks = vec![Mark::New; count];
@@ -368,10 +369,17 @@ impl CallGraph<'_> {
                         marks[callee] = Mark::Open;
                         open.push((callee, self.sites_of(callee).start));
                     }
-                    Mark::Open => self.sites[site].callee = Site::POLLED,
+                    Mark::Open => self.poll_entry(callee),
                     Mark::Done => {}
                 }
             }
+        }
+    }
+
+    fn poll_entry(&mut self, function: usize) {
+        let entry = self.sites_of(function).start;
+        if let Some(site) = self.sites.get_mut(entry) {
+            site.callee = Site::POLLED;
         }
     }
 
@@ -389,36 +397,34 @@ impl CallGraph<'_> {
         (callee < self.bodies.len()).then_some(callee)
     }
 
-    /// Bytes of code that a call of `function` runs without a poll, at most; branches count all,
-    /// loops once, polled calls not at all. Where that is too much, the heaviest calls get polls.
+    /// Bytes of code that a call of `function` adds to what its caller runs without a poll, at most:
+    /// branches count all, loops once, polled calls not at all. Where that is too much, the
+    /// function gets a poll at its entry, and so many before its calls that no two are too far
+    /// apart; it then adds nothing.
     fn weigh(&mut self, function: usize, weights: &[u64]) -> u64 {
         let own = self
             .bodies
             .get(function)
             .map_or(0, |body| body.bytes.len() as u64);
-        let mut heavy = u64::MAX;
-        loop {
-            let mut weight = own;
-            for site in self.sites_of(function) {
-                let Some(callee) = self.callee(site) else {
-                    continue;
-                };
-                let adds = weights.get(callee).copied().unwrap_or(0);
-                if adds >= heavy {
-                    self.sites[site].callee = Site::POLLED;
-                } else {
-                    weight = weight.saturating_add(adds);
-                }
-            }
-            if weight <= MAX_WEIGHT || heavy == 0 {
-                return weight;
-            }
-            heavy = if heavy == u64::MAX {
-                MAX_WEIGHT / 4
-            } else {
-                heavy / 4
+        let sites = self.sites_of(function);
+        let mut weight = own;
+        for site in sites.clone() {
+            let Some(callee) = self.callee(site) else {
+                continue;
             };
+            let adds = weights.get(callee).copied().unwrap_or(0);
+            weight = weight.saturating_add(adds);
+            if weight > MAX_WEIGHT {
+                self.sites[site].callee = Site::POLLED;
+                self.poll_entry(function);
+                weight = adds;
+            }
         }
+        let polled = self
+            .sites
+            .get(sites.start)
+            .is_some_and(|entry| entry.is_polled());
+        if polled { 0 } else { weight }
     }
 }
 

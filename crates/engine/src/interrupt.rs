@@ -33,11 +33,12 @@ impl Stop {
         match self {
             Self::Timeout(ms) => Error::new(
                 ErrorCode::Timeout,
-                format!("{what} did not end within timeoutMs = {ms}; the instance is replaced"),
+                format!("{what} did not end within timeoutMs = {ms}"),
             ),
-            Self::Interrupted(why) => {
-                Error::new(ErrorCode::Interrupted, format!("{what} was interrupted: {why}"))
-            }
+            Self::Interrupted(why) => Error::new(
+                ErrorCode::Interrupted,
+                format!("{what} was interrupted: {why}"),
+            ),
             Self::Aborted(reason) => Error::Aborted(reason),
         }
     }
@@ -78,8 +79,14 @@ impl Interrupter {
         }
     }
 
+    /// The instance's poll page, as soon as it exists: its start function may run for ever.
     pub(crate) fn set_poll(&self, page: PollPage) {
         let _ = self.poll.set(page);
+        // A stop that came before the page was there takes it away now.
+        let state = self.lock();
+        if state.stop.is_some() {
+            self.strike();
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -21,17 +21,34 @@ pub(crate) fn check(module: &Module, abi: &BufferAbi, function: usize) -> Result
         BufferReturns::MultiValue => (&[I32, I32], &[I32, I32]),
     };
     expect(module, function, params, results)?;
-    expect(module, helper(module, &abi.allocate, "allocate")?, &[I32], &[I32])?;
+    expect(
+        module,
+        helper(module, &abi.allocate, "allocate")?,
+        &[I32],
+        &[I32],
+    )?;
     if let Some(name) = &abi.deallocate {
-        expect(module, helper(module, name, "deallocate")?, &[I32, I32], &[])?;
+        expect(
+            module,
+            helper(module, name, "deallocate")?,
+            &[I32, I32],
+            &[],
+        )?;
     }
     Ok(())
 }
 
 fn helper(module: &Module, name: &str, role: &str) -> Result<usize> {
     module.function_index(name).map_err(|e| {
-        let null = if role == "deallocate" { " (null where the guest has none)" } else { "" };
-        Error::new(ErrorCode::ExportNotFound, format!("{e}; name the right one in abi.{role}{null}"))
+        let null = if role == "deallocate" {
+            " (null where the guest has none)"
+        } else {
+            ""
+        };
+        Error::new(
+            ErrorCode::ExportNotFound,
+            format!("{e}; name the right one in abi.{role}{null}"),
+        )
     })
 }
 
@@ -44,7 +61,10 @@ fn expect(
     let Some(export) = module.functions().get(function) else {
         return Err(Error::internal("a function that the module does not have"));
     };
-    let wanted = Signature { params: params.into(), results: results.into() };
+    let wanted = Signature {
+        params: params.into(),
+        results: results.into(),
+    };
     if export.signature == wanted {
         return Ok(());
     }
@@ -67,12 +87,22 @@ pub(crate) unsafe fn run(
     input: &[u8],
 ) -> Result<Vec<u8>> {
     check(replica.module(), abi, function)?;
-    let guest = Guest { replica, memory: memory(replica)?, abi };
+    let guest = Guest {
+        replica,
+        memory: memory(replica)?,
+        abi,
+    };
     let len = u32::try_from(input.len()).map_err(|_| {
-        Error::invalid(format!("the input has {} bytes; a 32-bit guest takes at most 4294967295", input.len()))
+        Error::invalid(format!(
+            "the input has {} bytes; a 32-bit guest takes at most 4294967295",
+            input.len()
+        ))
     })?;
     let input_ptr = guest.allocate(len)?;
-    guest.memory.write(u64::from(input_ptr), input).map_err(|e| bad_buffer(&e, "allocate"))?;
+    guest
+        .memory
+        .write(u64::from(input_ptr), input)
+        .map_err(|e| bad_buffer(&e, "allocate"))?;
     let output = guest.exchange(func, input_ptr, len);
     // After a trap the guest's allocator is in an unknown state; the instance is replaced anyway.
     if !replica.is_poisoned() {
@@ -119,7 +149,11 @@ impl Guest<'_> {
         if u64::from(out_len) > available {
             let ptr = u64::from(out_ptr);
             let memory_bytes = self.memory.byte_len();
-            let error = OutOfBounds { ptr, byte_length: out_len as usize, memory_bytes };
+            let error = OutOfBounds {
+                ptr,
+                byte_length: out_len as usize,
+                memory_bytes,
+            };
             return Err(bad_buffer(&error, "the function"));
         }
         let mut output = vec![0; out_len as usize];
@@ -139,7 +173,9 @@ impl Guest<'_> {
 
     fn function(&self, name: &str) -> Result<FuncHandle> {
         let index = self.replica.module().function_index(name)?;
-        self.replica.function(index).ok_or_else(|| Error::internal("a helper is missing"))
+        self.replica
+            .function(index)
+            .ok_or_else(|| Error::internal("a helper is missing"))
     }
 
     fn allocate(&self, bytes: u32) -> Result<u32> {
@@ -167,18 +203,28 @@ impl Guest<'_> {
     }
 
     fn free(&self, ptr: u32, bytes: u32) -> Result<()> {
-        let Some(name) = &self.abi.deallocate else { return Ok(()) };
-        let mut values = [RawValue::i32(ptr as i32), RawValue::i32(bytes.max(1) as i32)];
+        let Some(name) = &self.abi.deallocate else {
+            return Ok(());
+        };
+        let mut values = [
+            RawValue::i32(ptr as i32),
+            RawValue::i32(bytes.max(1) as i32),
+        ];
         self.call(&self.function(name)?, &mut values)
     }
 }
 
 fn memory(replica: &Replica) -> Result<&MemoryRecord> {
     replica.memory().map(|m| &**m).ok_or_else(|| {
-        Error::invalid(format!("invoke needs a linear memory, and {} has none", replica.module().name()))
+        Error::invalid(format!(
+            "invoke needs a linear memory, and {} has none",
+            replica.module().name()
+        ))
     })
 }
 
 fn bad_buffer(error: &OutOfBounds, who: &str) -> Error {
-    Error::invalid(format!("{who} returned a buffer outside the guest's memory: {error}; see abi.returns"))
+    Error::invalid(format!(
+        "{who} returned a buffer outside the guest's memory: {error}; see abi.returns"
+    ))
 }

@@ -46,7 +46,9 @@ struct State {
 
 impl std::fmt::Debug for Lease {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Lease").field("replica", &self.replica).finish_non_exhaustive()
+        f.debug_struct("Lease")
+            .field("replica", &self.replica)
+            .finish_non_exhaustive()
     }
 }
 
@@ -64,7 +66,10 @@ impl Lease {
             word: AtomicU8::new(IDLE),
             depth: AtomicU32::new(0),
             has_waiting: AtomicBool::new(false),
-            state: Mutex::new(State { ticket, ..State::default() }),
+            state: Mutex::new(State {
+                ticket,
+                ..State::default()
+            }),
             freed: Condvar::new(),
         })
     }
@@ -105,6 +110,19 @@ impl Lease {
             ErrorCode::Busy,
             format!(
                 "a pool thread is inside the leased instance of {}; await its call first",
+                self.shared.name()
+            ),
+        )
+    }
+
+    /// The error of a lease whose instance did not survive a call.
+    #[cold]
+    pub fn poisoned(&self) -> Error {
+        Error::new(
+            ErrorCode::StaleHandle,
+            format!(
+                "the leased instance of {} has trapped and is replaced when the lease ends; \
+                 release it and take a new one",
                 self.shared.name()
             ),
         )
@@ -152,9 +170,17 @@ impl Lease {
     }
 
     /// Starts the next call, or gives the instance back, or leaves it idle.
-    fn pump(self: &Arc<Self>, mut state: MutexGuard<'_, State>) {
+    fn pump<'a>(self: &'a Arc<Self>, mut state: MutexGuard<'a, State>) {
         if state.is_running || self.depth.load(Ordering::Relaxed) > 0 {
             return;
+        }
+        if self.replica.is_poisoned() && !state.waiting.is_empty() {
+            let waiting = std::mem::take(&mut state.waiting);
+            drop(state);
+            for (_, job) in waiting {
+                job.refuse(self.poisoned());
+            }
+            state = self.lock();
         }
         if let Some((_, job)) = state.waiting.pop_front() {
             state.is_running = true;
@@ -202,7 +228,10 @@ impl Lease {
 
     pub(crate) fn take_waiting(&self, id: u64) -> Option<Box<CallJob>> {
         let mut state = self.lock();
-        let index = state.waiting.iter().position(|(waiting, _)| *waiting == id)?;
+        let index = state
+            .waiting
+            .iter()
+            .position(|(waiting, _)| *waiting == id)?;
         state.waiting.remove(index).map(|(_, job)| job)
     }
 
@@ -212,7 +241,11 @@ impl Lease {
         let is_taken = |state: &mut State| {
             state.is_running || !state.waiting.is_empty() || self.depth.load(Ordering::Relaxed) > 0
         };
-        drop(self.freed.wait_while(state, is_taken).unwrap_or_else(PoisonError::into_inner));
+        drop(
+            self.freed
+                .wait_while(state, is_taken)
+                .unwrap_or_else(PoisonError::into_inner),
+        );
     }
 }
 

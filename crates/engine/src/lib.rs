@@ -25,6 +25,7 @@ mod module;
 mod options;
 mod pool;
 mod replica;
+mod stack;
 mod stats;
 mod swap;
 mod trap;
@@ -36,15 +37,12 @@ pub use host::{HomeStep, Host, HostCall, HostFunction, ImportValue};
 pub use interrupt::{Interrupter, Stop};
 pub use lease::{Lease, LeaseInside};
 pub use limits::Limits;
-pub use manager::{
-    Done, Event, Job, LeaseDone, Manager, ManagerState, ManagerStats, Replaced,
-};
+pub use manager::{Done, Event, Job, LeaseDone, Manager, ManagerState, ManagerStats, Replaced};
 pub use memory::{MemoryRecord, OutOfBounds, Reservation};
 pub use module::{ExportedFunction, Import, ImportKind, Module};
-pub use options::{
-    BufferAbi, BufferReturns, CacheChoice, EngineOptions, ManagerOptions, Source,
-};
+pub use options::{BufferAbi, BufferReturns, CacheChoice, EngineOptions, ManagerOptions, Source};
 pub use replica::{RawValue, Replica};
+pub use stack::{has_stack, out_of_stack, stack_floor};
 pub use stats::{CallCounts, Histogram, Times};
 pub use swap::{ReloadOptions, ReloadReport};
 pub use value::{FuncHandle, HostRef, Signature, Value, ValueType};

@@ -16,7 +16,7 @@ pub struct Limits {
     /// Fuel units for one call.
     pub fuel: Option<u64>,
     /// Bytes of native stack a call may use. Default [`Limits::DEFAULT_STACK_BYTES`].
-    pub stack_bytes: Option<usize>,
+    pub stack: Option<usize>,
 }
 
 impl Limits {
@@ -24,8 +24,9 @@ impl Limits {
     pub const DEFAULT_STACK_BYTES: usize = 512 << 10;
     const STACK_BYTES_RANGE: std::ops::RangeInclusive<usize> = (64 << 10)..=(256 << 20);
 
-    pub(crate) fn stack_bytes(&self) -> usize {
-        self.stack_bytes.unwrap_or(Self::DEFAULT_STACK_BYTES)
+    /// What holds: the limit that was given, or the default.
+    pub fn stack_bytes(&self) -> usize {
+        self.stack.unwrap_or(Self::DEFAULT_STACK_BYTES)
     }
 
     pub(crate) fn check(&self, fuel_is_on: bool) -> Result<()> {

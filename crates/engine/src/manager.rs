@@ -39,6 +39,9 @@ use crate::swap::{self, ReloadOptions, ReloadReport};
 /// Receives the one answer of something asynchronous, on any thread.
 pub type Done<T> = Box<dyn FnOnce(Result<T>) + Send>;
 
+/// What remains to be done once the control thread is free again.
+type Answer = Box<dyn FnOnce() + Send>;
+
 /// Where a manager is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -150,7 +153,9 @@ impl Waiter for Job {
                     job.refuse(Error::internal("a slot without an instance"));
                     return;
                 };
-                shared.pool.spawn(move || job.run(&replica, Seat::Ticket(ticket)));
+                shared
+                    .pool
+                    .spawn(move || job.run(&replica, Seat::Ticket(ticket)));
             }
             Self::Lease(LeaseJob { shared, done }) => {
                 let Some(replica) = shared.replica(ticket.slot()) else {
@@ -237,7 +242,9 @@ pub struct Manager {
 
 impl fmt::Debug for Manager {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Manager").field("name", &self.shared.name()).finish_non_exhaustive()
+        f.debug_struct("Manager")
+            .field("name", &self.shared.name())
+            .finish_non_exhaustive()
     }
 }
 
@@ -277,7 +284,9 @@ impl Manager {
         check(&options)?;
         let name = options.name.clone().unwrap_or_else(|| "wasm".into());
         let parallelism = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = options.threads.unwrap_or_else(|| options.instances.min(parallelism));
+        let threads = options
+            .threads
+            .unwrap_or_else(|| options.instances.min(parallelism));
         let pool = Pool::new(&name, threads, options.limits.stack_bytes())?;
         let gate = Gate::new(GateOptions {
             slots: options.instances,
@@ -367,7 +376,12 @@ impl Manager {
         invoke::check(&module, &self.shared.options.abi, function)
     }
 
-    fn job(&self, work: Work, limits: CallLimits, settle: Settle) -> Result<Box<CallJob>, (Error, Settle)> {
+    fn job(
+        &self,
+        work: Work,
+        limits: CallLimits,
+        settle: Settle,
+    ) -> Result<Box<CallJob>, (Error, Settle)> {
         match CallControl::new(limits) {
             Ok(control) => Ok(Box::new(CallJob {
                 work,
@@ -426,7 +440,13 @@ impl Manager {
 
     /// Asks for an instance. The answer may come at once, on this thread.
     pub fn lease(&self, home: Option<&Home<Job>>, done: LeaseDone) -> WaitId {
-        self.admit(home, Job::Lease(LeaseJob { shared: Arc::clone(&self.shared), done }))
+        self.admit(
+            home,
+            Job::Lease(LeaseJob {
+                shared: Arc::clone(&self.shared),
+                done,
+            }),
+        )
     }
 
     /// Takes a lease that still waits out of the queue and answers it with `error`.
@@ -510,9 +530,17 @@ impl Manager {
     }
 
     /// A synchronous call failed: counts it and tells of traps.
-    pub fn call_failed_at_home(&self, replica: &Replica, error: &Error) {
+    pub fn call_failed_at_home(&self, error: &Error) {
         self.shared.stats.failed_at_home(error);
-        self.shared.call_failed(replica, error);
+        self.shared.tell_trap(error);
+    }
+
+    /// Slot 0 was retired by a synchronous call. Its instance is replaced by whoever needs it next:
+    /// at once if somebody waits, else within the next call.
+    pub fn retired_at_home(&self) {
+        if self.shared.gate.counts().queued > 0 {
+            self.shared.repair_retired();
+        }
     }
 }
 
@@ -555,7 +583,10 @@ impl Shared {
     }
 
     pub(crate) fn blueprint(&self) -> Result<Arc<Blueprint>> {
-        self.lock_serving().blueprint.clone().ok_or_else(|| self.closed())
+        self.lock_serving()
+            .blueprint
+            .clone()
+            .ok_or_else(|| self.closed())
     }
 
     fn module(&self) -> Option<Arc<Module>> {
@@ -570,7 +601,10 @@ impl Shared {
 
     fn state(&self) -> ManagerState {
         let index = usize::from(self.state.load(Ordering::Acquire));
-        ManagerState::ALL.get(index).copied().unwrap_or(ManagerState::Failed)
+        ManagerState::ALL
+            .get(index)
+            .copied()
+            .unwrap_or(ManagerState::Failed)
     }
 
     /// Once closing, only the end itself may change the state.
@@ -592,7 +626,11 @@ impl Shared {
     pub(crate) fn closed(&self) -> Error {
         Error::new(
             ErrorCode::Closed,
-            format!("{} is {}; create a new manager", self.name(), self.state().as_str()),
+            format!(
+                "{} is {}; create a new manager",
+                self.name(),
+                self.state().as_str()
+            ),
         )
     }
 
@@ -618,13 +656,18 @@ impl Shared {
     }
 
     pub(crate) fn stop_all(&self, stop: &Stop) {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let known = self
+            .known
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
         for replica in known.iter().filter_map(Weak::upgrade) {
             replica.interrupter().stop_for_good(stop.clone());
         }
     }
 
-    /// A lease's ticket goes back; a poisoned instance does not serve on.
+    /// A ticket goes back; a poisoned instance does not serve on. Retired first, repaired then: a repair
+    /// that came before the retirement would have its fresh instance retired.
     pub(crate) fn give_back(self: &Arc<Self>, ticket: Ticket<Job>, replica: &Replica) {
         if replica.is_poisoned() {
             let slot = ticket.slot();
@@ -635,14 +678,10 @@ impl Shared {
         }
     }
 
-    /// Tells of a failed call and has a poisoned instance replaced.
-    pub(crate) fn call_failed(self: &Arc<Self>, replica: &Replica, error: &Error) {
+    /// Tells listeners of a trap; other failures are the caller's affair alone.
+    pub(crate) fn tell_trap(&self, error: &Error) {
         if matches!(error, Error::Trap { .. }) {
             self.host.event(Event::Trap(error.clone()));
-        }
-        let is_home_alone = self.options.has_home && replica.slot() == 0;
-        if replica.is_poisoned() && !is_home_alone {
-            self.request_repair(replica.slot());
         }
     }
 
@@ -698,32 +737,43 @@ impl Shared {
     }
 
     fn run_control(self: &Arc<Self>) {
+        let mut answer: Option<Answer> = None;
         loop {
-            let op = {
+            let next = {
                 let mut control = self.lock_control();
-                let Some(op) = control.queue.pop_front() else {
-                    control.is_running = false;
-                    drop(control);
-                    self.control_changed.notify_all();
-                    return;
-                };
-                op
+                let next = control.queue.pop_front();
+                control.is_running = next.is_some();
+                next
             };
-            self.run_op(op);
+            // Answered only now: whoever gets the answer finds the control idle.
+            if let Some(answer) = answer.take() {
+                answer();
+            }
+            let Some(op) = next else {
+                self.control_changed.notify_all();
+                return;
+            };
+            answer = Some(self.run_op(op));
         }
     }
 
-    fn run_op(self: &Arc<Self>, op: Op) {
+    fn run_op(self: &Arc<Self>, op: Op) -> Answer {
         match op {
-            Op::Start { source, done } => done(guarded(|| self.start(&source, false))),
+            Op::Start { source, done } => {
+                let outcome = guarded(|| self.start(&source, false));
+                Box::new(move || done(outcome))
+            }
             Op::Reload(pending) => self.run_reload(pending),
             Op::Close { drain_timeout } => {
                 let outcome = guarded(|| self.run_close(drain_timeout));
-                self.finish_closing(&outcome);
+                self.finish_closing(outcome)
             }
             Op::Destroy => {
-                let outcome = guarded(|| self.run_destroy());
-                self.finish_closing(&outcome);
+                let outcome = guarded(|| {
+                    self.run_destroy();
+                    Ok(())
+                });
+                self.finish_closing(outcome)
             }
         }
     }
@@ -743,12 +793,18 @@ impl Shared {
 
     fn bring_up_first(self: &Arc<Self>, source: &Source, is_sync: bool) -> Result<()> {
         let options = &self.options;
-        let engine =
-            Engine::shared(&options.engine, options.limits.stack_bytes(), &options.cache)?;
-        let module =
-            Module::load(&engine, Some(&self.pool), source, options.name.as_deref())?;
+        let engine = Engine::shared(
+            &options.engine,
+            options.limits.stack_bytes(),
+            &options.cache,
+        )?;
+        let module = Module::load(&engine, Some(&self.pool), source, options.name.as_deref())?;
         let _ = self.name.set(module.name().to_owned());
-        let blueprint = Arc::new(Blueprint { engine, module, limits: options.limits.clone() });
+        let blueprint = Arc::new(Blueprint {
+            engine,
+            module,
+            limits: options.limits.clone(),
+        });
         let mut replicas = Vec::with_capacity(options.instances);
         let generation = Generation::FIRST;
         for slot in 0..options.instances {
@@ -766,7 +822,11 @@ impl Shared {
         }
         let shared = Arc::clone(self);
         self.host.at_home(Box::new(move |_| {
-            let change = Replaced { old: Vec::new(), new: replicas.clone(), generation };
+            let change = Replaced {
+                old: Vec::new(),
+                new: replicas.clone(),
+                generation,
+            };
             {
                 let mut serving = shared.lock_serving();
                 serving.blueprint = Some(blueprint);
@@ -814,8 +874,7 @@ impl Shared {
                 return Err((FailedPhase::Instantiate, error));
             }
         };
-        let initialized =
-            self.with_lease(&replica, is_sync, |lease| self.host.initialize(lease));
+        let initialized = self.with_lease(&replica, is_sync, |lease| self.host.initialize(lease));
         let initialized = initialized.and_then(|()| {
             if replica.is_poisoned() {
                 return Err(Error::new(
@@ -861,7 +920,11 @@ impl Shared {
         let shared = Arc::clone(self);
         let old = replicas.clone();
         let told = self.host.at_home(Box::new(move |_| {
-            shared.host.replaced(&Replaced { old, new: Vec::new(), generation });
+            shared.host.replaced(&Replaced {
+                old,
+                new: Vec::new(),
+                generation,
+            });
         }));
         for replica in replicas {
             // SAFETY: nobody serves on it any more: its handles expired just now, and the callers
@@ -894,10 +957,13 @@ impl Shared {
             return;
         }
         drop(control);
-        self.push(Op::Reload(PendingReload { options, done: vec![done] }));
+        self.push(Op::Reload(PendingReload {
+            options,
+            done: vec![done],
+        }));
     }
 
-    fn run_reload(self: &Arc<Self>, pending: PendingReload) {
+    fn run_reload(self: &Arc<Self>, pending: PendingReload) -> Answer {
         let PendingReload { options, done } = pending;
         {
             let mut control = self.lock_control();
@@ -914,16 +980,22 @@ impl Shared {
         let (done, due) = {
             let mut control = self.lock_control();
             control.is_swapping = false;
-            let done = control.current_reload.take().map(|(_, done)| done).unwrap_or_default();
+            let done = control
+                .current_reload
+                .take()
+                .map(|(_, done)| done)
+                .unwrap_or_default();
             (done, std::mem::take(&mut control.repairs_due))
         };
         self.swap_ended(&outcome);
         for slot in due {
             self.request_repair(slot);
         }
-        for done in done {
-            done(outcome.clone());
-        }
+        Box::new(move || {
+            for done in done {
+                done(outcome.clone());
+            }
+        })
     }
 
     fn swap_ended(self: &Arc<Self>, outcome: &Result<Arc<ReloadReport>>) {
@@ -947,7 +1019,9 @@ impl Shared {
         if self.is_over() {
             return Err(self.closed());
         }
-        let in_flight = home.map_or_else(|| self.gate.counts(), Home::counts).in_flight;
+        let in_flight = home
+            .map_or_else(|| self.gate.counts(), Home::counts)
+            .in_flight;
         {
             let mut control = self.lock_control();
             if control.is_running || !control.repairing.is_empty() {
@@ -991,7 +1065,10 @@ impl Shared {
     pub(crate) fn reloading(&self) -> Error {
         Error::new(
             ErrorCode::Reloading,
-            format!("a swap of {} is under way; use call(), which waits its turn", self.name()),
+            format!(
+                "a swap of {} is under way; use call(), which waits its turn",
+                self.name()
+            ),
         )
     }
 
@@ -1021,8 +1098,11 @@ impl Shared {
                 control.repairing.retain(|s| *s != slot);
             }
             shared.control_changed.notify_all();
-            if let Err(error) = outcome {
-                shared.repair_failed(error);
+            match outcome {
+                Err(error) => shared.repair_failed(&error),
+                // The slot may have been repaired by somebody else and have trapped again meanwhile.
+                Ok(()) if shared.gate.counts().queued > 0 => shared.repair_retired(),
+                Ok(()) => {}
             }
         });
     }
@@ -1034,7 +1114,12 @@ impl Shared {
         }
         let poisoned: Vec<usize> = {
             let serving = self.lock_serving();
-            serving.replicas.iter().filter(|r| r.is_poisoned()).map(|r| r.slot()).collect()
+            serving
+                .replicas
+                .iter()
+                .filter(|r| r.is_poisoned())
+                .map(|r| r.slot())
+                .collect()
         };
         for slot in poisoned {
             self.request_repair(slot);
@@ -1044,7 +1129,9 @@ impl Shared {
     /// Replaces one poisoned instance. Whoever commits first wins; the other one's work is dropped.
     fn repair(self: &Arc<Self>, slot: usize, is_sync: bool) -> Result<()> {
         let started = Instant::now();
-        let Some(old) = self.replica(slot).filter(|r| r.is_poisoned()) else { return Ok(()) };
+        let Some(old) = self.replica(slot).filter(|r| r.is_poisoned()) else {
+            return Ok(());
+        };
         let blueprint = self.blueprint()?;
         let before = self.generation();
         let fresh = self
@@ -1080,10 +1167,17 @@ impl Shared {
         let slot = old.slot();
         let change = {
             let mut serving = self.lock_serving();
-            let place = serving.replicas.get_mut(slot).filter(|r| Arc::ptr_eq(r, old))?;
+            let place = serving
+                .replicas
+                .get_mut(slot)
+                .filter(|r| Arc::ptr_eq(r, old))?;
             *place = Arc::clone(&fresh);
             serving.generation = serving.generation.next();
-            Replaced { old: vec![Arc::clone(old)], new: vec![fresh], generation: serving.generation }
+            Replaced {
+                old: vec![Arc::clone(old)],
+                new: vec![fresh],
+                generation: serving.generation,
+            }
         };
         self.host.replaced(&change);
         self.gate.reinstate(slot);
@@ -1091,7 +1185,7 @@ impl Shared {
     }
 
     /// Nothing serves in that slot. If nothing serves at all, nobody may wait for ever.
-    fn repair_failed(self: &Arc<Self>, error: Error) {
+    fn repair_failed(self: &Arc<Self>, error: &Error) {
         self.swap_ended(&Err(error.clone()));
         let counts = self.gate.counts();
         if counts.retired < counts.slots {
@@ -1138,13 +1232,16 @@ impl Shared {
             }
             shared.repair_retired();
         }))?;
-        self.gate.wait_idle(drain_timeout).map_err(|in_flight| Error::DrainTimeout {
-            what: format!("close() of {}", self.name()),
-            in_flight: in_flight.0,
-            waited_ms: started.elapsed().as_millis(),
-        })?;
+        self.gate
+            .wait_idle(drain_timeout)
+            .map_err(|in_flight| Error::DrainTimeout {
+                what: format!("close() of {}", self.name()),
+                in_flight: in_flight.0,
+                waited_ms: started.elapsed().as_millis(),
+            })?;
         self.wait_settled();
-        self.release_all()
+        self.release_all();
+        Ok(())
     }
 
     fn destroy(self: &Arc<Self>, done: Done<()>) {
@@ -1157,7 +1254,13 @@ impl Shared {
         if self.is_destroyed.swap(true, Ordering::AcqRel) {
             return;
         }
-        drop(self.cancel.0.lock().unwrap_or_else(PoisonError::into_inner).take());
+        drop(
+            self.cancel
+                .0
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take(),
+        );
         for job in self.gate.cut() {
             job.refuse(self.closed());
         }
@@ -1165,9 +1268,9 @@ impl Shared {
         self.push(Op::Destroy);
     }
 
-    fn run_destroy(self: &Arc<Self>) -> Result<()> {
+    fn run_destroy(self: &Arc<Self>) {
         if self.state() == ManagerState::Closed {
-            return Ok(());
+            return;
         }
         let shared = Arc::clone(self);
         // Leases end first, else their tickets would never come back.
@@ -1177,15 +1280,19 @@ impl Shared {
             }
             let old = shared.lock_serving().replicas.clone();
             let generation = shared.generation();
-            shared.host.replaced(&Replaced { old, new: Vec::new(), generation });
+            shared.host.replaced(&Replaced {
+                old,
+                new: Vec::new(),
+                generation,
+            });
         }));
         // Nothing can be waited for longer than the guests need to reach their next poll.
         let _ = self.gate.wait_drained(None);
         self.wait_settled();
-        self.release_all()
+        self.release_all();
     }
 
-    fn release_all(self: &Arc<Self>) -> Result<()> {
+    fn release_all(self: &Arc<Self>) {
         {
             let mut control = self.lock_control();
             while !control.repairing.is_empty() {
@@ -1201,19 +1308,25 @@ impl Shared {
         };
         // The home may be gone (its environment ends): releasing does not depend on it.
         let _ = self.discard(replicas, generation);
+        self.pool.end();
         self.set_state(ManagerState::Closed);
-        Ok(())
     }
 
-    fn finish_closing(self: &Arc<Self>, outcome: &Result<()>) {
-        let closing = std::mem::take(&mut self.lock_control().closing);
-        let is_closed = self.state() == ManagerState::Closed;
-        if is_closed {
-            self.host.event(Event::Close);
-        }
-        for done in closing {
-            done(outcome.clone());
-        }
+    fn finish_closing(self: &Arc<Self>, outcome: Result<()>) -> Answer {
+        let shared = Arc::clone(self);
+        Box::new(move || {
+            let closing = std::mem::take(&mut shared.lock_control().closing);
+            let is_closed = shared.state() == ManagerState::Closed;
+            if is_closed && !closing.is_empty() {
+                shared.host.event(Event::Close);
+            }
+            for done in closing {
+                done(outcome.clone());
+            }
+            if is_closed {
+                shared.host.released();
+            }
+        })
     }
 
     // ------------------------------------------------------------------ figures
@@ -1221,11 +1334,16 @@ impl Shared {
     fn read_stats(&self, home: Option<&Home<Job>>) -> ManagerStats {
         let (generation, memory_bytes, poisoned) = {
             let serving = self.lock_serving();
-            let bytes = serving.replicas.iter().map(|r| r.memory_bytes()).sum::<usize>();
+            let bytes = serving
+                .replicas
+                .iter()
+                .map(|r| r.memory_bytes())
+                .sum::<usize>();
             let poisoned = serving.replicas.iter().filter(|r| r.is_poisoned()).count();
             (serving.generation, bytes, poisoned)
         };
-        self.memory_bytes_peak.fetch_max(memory_bytes, Ordering::Relaxed);
+        self.memory_bytes_peak
+            .fetch_max(memory_bytes, Ordering::Relaxed);
         let (reloads, reloads_failed) = self.stats.reloads();
         ManagerStats {
             name: self.name().to_owned(),
@@ -1244,7 +1362,8 @@ impl Shared {
 
     /// Notes what is held just before memory is given back, so that the peak is true.
     pub(crate) fn note_peak(&self, memory_bytes: usize) {
-        self.memory_bytes_peak.fetch_max(memory_bytes, Ordering::Relaxed);
+        self.memory_bytes_peak
+            .fetch_max(memory_bytes, Ordering::Relaxed);
     }
 }
 
@@ -1255,6 +1374,9 @@ fn destroyed() -> Stop {
 /// A panic of ours must neither kill the thread nor lose the answer.
 fn guarded<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).unwrap_or_else(|panic| {
-        Err(Error::internal(format_args!("a panic: {}", crate::call::panic_text(&*panic))))
+        Err(Error::internal(format_args!(
+            "a panic: {}",
+            crate::call::panic_text(&*panic)
+        )))
     })
 }

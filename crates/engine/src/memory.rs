@@ -26,8 +26,8 @@ mod sys_unix;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use host::{Created, MemoryPlan, new_memory, with_plan};
-pub use host::{MemoryOptions, configure};
+pub(crate) use host::{MemoryOptions, configure};
+pub(crate) use host::{MemoryPlan, new_memory, with_plan, with_plan_and_poll};
 pub(crate) use poll::is_poll_fault;
 pub use poll::{HAS_POLL_PAGE, PollPage};
 pub use record::{MemoryRecord, MemoryView, OutOfBounds};

@@ -98,15 +98,24 @@ impl ImportKind {
     pub fn describe(&self) -> String {
         match self {
             Self::Function(signature) => format!("a function {signature}"),
-            Self::Memory { minimum, maximum, shared } => {
+            Self::Memory {
+                minimum,
+                maximum,
+                shared,
+            } => {
                 let max = maximum.map_or(String::new(), |m| format!(", maximum: {m}"));
                 let shared = if *shared { ", shared: true" } else { "" };
                 format!("a memory {{ initial: {minimum}{max}{shared} }}")
             }
             Self::Global { ty, mutable } => {
-                format!("a {}global of type {ty}", if *mutable { "mutable " } else { "" })
+                format!(
+                    "a {}global of type {ty}",
+                    if *mutable { "mutable " } else { "" }
+                )
             }
-            Self::Table { element, minimum, .. } => {
+            Self::Table {
+                element, minimum, ..
+            } => {
                 format!("a table {{ element: '{element}', initial: {minimum} }}")
             }
             Self::Tag => "an exception tag".into(),
@@ -132,7 +141,9 @@ impl Module {
         name: Option<&str>,
     ) -> Result<Arc<Self>> {
         let (bytes, file_stem) = read(source)?;
-        let options = InstrumentOptions { polls: engine.options.uses_poll_page() };
+        let options = InstrumentOptions {
+            polls: engine.options.uses_poll_page(),
+        };
         let spliced = instrument(&bytes, &options).map_err(|e| refuse_bytes(&e))?;
         let name = name
             .map(ToOwned::to_owned)
@@ -197,19 +208,35 @@ impl Module {
 
     /// Position in [`Module::functions`].
     pub fn function_index(&self, name: &str) -> Result<usize> {
-        self.functions.iter().position(|f| f.name == name).ok_or_else(|| {
-            let names: Vec<_> = self.functions.iter().take(20).map(|f| f.name.as_str()).collect();
-            let more = self.functions.len().saturating_sub(names.len());
-            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-            Error::new(
-                ErrorCode::ExportNotFound,
-                format!(
-                    "{} exports no function '{name}'; it exports: {}{more}",
-                    self.name,
-                    if names.is_empty() { "none".into() } else { names.join(", ") }
-                ),
-            )
-        })
+        self.functions
+            .iter()
+            .position(|f| f.name == name)
+            .ok_or_else(|| {
+                let names: Vec<_> = self
+                    .functions
+                    .iter()
+                    .take(20)
+                    .map(|f| f.name.as_str())
+                    .collect();
+                let more = self.functions.len().saturating_sub(names.len());
+                let more = if more > 0 {
+                    format!(" and {more} more")
+                } else {
+                    String::new()
+                };
+                Error::new(
+                    ErrorCode::ExportNotFound,
+                    format!(
+                        "{} exports no function '{name}'; it exports: {}{more}",
+                        self.name,
+                        if names.is_empty() {
+                            "none".into()
+                        } else {
+                            names.join(", ")
+                        }
+                    ),
+                )
+            })
     }
 }
 
@@ -225,7 +252,9 @@ fn read(source: &Source) -> Result<(Vec<u8>, Option<String>)> {
         )
     })?;
     let stem = path.file_stem().map(|s| s.to_string_lossy().into_owned());
-    let is_text = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("wat"));
+    let is_text = path
+        .extension()
+        .is_some_and(|e| e.eq_ignore_ascii_case("wat"));
     if is_text && !bytes.starts_with(b"\0asm") {
         return Ok((assemble(path, &bytes)?, stem));
     }
@@ -238,7 +267,10 @@ fn assemble(path: &Path, text: &[u8]) -> Result<Vec<u8>> {
         .map_err(|e| compile_error(format!("'{}' is not UTF-8 text: {e}", path.display())))?;
     wat::parse_str(text).map_err(|mut e| {
         e.set_path(path);
-        compile_error(format!("'{}' is not valid WebAssembly text: {e}", path.display()))
+        compile_error(format!(
+            "'{}' is not valid WebAssembly text: {e}",
+            path.display()
+        ))
     })
 }
 

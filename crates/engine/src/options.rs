@@ -6,6 +6,10 @@ use crate::limits::Limits;
 
 /// How guests are compiled and checked. Two managers with equal options share one engine.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a switch of the public contract"
+)]
 pub struct EngineOptions {
     /// Running code can be stopped by timeouts, signals and `destroy()`.
     pub interruptible: bool,

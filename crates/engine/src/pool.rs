@@ -3,6 +3,8 @@
 //! Never rayon's global pool: its threads would be shared with whatever else lives in the process,
 //! and a guest may keep one for as long as it likes.
 
+use std::sync::{Arc, PoisonError, RwLock};
+
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::error::{Error, ErrorCode, Result};
@@ -10,9 +12,9 @@ use crate::error::{Error, ErrorCode, Result};
 /// Room beside the guest's own stack: host frames, and the compiler's when it runs on the pool.
 const HOST_STACK_BYTES: usize = 2 << 20;
 
-/// Threads that run calls and compile modules.
+/// Threads that run calls and compile modules, until [`Pool::end`].
 #[derive(Debug)]
-pub(crate) struct Pool(ThreadPool);
+pub(crate) struct Pool(RwLock<Option<Arc<ThreadPool>>>);
 
 impl Pool {
     /// * `guest_stack_bytes`: what a call may use (`limits.stackBytes`).
@@ -25,7 +27,7 @@ impl Pool {
             // Rayon aborts the process on a panic that nobody handles. Jobs catch their own; this is the net.
             .panic_handler(drop)
             .build()
-            .map(Self)
+            .map(|pool| Self(RwLock::new(Some(Arc::new(pool)))))
             .map_err(|e| {
                 Error::new(
                     ErrorCode::Internal,
@@ -34,22 +36,48 @@ impl Pool {
             })
     }
 
+    /// Runs `job` on a pool thread; on this one if the pool has ended, so that nothing is lost.
     pub(crate) fn spawn(&self, job: impl FnOnce() + Send + 'static) {
-        self.0.spawn_fifo(job);
+        let pool = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        match &*pool {
+            Some(pool) => pool.spawn_fifo(job),
+            None => {
+                drop(pool);
+                job();
+            }
+        }
     }
 
     /// Runs `job` inside the pool and waits for it, so that parallel compilation uses these threads.
     pub(crate) fn install<R: Send>(&self, job: impl FnOnce() -> R + Send) -> R {
-        self.0.install(job)
+        let pool = self
+            .0
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        match pool {
+            Some(pool) => pool.install(job),
+            None => job(),
+        }
     }
 
-    pub(crate) fn threads(&self) -> usize {
-        self.0.current_num_threads()
+    /// Ends the threads once they are idle. They must have nothing left to do.
+    pub(crate) fn end(&self) {
+        let pool = self
+            .0
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        drop(pool);
     }
 }
 
 /// Linux shows 15 bytes of a thread's name; the index needs some of them.
 pub(crate) fn thread_name(name: &str) -> String {
-    let short: String = name.chars().filter(char::is_ascii_graphic).take(8).collect();
+    let short: String = name
+        .chars()
+        .filter(char::is_ascii_graphic)
+        .take(8)
+        .collect();
     format!("molt-{short}")
 }

@@ -26,7 +26,7 @@ use crate::error::{Error, ErrorCode, Result};
 use crate::host::{Host, ImportValue, host_function, number_from_raw};
 use crate::interrupt::{Interrupter, Stop};
 use crate::limits::{Limiter, Limits};
-use crate::memory::{MemoryPlan, MemoryRecord, with_plan};
+use crate::memory::{MemoryPlan, MemoryRecord, new_memory, with_plan, with_plan_and_poll};
 use crate::module::{Import, ImportKind, Module};
 use crate::trap::triage;
 use crate::value::{FuncHandle, Signature, Value, ValueType, default_val, null_ref};
@@ -123,8 +123,9 @@ impl Blueprint {
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         let options = &self.engine.options;
         let epochs = options.interruptible && !options.uses_poll_page();
-        let interrupter =
-            Arc::new(Interrupter::new(epochs.then(|| self.engine.wasmtime.clone())));
+        let interrupter = Arc::new(Interrupter::new(
+            epochs.then(|| self.engine.wasmtime.clone()),
+        ));
         let guest = Guest {
             limiter: Limiter::new(&self.limits),
             replica: std::ptr::null(),
@@ -224,8 +225,14 @@ impl Replica {
     /// The type of a function of this instance that host code has seen.
     pub fn signature(&self, handle: &FuncHandle) -> Option<Signature> {
         let exported = self.live.get().and_then(|live| {
-            let index = live.functions.iter().position(|f| f.address == handle.address)?;
-            self.module.functions().get(index).map(|f| f.signature.clone())
+            let index = live
+                .functions
+                .iter()
+                .position(|f| f.address == handle.address)?;
+            self.module
+                .functions()
+                .get(index)
+                .map(|f| f.signature.clone())
         });
         let types = || self.types.lock().unwrap_or_else(PoisonError::into_inner);
         exported.or_else(|| types().get(&handle.address).cloned())
@@ -250,7 +257,9 @@ impl Replica {
         if self.is_released() {
             return 0;
         }
-        self.live.get().map_or(0, |live| live.memories.iter().map(|m| m.byte_len()).sum())
+        self.live
+            .get()
+            .map_or(0, |live| live.memories.iter().map(|m| m.byte_len()).sum())
     }
 
     pub(crate) fn active(&self) -> *mut () {
@@ -303,25 +312,33 @@ impl Replica {
         let mut main_memory = None;
         let mut externs = Vec::with_capacity(imports.len());
         for (import, value) in module.imports().iter().zip(imports) {
-            let (made, created) = with_plan(MemoryPlan { guests: 1, poll: false }, || {
-                link(store, import, value, self.id)
-            });
+            let plan = MemoryPlan {
+                guests: 1,
+                poll: false,
+            };
+            let (made, created) = with_plan(plan, || link(store, import, value, self.id));
             externs.push(made.map_err(|e| self.refused(store, e))?);
             if let Some(record) = created.guests.into_iter().next() {
                 main_memory.get_or_insert_with(|| Arc::clone(&record));
                 memories.push(record);
             }
         }
-        let plan = MemoryPlan { guests: module.defined_memories, poll: module.has_poll_memory };
-        let (instance, created) =
-            with_plan(plan, || Instance::new(&mut *store, &module.compiled, &externs));
-        if let Some(poll) = created.poll {
-            self.interrupter.set_poll(poll);
-        }
+        let plan = MemoryPlan {
+            guests: module.defined_memories,
+            poll: module.has_poll_memory,
+        };
+        let interrupter = Arc::clone(&self.interrupter);
+        let (instance, created) = with_plan_and_poll(
+            plan,
+            move |page| interrupter.set_poll(page),
+            || Instance::new(&mut *store, &module.compiled, &externs),
+        );
         let instance = instance.map_err(|e| self.start_failed(store, e))?;
         memories.extend(created.guests);
         if let Some(name) = &module.main_memory {
-            main_memory = self.find_memory(store, &instance, name, &memories).or(main_memory);
+            main_memory = self
+                .find_memory(store, &instance, name, &memories)
+                .or(main_memory);
         }
         let main_memory = main_memory.or_else(|| memories.first().cloned());
         let mut functions = Vec::with_capacity(module.functions().len());
@@ -330,9 +347,17 @@ impl Replica {
                 .get_func(&mut *store, &exported.name)
                 .ok_or_else(|| Error::internal("an exported function is missing"))?;
             let address = func.to_raw(&mut *store) as usize;
-            functions.push(FuncHandle { func, replica: self.id, address });
+            functions.push(FuncHandle {
+                func,
+                replica: self.id,
+                address,
+            });
         }
-        Ok(Live { functions, memories, main_memory })
+        Ok(Live {
+            functions,
+            memories,
+            main_memory,
+        })
     }
 
     /// An exported memory is known by the address of its pages.
@@ -364,7 +389,10 @@ impl Replica {
         }
         Error::new(
             ErrorCode::Link,
-            format!("{} could not be instantiated: {error:#}", self.module.name()),
+            format!(
+                "{} could not be instantiated: {error:#}",
+                self.module.name()
+            ),
         )
     }
 
@@ -377,8 +405,12 @@ impl Replica {
 
     /// WASI reactors and their like want this before anything else.
     fn run_initialize(&self) -> Result<()> {
-        let Ok(index) = self.module.function_index("_initialize") else { return Ok(()) };
-        let Some(func) = self.function(index) else { return Ok(()) };
+        let Ok(index) = self.module.function_index("_initialize") else {
+            return Ok(());
+        };
+        let Some(func) = self.function(index) else {
+            return Ok(());
+        };
         let plain = self
             .module
             .functions()
@@ -396,10 +428,7 @@ impl Replica {
     /// # Safety
     /// The calling thread holds the replica; if a host function of it runs, it runs on this thread.
     #[inline]
-    unsafe fn with_context<R>(
-        &self,
-        f: impl FnOnce(StoreContextMut<'_, Guest>) -> R,
-    ) -> Option<R> {
+    unsafe fn with_context<R>(&self, f: impl FnOnce(StoreContextMut<'_, Guest>) -> R) -> Option<R> {
         let active = self.active();
         if active.is_null() {
             // SAFETY: the thread holds the replica and no call runs, so this is the only reference.
@@ -463,7 +492,10 @@ impl Replica {
         if let Some(fuel) = self.fuel {
             self.refuel(&mut context, fuel);
         }
-        let made = args.iter().filter(|v| matches!(v, Value::Extern(Some(_)))).count() as u64;
+        let made = args
+            .iter()
+            .filter(|v| matches!(v, Value::Extern(Some(_))))
+            .count() as u64;
         let mut scope = RootScope::new(&mut context);
         let ty = func.func.ty(&scope);
         let mut params = Vec::with_capacity(args.len());
@@ -538,7 +570,10 @@ impl Replica {
     #[cold]
     fn call_failed(&self, func: &FuncHandle, error: wasmtime::Error) -> Error {
         let name = self.live.get().and_then(|live| {
-            let index = live.functions.iter().position(|f| f.address == func.address)?;
+            let index = live
+                .functions
+                .iter()
+                .position(|f| f.address == func.address)?;
             self.module.functions().get(index).map(|f| f.name.as_str())
         });
         let what = name.map_or_else(|| "a function".to_owned(), |n| format!("'{n}'"));
@@ -659,7 +694,10 @@ fn link(
     let failed = |e: wasmtime::Error| {
         Error::new(
             ErrorCode::Link,
-            format!("import '{}'.'{}' could not be made: {e:#}", import.module, import.name),
+            format!(
+                "import '{}'.'{}' could not be made: {e:#}",
+                import.module, import.name
+            ),
         )
     };
     match (&import.ty, value) {
@@ -671,40 +709,58 @@ fn link(
                 return Err(wrong(&format!("a value of type {}", value.ty())));
             }
             let val = value.clone().into_val(replica, &mut *store)?;
-            Ok(wasmtime::Global::new(&mut *store, ty.clone(), val).map_err(failed)?.into())
+            Ok(wasmtime::Global::new(&mut *store, ty.clone(), val)
+                .map_err(failed)?
+                .into())
         }
         (ExternType::Memory(ty), ImportValue::Memory { initial, maximum }) => {
             let fits = *initial >= ty.minimum()
-                && ty.maximum().is_none_or(|most| maximum.is_some_and(|m| m <= most));
+                && ty
+                    .maximum()
+                    .is_none_or(|most| maximum.is_some_and(|m| m <= most));
             if !fits {
                 let max = maximum.map_or("none".into(), |m| m.to_string());
-                return Err(wrong(&format!("a memory of initial: {initial}, maximum: {max}")));
-            }
-            if ty.is_shared() {
-                return Err(wrong("a memory that is not shared"));
+                return Err(wrong(&format!(
+                    "a memory of initial: {initial}, maximum: {max}"
+                )));
             }
             let ty = if ty.is_64() {
                 wasmtime::MemoryType::new64(*initial, *maximum)
             } else {
-                let pages = |n: u64| u32::try_from(n).map_err(|_| wrong("a memory too large for 32 bits"));
-                wasmtime::MemoryType::new(pages(*initial)?, maximum.map(pages).transpose()?)
+                let pages =
+                    |n: u64| u32::try_from(n).map_err(|_| wrong("a memory too large for 32 bits"));
+                let maximum = maximum.map(pages).transpose()?;
+                if ty.is_shared() {
+                    let Some(maximum) = maximum else {
+                        return Err(wrong("a shared memory without a maximum"));
+                    };
+                    wasmtime::MemoryType::shared(pages(*initial)?, maximum)
+                } else {
+                    wasmtime::MemoryType::new(pages(*initial)?, maximum)
+                }
             };
-            Ok(wasmtime::Memory::new(&mut *store, ty).map_err(failed)?.into())
+            new_memory(&mut *store, &ty).map_err(failed)
         }
         (ExternType::Table(ty), ImportValue::Table { initial, maximum }) => {
             let fits = *initial >= ty.minimum()
-                && ty.maximum().is_none_or(|most| maximum.is_some_and(|m| m <= most));
+                && ty
+                    .maximum()
+                    .is_none_or(|most| maximum.is_some_and(|m| m <= most));
             let pages = |n: u64| u32::try_from(n).map_err(|_| wrong("a table too large"));
             if !fits {
                 return Err(wrong(&format!("a table of initial: {initial}")));
             }
-            let ImportKind::Table { element, .. } = &import.kind else { return Err(wrong("a table")) };
+            let ImportKind::Table { element, .. } = &import.kind else {
+                return Err(wrong("a table"));
+            };
             let made = wasmtime::TableType::new(
                 ty.element().clone(),
                 pages(*initial)?,
                 maximum.map(pages).transpose()?,
             );
-            Ok(wasmtime::Table::new(&mut *store, made, null_ref(*element)).map_err(failed)?.into())
+            Ok(wasmtime::Table::new(&mut *store, made, null_ref(*element))
+                .map_err(failed)?
+                .into())
         }
         (_, ImportValue::Function(_)) => Err(wrong("a function")),
         (_, ImportValue::Global(_)) => Err(wrong("a value")),

@@ -115,7 +115,11 @@ impl Stats {
         let mut inner = self.lock();
         // Reasons are the caller's own words: a bound keeps the table from growing for ever.
         let is_new = !inner.reloads.contains_key(reason);
-        let key = if is_new && inner.reloads.len() >= MAX_REASONS { "other" } else { reason };
+        let key = if is_new && inner.reloads.len() >= MAX_REASONS {
+            "other"
+        } else {
+            reason
+        };
         *inner.reloads.entry(key.to_owned()).or_default() += 1;
         inner.pause.saturating_record(nanoseconds(pause));
     }
@@ -135,7 +139,11 @@ impl Stats {
 
     pub(crate) fn times(&self) -> Times {
         let inner = self.lock();
-        Times { run: read(&inner.run), wait: read(&inner.wait), pause: read(&inner.pause) }
+        Times {
+            run: read(&inner.run),
+            wait: read(&inner.wait),
+            pause: read(&inner.pause),
+        }
     }
 }
 
@@ -147,11 +155,13 @@ impl CallCounts {
         let counter = match error {
             None => &mut self.completed,
             Some(Error::Trap { .. }) => &mut self.trapped,
-            Some(Error::Aborted(_)) => &mut self.interrupted,
-            Some(Error::Plain {
-                code: ErrorCode::Timeout | ErrorCode::Interrupted | ErrorCode::OutOfFuel,
-                ..
-            }) => &mut self.interrupted,
+            Some(
+                Error::Aborted(_)
+                | Error::Plain {
+                    code: ErrorCode::Timeout | ErrorCode::Interrupted | ErrorCode::OutOfFuel,
+                    ..
+                },
+            ) => &mut self.interrupted,
             Some(_) => &mut self.failed,
         };
         *counter += 1;

@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use wasm_molt_lifecycle::{
-    Backend, FailedPhase, Failure, Generation, InFlight, OnDrainTimeout, Plan, SystemClock, Timings,
-    swap::run as run_protocol,
+    Backend, FailedPhase, Failure, Generation, Home, InFlight, OnDrainTimeout, Plan, SystemClock,
+    Timings, swap::run as run_protocol,
 };
 
 use crate::error::{Error, Result};
@@ -210,7 +210,7 @@ impl Backend for Swap<'_> {
         let shared = Arc::clone(self.shared);
         // If the home is gone there is nobody to call, and the next step finds the swap cancelled.
         let _ = self.shared.host.at_home(Box::new(move |home| {
-            let n = home.map_or_else(|| shared.gate.close(), |home| home.close());
+            let n = home.map_or_else(|| shared.gate.close(), Home::close);
             count.store(n, Ordering::Release);
         }));
         in_flight.load(Ordering::Acquire)
@@ -228,7 +228,9 @@ impl Backend for Swap<'_> {
     fn interrupt_in_flight(&mut self) {
         for replica in &self.old {
             let why = "a reload did not want to wait any longer (onDrainTimeout: 'interrupt')";
-            replica.interrupter().stop_current(Stop::Interrupted(why.into()));
+            replica
+                .interrupter()
+                .stop_current(Stop::Interrupted(why.into()));
         }
     }
 
@@ -263,8 +265,11 @@ impl Backend for Swap<'_> {
     fn commit(&mut self) {
         let shared = Arc::clone(self.shared);
         let generation = self.previous.next();
-        let change =
-            Replaced { old: self.old.clone(), new: self.next.clone(), generation };
+        let change = Replaced {
+            old: self.old.clone(),
+            new: self.next.clone(),
+            generation,
+        };
         let publish = move || {
             {
                 let mut serving = shared.lock_serving();

@@ -33,15 +33,26 @@ pub(crate) fn triage(
             format!("{what} used up limits.fuel = {fuel}; the instance is replaced"),
         );
     }
-    let wasm_stack = error.downcast_ref::<WasmBacktrace>().map(frames).unwrap_or_default();
+    let wasm_stack = error
+        .downcast_ref::<WasmBacktrace>()
+        .map(frames)
+        .unwrap_or_default();
     let (kind, message) = match trap {
         Some(trap) => (kind_of(trap), trap.to_string()),
-        None if error.is::<ThrownException>() => {
-            (UNCAUGHT_EXCEPTION, "the guest threw an exception that nobody caught".into())
-        }
+        None if error.is::<ThrownException>() => (
+            UNCAUGHT_EXCEPTION,
+            "the guest threw an exception that nobody caught".into(),
+        ),
         None => return Error::internal(format_args!("{what}: {error:#}")),
     };
-    Error::Trap { what: what.into(), info: Box::new(TrapInfo { kind, message, wasm_stack }) }
+    Error::Trap {
+        what: what.into(),
+        info: Box::new(TrapInfo {
+            kind,
+            message,
+            wasm_stack,
+        }),
+    }
 }
 
 fn kind_of(trap: Trap) -> &'static str {
@@ -70,18 +81,21 @@ fn frames(backtrace: &WasmBacktrace) -> String {
     let mut text = String::new();
     for frame in backtrace.frames() {
         let module = frame.module().name().unwrap_or("wasm");
-        let name = frame.func_name().map_or_else(
-            || format!("function[{}]", frame.func_index()),
-            |name| wasmtime_demangle(name),
-        );
+        let name = frame
+            .func_name()
+            .map_or_else(|| format!("function[{}]", frame.func_index()), demangle);
         let offset = frame.module_offset().unwrap_or_default();
-        let _ = writeln!(text, "    at {name} ({module}:wasm-function[{}]:0x{offset:x})", frame.func_index());
+        let _ = writeln!(
+            text,
+            "    at {name} ({module}:wasm-function[{}]:0x{offset:x})",
+            frame.func_index()
+        );
     }
     text
 }
 
 /// wasmtime demangles only when it prints; frames are wanted one by one.
-fn wasmtime_demangle(name: &str) -> String {
+fn demangle(name: &str) -> String {
     rustc_demangle::try_demangle(name)
         .map(|demangled| format!("{demangled:#}"))
         .ok()

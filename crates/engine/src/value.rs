@@ -122,21 +122,32 @@ impl Signature {
     /// Only numbers: the raw calling convention can be used.
     pub fn is_numeric(&self) -> bool {
         let numeric = |t: &ValueType| {
-            matches!(t, ValueType::I32 | ValueType::I64 | ValueType::F32 | ValueType::F64)
+            matches!(
+                t,
+                ValueType::I32 | ValueType::I64 | ValueType::F32 | ValueType::F64
+            )
         };
         self.params.iter().all(numeric) && self.results.iter().all(numeric)
     }
 
     /// No type in it is [`ValueType::Opaque`].
     pub fn can_cross(&self) -> bool {
-        !self.params.iter().chain(&*self.results).any(|t| *t == ValueType::Opaque)
+        !self
+            .params
+            .iter()
+            .chain(&*self.results)
+            .any(|t| *t == ValueType::Opaque)
     }
 }
 
 impl fmt::Display for Signature {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let list = |types: &[ValueType]| {
-            types.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+            types
+                .iter()
+                .map(ToString::to_string)
+                .collect::<Vec<_>>()
+                .join(", ")
         };
         write!(f, "({}) -> ({})", list(&self.params), list(&self.results))
     }
@@ -195,12 +206,17 @@ impl Value {
             Self::Extern(None) => Val::ExternRef(None),
             Self::Extern(Some(value)) => {
                 let held = ExternRef::new(&mut store, value).map_err(|e| {
-                    Error::new(ErrorCode::Internal, format!("an externref could not be made: {e}"))
+                    Error::new(
+                        ErrorCode::Internal,
+                        format!("an externref could not be made: {e}"),
+                    )
                 })?;
                 Val::ExternRef(Some(held))
             }
             Self::Func(None) => Val::FuncRef(None),
-            Self::Func(Some(handle)) if handle.replica == replica => Val::FuncRef(Some(handle.func)),
+            Self::Func(Some(handle)) if handle.replica == replica => {
+                Val::FuncRef(Some(handle.func))
+            }
             Self::Func(Some(_)) | Self::Export(_) => {
                 return Err(Error::new(
                     ErrorCode::StaleHandle,
@@ -226,7 +242,11 @@ impl Value {
             Val::FuncRef(None) => Self::Func(None),
             Val::FuncRef(Some(func)) => {
                 let address = func.to_raw(store.as_context_mut()) as usize;
-                Self::Func(Some(FuncHandle { func: *func, replica, address }))
+                Self::Func(Some(FuncHandle {
+                    func: *func,
+                    replica,
+                    address,
+                }))
             }
             _ => return Err(Error::internal("a value of a type that cannot cross")),
         })

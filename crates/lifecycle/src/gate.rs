@@ -188,6 +188,38 @@ pub(crate) struct Shared<W> {
 /// All decisions are made under one mutex, which also orders what successive holders of a slot do
 /// to its replica. The home's word is the only atomic that carries a decision; it is written under
 /// the mutex, with `Release`.
+///
+/// # Example
+///
+/// ```
+/// use std::sync::mpsc::{Sender, channel};
+/// use wasm_molt_lifecycle::{Admission, Gate, GateOptions, InFlight, Ticket, Waiter};
+///
+/// /// A call that hands its ticket to a worker.
+/// struct Call(Sender<Ticket<Call>>);
+///
+/// impl Waiter for Call {
+///     fn start(self, ticket: Ticket<Self>) {
+///         let Self(worker) = self;
+///         let _ = worker.send(ticket);
+///     }
+/// }
+///
+/// let (worker, tickets) = channel();
+/// let gate = Gate::new(GateOptions { slots: 1, max_queue: 8, home: false });
+/// gate.open();
+/// assert_eq!(gate.admit(Call(worker.clone())).unwrap(), Admission::Started);
+/// let ticket = tickets.recv().unwrap();
+///
+/// // A swap: what is in flight ends, what comes meanwhile waits.
+/// assert_eq!(gate.close(), 1);
+/// assert!(matches!(gate.admit(Call(worker)), Ok(Admission::Queued(_))));
+/// assert_eq!(gate.wait_drained(Some(std::time::Duration::ZERO)), Err(InFlight(1)));
+/// drop(ticket);
+/// gate.wait_drained(None).unwrap();
+/// gate.open();
+/// assert_eq!(tickets.recv().unwrap().slot(), 0);
+/// ```
 pub struct Gate<W: Waiter> {
     pub(crate) shared: Arc<Shared<W>>,
 }

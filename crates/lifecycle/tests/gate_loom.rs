@@ -387,13 +387,13 @@ fn leaving_home_hands_the_slot_to_who_waits() {
         let inside = home.enter().unwrap();
         let id = bench.gate.reserve_id();
         home.admit_as(id, bench.call()).unwrap();
-        let canceller = {
+        let other = {
             let gate = bench.gate.clone();
             thread::spawn(move || usize::from(gate.cancel(id).is_some()))
         };
         bench.replica.use_it();
         drop(inside);
-        let cancelled = canceller.join().unwrap();
+        let cancelled = other.join().unwrap();
         assert_eq!(bench.starts() + cancelled, 1);
         assert!(home.enter().is_some());
         bench.assert_at_rest(2 - cancelled);
@@ -589,7 +589,7 @@ fn a_whole_swap_with_a_ticket_out_and_home_calling() {
 fn a_retirement_from_another_thread_waits_for_home() {
     loom::model(|| {
         let (bench, home) = Bench::with_home();
-        let repairer = {
+        let other = {
             let bench = bench.clone();
             thread::spawn(move || {
                 bench.gate.retire(0);
@@ -607,7 +607,7 @@ fn a_retirement_from_another_thread_waits_for_home() {
             uses += 1;
         }
         home.admit(bench.call()).unwrap();
-        let repaired = repairer.join().unwrap();
+        let repaired = other.join().unwrap();
         home.counts();
         bench.gate.reinstate(0);
         assert_eq!(bench.starts(), 1);

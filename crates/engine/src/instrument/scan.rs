@@ -14,20 +14,23 @@ use super::{InstrumentError, Result};
 pub(super) struct Site {
     /// Before the instruction at this offset in the module.
     pub(super) at: usize,
-    /// The function that is called there, or [`Site::POLLED`].
+    /// The function that is called there, [`Site::ENTRY`] or [`Site::POLLED`].
     pub(super) callee: u32,
 }
 
 impl Site {
     /// In place of a callee: a poll does go there. (No module has so many functions.)
     pub(super) const POLLED: u32 = u32::MAX;
+    /// In place of a callee: the first instruction of a function.
+    pub(super) const ENTRY: u32 = u32::MAX - 1;
 
     pub(super) fn is_polled(self) -> bool {
         self.callee == Self::POLLED
     }
 }
 
-/// Finds the places, in order. Calls inside a loop are none: the loop's own poll comes before them.
+/// Finds the places, in order: a function's entry, its loops, its calls. Calls inside a loop are no
+/// place: the loop's own poll comes before them.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Sites {
     pub(super) found: Vec<Site>,
@@ -37,9 +40,13 @@ pub(super) struct Sites {
 }
 
 impl Sites {
-    fn begin(&mut self) {
+    fn begin(&mut self, entry: usize) {
         self.open.clear();
         self.loops = 0;
+        self.found.push(Site {
+            at: entry,
+            callee: Site::ENTRY,
+        });
     }
 
     fn enter(&mut self) {
@@ -90,8 +97,8 @@ pub(super) fn scan(body: &FunctionBody<'_>, sites: &mut Sites) -> Result<()> {
 
 /// Every instruction there is.
 fn scan_any(body: &FunctionBody<'_>, sites: &mut Sites) -> Result<()> {
-    sites.begin();
     let mut operators = body.get_operators_reader()?;
+    sites.begin(operators.original_position());
     while !operators.eof() {
         let at = operators.original_position();
         match operators.read()? {
@@ -209,7 +216,7 @@ fn simd(opcode: u32) -> Immediate {
 
 /// The instructions of ordinary modules. `None` where one is not: the sites are then incomplete.
 fn scan_common(code: &[u8], start: usize, sites: &mut Sites) -> Option<()> {
-    sites.begin();
+    sites.begin(start);
     let mut cursor = Cursor { code, at: 0 };
     while let Some(&opcode) = code.get(cursor.at) {
         let at = start + cursor.at;

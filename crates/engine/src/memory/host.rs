@@ -111,10 +111,14 @@ pub(crate) struct Created {
     pub(crate) poll: Option<PollPage>,
 }
 
+/// Is given the poll page as soon as it is made, before any guest code runs.
+type OnPoll = Box<dyn FnOnce(PollPage)>;
+
 /// A plan at work.
 struct Active {
     guests: usize,
     poll: bool,
+    on_poll: Option<OnPoll>,
     created: Created,
 }
 
@@ -134,10 +138,11 @@ thread_local! {
 struct Scope;
 
 impl Scope {
-    fn enter(plan: MemoryPlan) -> Self {
+    fn enter(plan: MemoryPlan, on_poll: Option<OnPoll>) -> Self {
         let active = Active {
             guests: plan.guests,
             poll: plan.poll,
+            on_poll,
             created: Created::default(),
         };
         PLANS.with_borrow_mut(|plans| plans.push(active));
@@ -161,7 +166,18 @@ impl Drop for Scope {
 /// Runs `f`, an instantiation, and returns the memories that were made for it. Those of a failed
 /// instantiation are already released.
 pub(crate) fn with_plan<R>(plan: MemoryPlan, f: impl FnOnce() -> R) -> (R, Created) {
-    let scope = Scope::enter(plan);
+    let scope = Scope::enter(plan, None);
+    let result = f();
+    (result, scope.leave())
+}
+
+/// The same; `on_poll` gets the poll page before any guest code can run.
+pub(crate) fn with_plan_and_poll<R>(
+    plan: MemoryPlan,
+    on_poll: impl FnOnce(PollPage) + 'static,
+    f: impl FnOnce() -> R,
+) -> (R, Created) {
+    let scope = Scope::enter(plan, Some(Box::new(on_poll)));
     let result = f();
     (result, scope.leave())
 }
@@ -312,6 +328,10 @@ unsafe impl wasmtime::MemoryCreator for MemoryHost {
             }
             Next::Poll => {
                 let page = self.poll_memory(reserved, guard_size_in_bytes)?;
+                let on_poll = PLANS.with_borrow_mut(|plans| plans.last_mut()?.on_poll.take());
+                if let Some(on_poll) = on_poll {
+                    on_poll(page.clone());
+                }
                 note(|created| created.poll = Some(page.clone()));
                 Ok(Box::new(PollMemory(page)))
             }

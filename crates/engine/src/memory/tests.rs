@@ -6,9 +6,9 @@ mod size;
 
 use wasmtime::{Config, Engine, Instance, Module, Store, TypedFunc, WasmParams, WasmResults};
 
-use super::host::configure_for;
+use super::host::{Created, configure_for};
 use super::region::Platform;
-use super::{Created, MemoryOptions, MemoryPlan, MemoryRecord, with_plan};
+use super::{MemoryOptions, MemoryPlan, MemoryRecord, with_plan};
 
 const SMALL: MemoryOptions = MemoryOptions {
     reservation_bytes: 1 << 20,

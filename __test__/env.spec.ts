@@ -1,0 +1,318 @@
+// Environments: worker threads, exits in mid-call, several copies of the addon, V8's own engine beside ours.
+import assert from 'node:assert/strict'
+import { copyFileSync, mkdirSync, symlinkSync } from 'node:fs'
+import { join } from 'node:path'
+import { test } from 'node:test'
+import { fileURLToPath } from 'node:url'
+import { binary, temporaryFolder, wat, workbench } from './guests.ts'
+import { child, INDEX_URL, LIMIT, reported } from './support.ts'
+
+const ROOT = fileURLToPath(new URL('..', import.meta.url))
+
+/** Runs in a worker: everything the addon does, a little. */
+const WORKER = `
+  import { parentPort, workerData } from 'node:worker_threads'
+  import { WasmModuleManager } from ${JSON.stringify(INDEX_URL)}
+  const { workbench, mode } = workerData
+  const manager = await WasmModuleManager.create(workbench, {
+    cache: false,
+    imports: { env: {
+      entered: () => { parentPort.postMessage('entered') },
+      hold: async (key) => { if (key === 99) { parentPort.postMessage('entered'); await new Promise(() => {}) } return key },
+    } },
+  })
+`
+const LAUNCH = `
+  import { Worker } from 'node:worker_threads'
+  const launch = (mode, body) => new Worker(
+    new URL('data:text/javascript,' + encodeURIComponent(process.env.WORKER + body)),
+    { workerData: { workbench: process.env.WORKBENCH, mode } },
+  )
+  const message = (worker) => new Promise((resolve, reject) => {
+    worker.once('message', resolve); worker.once('error', reject)
+    worker.once('exit', (code) => reject(new Error('the worker ended with ' + code)))
+  })
+`
+const env = { WORKER, WORKBENCH: workbench }
+
+test('eight worker threads load the addon, use it at once, and end well', LIMIT, async () => {
+  const ended = await child(
+    `${LAUNCH}
+    const body = \`
+      let sum = 0
+      for (let i = 0; i < 200; i += 1) {
+        sum += manager.exports.add(i, 1)
+        sum += await manager.call('add', [i, 1])
+        if (i % 50 === 0) await manager.reload()
+        new Uint8Array(manager.memory.buffer)[0] = i
+      }
+      const held = await manager.call('hold', [7])
+      await manager.close()
+      parentPort.postMessage({ sum, held, state: manager.state })
+    \`
+    const workers = Array.from({ length: 8 }, () => launch('use', body))
+    const exits = workers.map((w) => new Promise((resolve) => w.once('exit', resolve)))
+    const results = await Promise.all(workers.map(message))
+    report({ results, exits: await Promise.all(exits) })
+    `,
+    { env, timeoutMs: 50_000 },
+  )
+  const { results, exits } = reported<{ results: object[]; exits: number[] }>(ended)
+  assert.deepEqual(results, Array(8).fill({ sum: 40_200, held: 7, state: 'closed' }))
+  assert.deepEqual(exits, Array(8).fill(0))
+})
+
+for (const [what, call] of [
+  ['an asynchronous call loops for ever', `manager.call('spin').catch(() => {})`],
+  ['a call waits for a promise that never settles', `manager.call('hold', [99]).catch(() => {})`],
+  [
+    'a hook waits for a promise that never settles',
+    `manager.use(async () => { parentPort.postMessage('entered'); await new Promise(() => {}) })`,
+  ],
+] as const) {
+  test(`terminating a worker while ${what} neither crashes nor hangs the process`, LIMIT, async () => {
+    const ended = await child(
+      `${LAUNCH}
+      for (let round = 0; round < 5; round += 1) {
+        const worker = launch('stop', ${JSON.stringify(`${call}\nawait new Promise(() => {})`)})
+        await message(worker)
+        worker.removeAllListeners('exit')
+        await worker.terminate()
+      }
+      report('survived')
+      `,
+      { env },
+    )
+    assert.equal(reported(ended), 'survived')
+  })
+
+  test(`process.exit() while ${what} ends the process with that code`, LIMIT, async () => {
+    const ended = await child(
+      `
+      const parentPort = { postMessage: () => setImmediate(() => process.exit(7)) }
+      const manager = await WasmModuleManager.create(process.env.WORKBENCH, {
+        cache: false,
+        imports: { env: {
+          entered: () => { parentPort.postMessage() },
+          hold: async (key) => { parentPort.postMessage(); await new Promise(() => {}) },
+        } },
+      })
+      ${call}
+      `,
+      { env },
+    )
+    assert.deepEqual([ended.code, ended.signal, ended.stderr], [7, null, ''])
+  })
+}
+
+test(
+  'process.exit() inside an import that the guest called on the JS thread ends the process with that code',
+  LIMIT,
+  async () => {
+    const ended = await child(
+      `
+    const manager = WasmModuleManager.createSync(process.env.WORKBENCH, {
+      cache: false, imports: { env: { entered: () => process.exit(9), hold: () => 0 } },
+    })
+    manager.exports.entered()
+    `,
+      { env },
+    )
+    assert.deepEqual([ended.code, ended.signal, ended.stderr], [9, null, ''])
+  },
+)
+
+test(
+  'process.exit() inside an import that the guest called on a pool thread ends the process with that code',
+  LIMIT,
+  async () => {
+    const ended = await child(
+      `
+    const manager = WasmModuleManager.createSync(process.env.WORKBENCH, {
+      cache: false, imports: { env: { entered: () => process.exit(9), hold: () => 0 } },
+    })
+    await manager.call('entered')
+    `,
+      { env },
+    )
+    assert.deepEqual([ended.code, ended.signal, ended.stderr], [9, null, ''])
+  },
+)
+
+test('process.exit() during a reload whose hook never settles ends the process with that code', LIMIT, async () => {
+  const ended = await child(
+    `
+    const manager = await WasmModuleManager.create(process.env.WORKBENCH, {
+      cache: false, imports: { env: { entered: () => {}, hold: () => 0 } },
+      saveState: () => { setImmediate(() => process.exit(5)); return new Promise(() => {}) },
+    })
+    await manager.reload()
+    `,
+    { env },
+  )
+  assert.deepEqual([ended.code, ended.signal, ended.stderr], [5, null, ''])
+})
+
+test('an uncaught exception in an import ends the process as it would without us, not by a crash', LIMIT, async () => {
+  const ended = await child(
+    `
+    const manager = WasmModuleManager.createSync(process.env.WORKBENCH, {
+      cache: false, imports: { env: { entered: () => { throw new Error('from the import') }, hold: () => 0 } },
+    })
+    manager.exports.entered()
+    `,
+    { env },
+  )
+  assert.equal(ended.code, 1)
+  assert.match(ended.stderr, /Error: from the import/)
+})
+
+test('requiring the package twice, with an emptied cache, gives two working copies in one process', LIMIT, async () => {
+  const ended = await child(
+    `
+    import { createRequire } from 'node:module'
+    const require = createRequire(${JSON.stringify(INDEX_URL)})
+    const first = require('./index.js')
+    for (const key of Object.keys(require.cache)) delete require.cache[key]
+    const second = require('./index.js')
+    assert.notEqual(first, second)
+    const imports = { env: { entered() {}, hold: (key) => key } }
+    const managers = [first, second].map((copy) => copy.WasmModuleManager.createSync(process.env.WORKBENCH, { cache: false, imports }))
+    const results = []
+    for (const manager of managers) results.push(manager.exports.add(1, 2), await manager.call('hold', [3]))
+    const codes = []
+    for (const [index, manager] of managers.entries()) {
+      try { manager.exports.boom() } catch (error) {
+        codes.push(error.code, error instanceof [first, second][index].WasmError)
+      }
+      await manager.close()
+    }
+    report({ results, codes })
+    `,
+    { env },
+  )
+  assert.deepEqual(reported(ended), {
+    results: [3, 3, 3, 3],
+    codes: ['ERR_WASM_TRAP', true, 'ERR_WASM_TRAP', true],
+  })
+})
+
+test('a second copy of the addon file lives beside the first', LIMIT, async () => {
+  const folder = join(temporaryFolder('copy'), 'molt')
+  mkdirSync(folder)
+  for (const file of ['index.js', 'binding.js', 'package.json']) copyFileSync(join(ROOT, file), join(folder, file))
+  const addon = `wasm-molt.${process.platform}-${process.arch}-gnu.node`
+  copyFileSync(join(ROOT, addon), join(folder, addon))
+  symlinkSync(join(ROOT, 'node_modules'), join(folder, 'node_modules'))
+  const ended = await child(
+    `
+    import { createRequire } from 'node:module'
+    const second = createRequire(process.env.COPY + '/')('./index.js')
+    const imports = { env: { entered() {}, hold: (key) => key } }
+    const results = []
+    for (const copy of [{ WasmModuleManager, WasmError }, second]) {
+      const manager = await copy.WasmModuleManager.create(process.env.WORKBENCH, { cache: false, imports })
+      results.push(manager.exports.add(1, 2), await manager.call('hold', [4]))
+      await manager.call('spin', [], { timeoutMs: 20 }).catch((error) => results.push(error.code))
+      try { manager.exports.load(0x7fffffff) } catch (error) { results.push(error.trap) }
+      await manager.close()
+    }
+    report(results)
+    `,
+    { env: { ...env, COPY: folder } },
+  )
+  const each = [3, 4, 'ERR_WASM_TIMEOUT', 'out-of-bounds-memory']
+  assert.deepEqual(reported(ended), [...each, ...each])
+})
+
+const TRAPS = wat(
+  `(module $traps
+    (memory 1 1)
+    (table 1 funcref)
+    (func (export "oob") (param i32) (result i32) (i32.load (local.get 0)))
+    (func (export "unreachable") unreachable)
+    (func (export "divide") (param i32 i32) (result i32) (i32.div_s (local.get 0) (local.get 1)))
+    (func $deep (export "deep") (param i32) (result i32)
+      (i32.add (call $deep (i32.add (local.get 0) (i32.const 1))) (i32.const 1)))
+    (func (export "null") (call_indirect (i32.const 0))))`,
+  'traps',
+)
+
+/** The same functions in bytes, for V8. */
+const THEIRS = Buffer.from(
+  binary({
+    memory: 1,
+    functions: [
+      { name: 'oob', params: ['i32'], results: ['i32'], body: [0x20, 0, 0x28, 2, 0] },
+      { name: 'unreachable', params: [], results: [], body: [0] },
+      { name: 'divide', params: ['i32', 'i32'], results: ['i32'], body: [0x20, 0, 0x20, 1, 0x6d] },
+      { name: 'deep', params: ['i32'], results: ['i32'], body: [0x20, 0, 0x41, 1, 0x6a, 0x10, 3, 0x41, 1, 0x6a] },
+    ],
+  }),
+).toString('base64')
+
+test("our traps and V8's own alternate in one process, on the JS thread and on the pool", LIMIT, async () => {
+  const ended = await child(
+    `
+    const ours = await WasmModuleManager.create(process.env.TRAPS, { cache: false })
+    const bytes = Buffer.from(process.env.THEIRS, 'base64')
+    const theirs = new WebAssembly.Instance(new WebAssembly.Module(bytes)).exports
+    const args = { oob: [0x7ffffff0], unreachable: [], divide: [1, 0], deep: [0] }
+    const seen = {}
+    for (let round = 0; round < 25; round += 1) {
+      for (const [name, values] of Object.entries(args)) {
+        try { theirs[name](...values); seen[name + ' of V8'] = 'no trap' } catch (error) {
+          if (!(error instanceof WebAssembly.RuntimeError || error instanceof RangeError)) throw error
+        }
+        try { ours.exports[name](...values); seen[name] = 'no trap' } catch (error) { seen[name] = error.trap }
+        await ours.call(name, values).then(
+          () => { seen[name + ' on the pool'] = 'no trap' },
+          (error) => { seen[name + ' on the pool'] = error.trap },
+        )
+      }
+    }
+    report(seen)
+    `,
+    { env: { TRAPS, THEIRS } },
+  )
+  assert.deepEqual(reported(ended), {
+    oob: 'out-of-bounds-memory',
+    'oob on the pool': 'out-of-bounds-memory',
+    unreachable: 'unreachable',
+    'unreachable on the pool': 'unreachable',
+    divide: 'integer-divide-by-zero',
+    'divide on the pool': 'integer-divide-by-zero',
+    deep: 'stack-overflow',
+    'deep on the pool': 'stack-overflow',
+  })
+})
+
+test('a worker that ends while its manager is idle takes its memory and threads along', LIMIT, async () => {
+  const ended = await child(
+    `${LAUNCH}
+    import { readdirSync, readFileSync } from 'node:fs'
+    const measure = () => ({
+      threads: readdirSync('/proc/self/task').length,
+      virtual: Number(readFileSync('/proc/self/statm', 'utf8').split(' ')[0]) * 4096,
+    })
+    const round = async () => {
+      const worker = launch('idle', "manager.memory.buffer; await manager.call('add', [1, 2]); parentPort.postMessage('used')")
+      const gone = new Promise((resolve) => worker.once('exit', resolve))
+      await message(worker)
+      worker.removeAllListeners('exit'); worker.once('exit', () => {})
+      const ended = new Promise((resolve) => worker.once('exit', resolve))
+      await worker.terminate()
+      await ended
+    }
+    await round(); await round()
+    const before = measure()
+    for (let i = 0; i < 8; i += 1) await round()
+    const after = measure()
+    report({ threads: after.threads - before.threads, gigabytes: Math.round((after.virtual - before.virtual) / 2 ** 30) })
+    `,
+    { env },
+  )
+  const grown = reported<{ threads: number; gigabytes: number }>(ended)
+  assert.ok(grown.threads <= 1, `${grown.threads} more threads after eight workers`)
+  assert.ok(grown.gigabytes <= 4, `${grown.gigabytes} GiB more address space after eight workers`)
+})
