@@ -52,13 +52,17 @@ test('growing by nothing, or failing to grow, leaves the bytes reachable', LIMIT
   assert.equal(manager.memory.byteLength, PAGE)
 })
 
-test('a buffer is detached when a pool call has grown the memory, by the time the answer is there', LIMIT, async (t) => {
-  const { manager } = await bench(t)
-  const before = manager.memory.buffer
-  assert.equal(await manager.call('grow', [1]), 1)
-  assert.ok(isDetached(before))
-  assert.equal(manager.memory.buffer.byteLength, 2 * PAGE)
-})
+test(
+  'a buffer is detached when a pool call has grown the memory, by the time the answer is there',
+  LIMIT,
+  async (t) => {
+    const { manager } = await bench(t)
+    const before = manager.memory.buffer
+    assert.equal(await manager.call('grow', [1]), 1)
+    assert.ok(isDetached(before))
+    assert.equal(manager.memory.buffer.byteLength, 2 * PAGE)
+  },
+)
 
 for (const path of ['on the JS thread', 'on a pool thread'] as const) {
   test(`an import sees the old view detached when the guest grew before calling it, ${path}`, LIMIT, async (t) => {
@@ -255,26 +259,33 @@ test('reading and writing out of bounds throws a RangeError and touches nothing'
   assert.equal(memory.read(0, PAGE).length, PAGE)
 })
 
-test('pointers and lengths that are no whole, non-negative numbers are refused before anything is read', LIMIT, async (t) => {
-  const { manager } = await bench(t)
-  const memory = manager.memory as unknown as Record<'read' | 'readString' | 'write', (...args: unknown[]) => unknown>
-  const refused = (error: unknown) =>
-    error instanceof RangeError ||
-    error instanceof TypeError ||
-    (error as { code?: string }).code === 'ERR_WASM_INVALID_ARGUMENT'
-  for (const bad of [-1, 0.5, Number.NaN, Number.POSITIVE_INFINITY, '0', null, undefined, {}, 1n, 2 ** 53]) {
-    assert.throws(() => memory.read(bad, 1), refused, `read(${String(bad)}, 1)`)
-    assert.throws(() => memory.read(0, bad), refused, `read(0, ${String(bad)})`)
-    assert.throws(() => memory.write(bad, 'x'), refused, `write(${String(bad)})`)
-  }
-  for (const bad of [1, null, undefined, {}, [1, 2], Symbol('s')]) {
-    assert.throws(() => memory.write(0, bad), refused, `write(0, ${String(bad)})`)
-  }
-})
+test(
+  'pointers and lengths that are no whole, non-negative numbers are refused before anything is read',
+  LIMIT,
+  async (t) => {
+    const { manager } = await bench(t)
+    const memory = manager.memory as unknown as Record<'read' | 'readString' | 'write', (...args: unknown[]) => unknown>
+    const refused = (error: unknown) =>
+      error instanceof RangeError ||
+      error instanceof TypeError ||
+      (error as { code?: string }).code === 'ERR_WASM_INVALID_ARGUMENT'
+    for (const bad of [-1, 0.5, Number.NaN, Number.POSITIVE_INFINITY, '0', null, undefined, {}, 1n, 2 ** 53]) {
+      assert.throws(() => memory.read(bad, 1), refused, `read(${String(bad)}, 1)`)
+      assert.throws(() => memory.read(0, bad), refused, `read(0, ${String(bad)})`)
+      assert.throws(() => memory.write(bad, 'x'), refused, `write(${String(bad)})`)
+    }
+    for (const bad of [1, null, undefined, {}, [1, 2], Symbol('s')]) {
+      assert.throws(() => memory.write(0, bad), refused, `write(0, ${String(bad)})`)
+    }
+  },
+)
 
 test('a guest pointer that comes out as a negative i32 is out of bounds, not an address', LIMIT, async (t) => {
   const { manager } = await bench(t)
-  assert.throws(() => manager.memory.read(-8 | 0, 4), (error: unknown) => error instanceof Error)
+  assert.throws(
+    () => manager.memory.read(-8 | 0, 4),
+    (error: unknown) => error instanceof Error,
+  )
 })
 
 test('a guest without an exported memory has an empty one', LIMIT, async (t) => {
@@ -327,7 +338,8 @@ test('limits.memoryBytes below the initial size refuses the module, with both fi
   const { WasmModuleManager } = await import('../index.js')
   await assert.rejects(
     WasmModuleManager.create(workbench, { cache: false, imports: idleImports, limits: { memoryBytes: 1000 } }),
-    (error: Error & { code?: string }) => /1000/.test(error.message) && /65536/.test(error.message) && error.code !== undefined,
+    (error: Error & { code?: string }) =>
+      /1000/.test(error.message) && /65536/.test(error.message) && error.code !== undefined,
   )
 })
 
@@ -524,31 +536,35 @@ test('read and write work while a pool thread is inside the guest', LIMIT, async
   await call
 })
 
-test('the context of an imports function shows the memory of its own instance, also from a promise', LIMIT, async (t) => {
-  const source = wat(`(module
+test(
+  'the context of an imports function shows the memory of its own instance, also from a promise',
+  LIMIT,
+  async (t) => {
+    const source = wat(`(module
     (import "env" "work" (func $work (result i32)))
     (memory (export "memory") 1 100)
     (func (export "grow") (param i32) (result i32) (memory.grow (local.get 0)))
     (func (export "run") (param i32) (result i32)
       (i32.store8 (i32.const 0) (local.get 0))
       (call $work)))`)
-  const manager = await managed(t, source, {
-    instances: 2,
-    threads: 2,
-    imports: (instance: InstanceContext) => ({
-      env: {
-        work: async () => {
-          const before = instance.memory.buffer
-          await turns()
-          instance.exports.grow?.(1)
-          assert.equal(before.byteLength, 0)
-          return instance.memory.read(0, 1)[0]
+    const manager = await managed(t, source, {
+      instances: 2,
+      threads: 2,
+      imports: (instance: InstanceContext) => ({
+        env: {
+          work: async () => {
+            const before = instance.memory.buffer
+            await turns()
+            instance.exports.grow?.(1)
+            assert.equal(before.byteLength, 0)
+            return instance.memory.read(0, 1)[0]
+          },
         },
-      },
-    }),
-  })
-  assert.deepEqual(await Promise.all([manager.call('run', [11]), manager.call('run', [22])]), [11, 22])
-})
+      }),
+    })
+    assert.deepEqual(await Promise.all([manager.call('run', [11]), manager.call('run', [22])]), [11, 22])
+  },
+)
 
 test('createSync gives the same views', LIMIT, (t) => {
   const manager = managedSync(t, workbench, { imports: idleImports })

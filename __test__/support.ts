@@ -1,8 +1,9 @@
 // What all test files share: managers that clean up after themselves, barriers, child processes.
 import assert from 'node:assert/strict'
 import { spawn } from 'node:child_process'
-import type { TestContext } from 'node:test'
+import { after, type TestContext } from 'node:test'
 import {
+  type InstanceContext,
   type ManagerOptions,
   type ModuleSource,
   WasmError,
@@ -16,6 +17,10 @@ export { WasmError, WasmModuleManager }
 
 /** Generous for a loaded machine, and finite: a hang is a failure. */
 export const LIMIT = { timeout: 60_000 }
+
+// A promise that nobody will ever settle must time its own test out, not end the process with all the others.
+const awake = setInterval(() => {}, 60_000)
+after(() => clearInterval(awake))
 
 /** A promise and its way out. */
 export interface Barrier<T = void> {
@@ -89,7 +94,13 @@ export interface Bench {
   arrivals: number[]
 }
 
-export async function bench(t: TestContext, options: ManagerOptions = {}): Promise<Bench> {
+/**
+ * * `onImports`: runs whenever an instance collects its imports, and may throw.
+ */
+export async function bench(
+  t: TestContext,
+  { onImports, ...options }: ManagerOptions & { onImports?: (instance: InstanceContext) => void } = {},
+): Promise<Bench> {
   const waiting: Barrier[] = []
   const doors = new Map<number, Barrier<number>>()
   const arrivalsOf = new Map<number, Barrier>()
@@ -99,18 +110,22 @@ export async function bench(t: TestContext, options: ManagerOptions = {}): Promi
     arrivalsOf.set(key, known)
     return known
   }
-  const manager = await managed(t, workbench, {
-    imports: {
-      env: {
-        entered: () => {
-          for (const one of waiting.splice(0)) one.open()
-        },
-        hold: (key: number) => {
-          arrivals.push(key)
-          arrival(key).open()
-          return doors.get(key)?.promise ?? key
-        },
+  const imports = {
+    env: {
+      entered: () => {
+        for (const one of waiting.splice(0)) one.open()
       },
+      hold: (key: number) => {
+        arrivals.push(key)
+        arrival(key).open()
+        return doors.get(key)?.promise ?? key
+      },
+    },
+  }
+  const manager = await managed(t, workbench, {
+    imports: (instance) => {
+      onImports?.(instance)
+      return imports
     },
     ...options,
   })

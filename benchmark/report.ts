@@ -5,7 +5,7 @@ import type { Standing } from './contest.ts'
 
 export interface Figure {
   what: string
-  /** A plain number that grows with the peer's or our cost, as `unit` says. */
+  /** Ours over the peer's or the other way round, as `unit` says. */
   ratio: number
   unit: string
   goal?: { atMost: number } | { atLeast: number }
@@ -35,7 +35,7 @@ export function show({ name, standings, figures }: Group): string {
 
 export function verdict(figure: Figure): string {
   const { ratio, unit, goal } = figure
-  const value = `${ratio < 10 ? ratio.toFixed(2) : ratio.toFixed(1)}× ${unit}`
+  const value = `${ratio.toFixed(ratio < 2 ? 3 : ratio < 10 ? 2 : 1)}× ${unit}`
   if (!goal) return value
   const wanted = 'atMost' in goal ? `at most ${goal.atMost}×` : `at least ${goal.atLeast}×`
   return `${value}, goal ${wanted}: ${passes(figure) ? 'PASS' : 'MISS'}`

@@ -28,6 +28,7 @@ use crate::side::{Handle, ManagerSide, ReplicaSide};
 pub(crate) const FUNCTIONS: &[(&str, Native)] = &[
     ("setup", set_up),
     ("settleHost", settle_host),
+    ("look", look),
     ("newManager", new_manager),
     ("start", start),
     ("startSync", start_sync),
@@ -84,6 +85,11 @@ fn settle_host(js: Js, args: &[Val]) -> JsResult<Val> {
     let is_ok = js.get_bool(arg(args, 1)).unwrap_or(false);
     env.settle_host(id, if is_ok { Ok(value) } else { Err(value) });
     Ok(js.undefined())
+}
+
+/// `() => boolean`: whether to look again.
+fn look(js: Js, _args: &[Val]) -> JsResult<Val> {
+    js.boolean(EnvState::of(js)?.look())
 }
 
 fn refused(env: &EnvState, refused: Refused, place: &Place<'_>) -> Pending {
@@ -419,6 +425,7 @@ fn call(js: Js, args: &[Val]) -> JsResult<Val> {
     let promise = pending.promise;
     let settle: Settle = pending.done(values_out);
     let control = side.manager.call(Some(&side.home), work, limits, settle);
+    env.expect_answer();
     with_abort(js, promise, limits.can_abort, control)
 }
 
@@ -473,6 +480,7 @@ fn invoke(js: Js, args: &[Val]) -> JsResult<Val> {
     let control = side
         .manager
         .call(Some(&side.home), work, limits, pending.done(bytes_out));
+    env.expect_answer();
     with_abort(js, promise, limits.can_abort, control)
 }
 
@@ -558,6 +566,7 @@ fn lease_call(js: Js, args: &[Val]) -> JsResult<Val> {
     let control = side
         .manager
         .call_in(&lease.lease, work, limits, pending.done(values_out));
+    env.expect_answer();
     with_abort(js, promise, limits.can_abort, control)
 }
 

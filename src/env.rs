@@ -6,7 +6,7 @@ use std::ffi::c_void;
 use std::ptr;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use napi::sys;
 use wasm_molt_engine::HostRef;
@@ -29,6 +29,8 @@ pub(crate) struct Helpers {
     pub(crate) make_lease: sys::napi_ref,
     /// `(context) => InstanceContext`
     pub(crate) make_context: sys::napi_ref,
+    /// `() => void`: has `look` called in the next turn of the event loop.
+    pub(crate) look_soon: sys::napi_ref,
 }
 
 /// A value of JavaScript kept in the environment's slab. Any thread may hold and drop it.
@@ -53,6 +55,9 @@ pub(crate) struct EnvState {
     wake: sys::napi_threadsafe_function,
     /// Operations under way: while there is one, the process stays alive.
     busy: Cell<u32>,
+    /// Until when the event loop looks into the inbox by itself; see `EnvState::look`.
+    look_until: Cell<Option<Instant>>,
+    look_luck: Cell<Luck>,
     slab: sys::napi_ref,
     slab_free: RefCell<Vec<u32>>,
     slab_len: Cell<u32>,
@@ -79,6 +84,7 @@ impl EnvState {
             follow: helper(c"follow")?,
             make_lease: helper(c"makeLease")?,
             make_context: helper(c"makeContext")?,
+            look_soon: helper(c"lookSoon")?,
         };
         let slab = js.reference(js.array(0)?)?;
         let wake = make_wake(js)?;
@@ -87,6 +93,8 @@ impl EnvState {
             inbox: Inbox::new(wake),
             wake,
             busy: Cell::new(0),
+            look_until: Cell::new(None),
+            look_luck: Cell::default(),
             slab,
             slab_free: RefCell::default(),
             slab_len: Cell::new(0),
@@ -151,6 +159,54 @@ impl EnvState {
             // SAFETY: as above.
             unsafe { sys::napi_unref_threadsafe_function(self.env, self.wake) };
         }
+    }
+
+    // ------------------------------------------------------------------ looking
+
+    /// A call has been handed to the pool. Sleeping and being woken takes longer than most short calls,
+    /// so for a moment the event loop keeps turning and looks by itself. Only latency depends on it:
+    /// every answer wakes the loop as well.
+    pub(crate) fn expect_answer(&self) {
+        let is_looking = self.look_until.get().is_some();
+        if !is_looking && !self.try_luck() {
+            return;
+        }
+        self.look_until.set(Some(Instant::now() + LOOK_FOR));
+        if is_looking {
+            return;
+        }
+        let asked = self.helper(self.helpers.look_soon).and_then(|f| self.js().call(f, &[]));
+        if asked.is_err() {
+            self.js().take_exception();
+            self.look_until.set(None);
+        }
+    }
+
+    /// One look; tells whether another one should follow.
+    pub(crate) fn look(&self) -> bool {
+        let was_busy = self.busy.get();
+        self.drain();
+        let busy = self.busy.get();
+        let is_in_time = self.look_until.get().is_some_and(|until| Instant::now() < until);
+        if busy < was_busy {
+            self.look_luck.set(Luck::default());
+        } else if !is_in_time {
+            self.look_luck.set(self.look_luck.get().worse());
+        }
+        if busy == 0 || !is_in_time {
+            self.look_until.set(None);
+        }
+        busy > 0 && is_in_time
+    }
+
+    /// Whether looking has been of use lately. Where calls are long or the cores are taken, it only
+    /// burns time that a pool thread could use.
+    fn try_luck(&self) -> bool {
+        let mut luck = self.look_luck.get();
+        let may = luck.skip == 0;
+        luck.skip = luck.skip.saturating_sub(1);
+        self.look_luck.set(luck);
+        may
     }
 
     // ------------------------------------------------------------------ the slab
@@ -262,6 +318,23 @@ impl EnvState {
         }
         self.replicas.borrow_mut().clear();
         drop(self.inbox.take_graves());
+    }
+}
+
+/// Several times what a short call takes there and back (benchmark: `call` one by one).
+const LOOK_FOR: Duration = Duration::from_micros(20);
+
+/// How looking went lately: each miss doubles the calls that are not looked for.
+#[derive(Clone, Copy, Default)]
+struct Luck {
+    misses: u32,
+    skip: u32,
+}
+
+impl Luck {
+    fn worse(self) -> Self {
+        let misses = (self.misses + 1).min(10);
+        Self { misses, skip: (1 << misses) - 1 }
     }
 }
 

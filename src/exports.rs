@@ -25,7 +25,7 @@ use crate::side::{Frame, Handle, ManagerSide, ReplicaSide};
 #[derive(Clone)]
 pub(crate) enum Target {
     /// Always the current generation's; keeps the manager in use.
-    Live(Rc<Handle>),
+    Live(#[expect(dead_code, reason = "held for its drop")] Rc<Handle>),
     /// A leased instance's, until the lease ends.
     Lease(Rc<LeaseSide>),
     /// One instance's, until it is replaced.
@@ -108,7 +108,7 @@ pub(crate) fn exports_of(
             cached: Cell::new((u64::MAX, None)),
         };
         let function = new_function(record, &export.name)?;
-        js.set_named(object, &export.name, function)?;
+        js.define(object, &export.name, function)?;
     }
     Ok(object)
 }

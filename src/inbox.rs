@@ -20,14 +20,16 @@ struct Queue {
     tasks: VecDeque<Task>,
     /// JavaScript values on their way to be dropped while the environment goes.
     graves: Vec<Task>,
+    is_open: bool,
     is_gone: bool,
-    /// Null once the environment is going away.
-    wake: sys::napi_threadsafe_function,
 }
 
 /// One per environment. Any thread.
 pub(crate) struct Inbox {
     queue: Mutex<Queue>,
+    /// Null once the environment is going away. A lock of its own, which the JS thread does not take
+    /// to empty the queue: else whoever wakes it would still hold what it needs first.
+    wake: Mutex<sys::napi_threadsafe_function>,
     is_woken: AtomicBool,
     thread: usize,
     /// Slab indices whose last holder is gone.
@@ -50,9 +52,10 @@ impl Inbox {
             queue: Mutex::new(Queue {
                 tasks: VecDeque::new(),
                 graves: Vec::new(),
+                is_open: true,
                 is_gone: false,
-                wake,
             }),
+            wake: Mutex::new(wake),
             is_woken: AtomicBool::new(false),
             thread: thread_token(),
             released: Mutex::default(),
@@ -73,11 +76,12 @@ impl Inbox {
     /// Gives `task` to the JS thread; gives it back if there is no environment any more.
     pub(crate) fn post(&self, task: Task) -> Result<(), Task> {
         let mut queue = self.lock();
-        if queue.wake.is_null() {
+        if !queue.is_open {
             return Err(task);
         }
         queue.tasks.push_back(task);
-        self.wake(&queue);
+        drop(queue);
+        self.wake();
         Ok(())
     }
 
@@ -101,11 +105,15 @@ impl Inbox {
         std::mem::take(&mut queue.graves)
     }
 
-    fn wake(&self, queue: &Queue) {
-        if !self.is_woken.swap(true, Ordering::AcqRel) {
+    fn wake(&self) {
+        if self.is_woken.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let wake = self.wake.lock().unwrap_or_else(PoisonError::into_inner);
+        if !wake.is_null() {
             let mode = sys::ThreadsafeFunctionCallMode::nonblocking;
             // SAFETY: not null, so the environment has not begun to go (that needs this lock).
-            unsafe { sys::napi_call_threadsafe_function(queue.wake, ptr::null_mut(), mode) };
+            unsafe { sys::napi_call_threadsafe_function(*wake, ptr::null_mut(), mode) };
         }
     }
 
@@ -118,8 +126,9 @@ impl Inbox {
 
     /// Nothing is accepted from here on. Returns what was queued, to be dropped. JS thread.
     pub(crate) fn close(&self) -> VecDeque<Task> {
+        *self.wake.lock().unwrap_or_else(PoisonError::into_inner) = ptr::null_mut();
         let mut queue = self.lock();
-        queue.wake = ptr::null_mut();
+        queue.is_open = false;
         std::mem::take(&mut queue.tasks)
     }
 

@@ -177,6 +177,12 @@ impl Js {
         Ok(value)
     }
 
+    pub(crate) fn boolean(self, v: bool) -> JsResult<Val> {
+        let mut value = ptr::null_mut();
+        napi!(self, napi_get_boolean(v, &raw mut value))?;
+        Ok(value)
+    }
+
     #[inline]
     pub(crate) fn int32(self, v: i32) -> JsResult<Val> {
         let mut value = ptr::null_mut();
@@ -529,9 +535,21 @@ impl Js {
         napi!(self, napi_set_named_property(object, name.as_ptr(), value))
     }
 
-    pub(crate) fn set_named(self, object: Val, name: &str, value: Val) -> JsResult<()> {
-        let key = self.string(name)?;
-        napi!(self, napi_set_property(object, key, value))
+    /// Defines an own property, whatever its name (`__proto__` too).
+    pub(crate) fn define(self, object: Val, name: &str, value: Val) -> JsResult<()> {
+        let property = sys::napi_property_descriptor {
+            utf8name: ptr::null(),
+            name: self.string(name)?,
+            method: None,
+            getter: None,
+            setter: None,
+            value,
+            attributes: sys::PropertyAttributes::writable
+                | sys::PropertyAttributes::enumerable
+                | sys::PropertyAttributes::configurable,
+            data: ptr::null_mut(),
+        };
+        napi!(self, napi_define_properties(object, 1, &raw const property))
     }
 
     pub(crate) fn keys(self, object: Val) -> JsResult<Vec<String>> {
@@ -668,6 +686,13 @@ impl Js {
             napi_create_arraybuffer(0, &raw mut data, &raw mut buffer)
         )?;
         Ok(buffer)
+    }
+
+    pub(crate) fn is_detached(self, buffer: Val) -> bool {
+        let mut is = false;
+        // SAFETY: valid environment, value and out pointer.
+        unsafe { sys::napi_is_detached_arraybuffer(self.0, buffer, &raw mut is) };
+        is
     }
 
     pub(crate) fn detach(self, buffer: Val) {

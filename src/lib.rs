@@ -44,7 +44,7 @@ pub fn init(exports: Object, env: Env) -> Result<()> {
     for (name, body) in binding::FUNCTIONS.iter() {
         let made = js
             .native(name, *body)
-            .and_then(|function| js.set_named(object, name, function));
+            .and_then(|function| js.define(object, name, function));
         if made.is_err() {
             return Err(napi::Error::from_reason(format!(
                 "the function {name} could not be made"

@@ -51,7 +51,11 @@ impl View {
         if self.is_live()
             && let Some(buffer) = js.dereference(self.buffer.get())
         {
-            return Ok(buffer);
+            if !js.is_detached(buffer) {
+                return Ok(buffer);
+            }
+            // JavaScript has moved it away; the pages are still there for a new one.
+            self.detach(js);
         }
         let Some(view) = memory.view() else {
             return js.empty_buffer();

@@ -58,7 +58,7 @@ pub(crate) fn stats(js: Js, stats: &ManagerStats) -> JsResult<Val> {
     js.set(object, c"calls", calls)?;
     let reloads = js.object()?;
     for (reason, count) in &stats.reloads {
-        js.set_named(reloads, reason, js.number(*count as f64)?)?;
+        js.define(reloads, reason, js.number(*count as f64)?)?;
     }
     js.set(object, c"reloads", reloads)?;
     number(object, c"reloadsFailed", stats.reloads_failed as f64)?;

@@ -1,6 +1,7 @@
-// Memory over calls as an SVG, drawn by Vega: both sides on one scale, and the managed side again from close by.
+// Memory over calls as an SVG, drawn by Vega: both sides on one scale, and the managed side's first reloads from close by.
 import { type Mark, parse, type Spec, View } from 'vega'
 import type { Lane } from './main.ts'
+import { count } from './screen.ts'
 
 export interface Run {
   plain: Lane
@@ -13,9 +14,12 @@ const width = 900
 const tall = 280
 const low = 130
 const gap = 50
+/** As many reloads as the close view shows: few enough to see what happens between them. */
+const seenClose = 6
 
 export function drawChart(run: Run): Promise<string> {
   const { plain, managed, total, boundMB } = run
+  const close = firstReloads(managed) ?? total
   const highest = Math.max(boundMB, ...[...plain.history, ...managed.history].map(([, bytes]) => bytes / 2 ** 20))
   const spec: Spec = {
     $schema: 'https://vega.github.io/schema/vega/v6.json',
@@ -36,10 +40,9 @@ export function drawChart(run: Run): Promise<string> {
     },
     data: [
       { name: 'both', values: [...points(plain, total), ...points(managed, total)] },
-      { name: 'managed', values: points(managed, total) },
+      { name: 'managed', values: points(managed, total, close) },
     ],
     scales: [
-      { name: 'x', type: 'linear', domain: [0, total], range: [0, width] },
       {
         name: 'color',
         type: 'ordinal',
@@ -48,12 +51,19 @@ export function drawChart(run: Run): Promise<string> {
       },
     ],
     marks: [
-      panel({ top: 0, height: tall, domain: highest * 1.12, marks: [...lines('both'), ...names(run), ...death(run)] }),
+      panel({
+        top: 0,
+        height: tall,
+        calls: total,
+        megabytes: highest * 1.12,
+        marks: [...lines('both'), ...names(run), ...death(run)],
+      }),
       panel({
         top: tall + gap,
         height: low,
-        domain: boundMB * 1.12,
-        title: `${managed.title}, from close by`,
+        calls: close,
+        megabytes: boundMB * 1.12,
+        title: close < total ? `${managed.title}: its first ${count(close)} calls` : managed.title,
         marks: [...lines('managed'), bound(run)],
       }),
     ],
@@ -64,17 +74,22 @@ export function drawChart(run: Run): Promise<string> {
 interface Panel {
   top: number
   height: number
-  /** Megabytes at the upper edge. */
-  domain: number
+  /** At the right edge. */
+  calls: number
+  /** At the upper edge. */
+  megabytes: number
   title?: string
   marks: Mark[]
 }
 
-function panel({ top, height, domain, title, marks }: Panel): Mark {
+function panel({ top, height, calls, megabytes, title, marks }: Panel): Mark {
   return {
     type: 'group',
     encode: { enter: { y: { value: top }, width: { value: width }, height: { value: height } } },
-    scales: [{ name: 'y', type: 'linear', domain: [0, domain], range: [height, 0] }],
+    scales: [
+      { name: 'x', type: 'linear', domain: [0, calls], range: [0, width] },
+      { name: 'y', type: 'linear', domain: [0, megabytes], range: [height, 0] },
+    ],
     ...(title ? { title: { text: title, anchor: 'start', fontWeight: 'normal', fontSize: 12 } } : {}),
     axes: [
       { orient: 'bottom', scale: 'x', format: ',d', tickCount: 10, ...(title ? { title: 'calls' } : {}) },
@@ -188,16 +203,19 @@ function told({ title, correct, failed, firstFailure, reloads }: Lane): string {
   return `${title}: ${count(correct)} right answers${broke}${reloaded}.`
 }
 
-/** Steps of one side; what follows its death is a line of its own. */
-function points({ title, history, firstFailure, calls }: Lane, total: number) {
-  const point = (call: number, bytes: number, alive: boolean) => ({ side: title, call, mb: bytes / 2 ** 20, alive })
-  const last = history.at(-1)?.[1] ?? 0
-  const end = firstFailure?.call ?? calls
-  const alive = history.filter(([call]) => call <= end).map(([call, bytes]) => point(call, bytes, true))
-  const after = firstFailure ? [point(end, last, false), point(total, last, false)] : []
-  return [...alive, point(end, last, true), ...after]
+/** Until when the close view lasts; nothing if all there is fits. */
+function firstReloads({ history }: Lane): number | undefined {
+  const reloads = history.filter(([, bytes], at) => bytes < (history[at - 1]?.[1] ?? 0))
+  return reloads.length > 2 * seenClose ? reloads[seenClose]?.[0] : undefined
 }
 
-function count(value: number): string {
-  return value.toLocaleString('en')
+/** Steps of one side, up to a call; what follows its death is a line of its own. */
+function points({ title, history, firstFailure, calls }: Lane, total: number, until = total) {
+  const point = (call: number, bytes: number, alive: boolean) => ({ side: title, call, mb: bytes / 2 ** 20, alive })
+  const end = Math.min(until, firstFailure?.call ?? calls)
+  const shown = history.filter(([call]) => call <= end)
+  const last = shown.at(-1)?.[1] ?? 0
+  const alive = shown.map(([call, bytes]) => point(call, bytes, true))
+  const after = firstFailure && end < until ? [point(end, last, false), point(until, last, false)] : []
+  return [...alive, point(end, last, true), ...after]
 }

@@ -16,7 +16,8 @@ export interface News {
   reloads: number
   /** [call, bytes of linear memory] whenever that changed. */
   samples: [number, number][]
-  firstFailure?: { call: number; text: string }
+  /** Seconds since the start. */
+  firstFailure?: { call: number; text: string; seconds: number }
 }
 export interface Ending {
   seconds: number
@@ -47,7 +48,7 @@ export async function run(side: Side): Promise<void> {
       else news.wrong++
     } catch (error) {
       news.failed++
-      news.firstFailure ??= { call, text: String(error) }
+      news.firstFailure ??= { call, text: String(error), seconds: (performance.now() - started) / 1000 }
     }
     news.calls = call
     const memoryBytes = side.memoryBytes()

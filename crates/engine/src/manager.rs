@@ -669,8 +669,9 @@ impl Shared {
     /// A ticket goes back; a poisoned instance does not serve on. Retired first, repaired then: a repair
     /// that came before the retirement would have its fresh instance retired.
     pub(crate) fn give_back(self: &Arc<Self>, ticket: Ticket<Job>, replica: &Replica) {
-        if replica.is_poisoned() {
-            let slot = ticket.slot();
+        let slot = ticket.slot();
+        let serves = self.replica(slot).is_some_and(|now| now.id() == replica.id());
+        if serves && replica.is_poisoned() {
             ticket.retire();
             self.request_repair(slot);
         } else {
@@ -1108,20 +1109,10 @@ impl Shared {
     }
 
     /// Somebody waits: slots that a synchronous trap has left out of service are needed now.
+    ///
+    /// Only retired slots: a poisoned instance that somebody is still inside retires when they leave.
     fn repair_retired(self: &Arc<Self>) {
-        if self.gate.counts().retired == 0 {
-            return;
-        }
-        let poisoned: Vec<usize> = {
-            let serving = self.lock_serving();
-            serving
-                .replicas
-                .iter()
-                .filter(|r| r.is_poisoned())
-                .map(|r| r.slot())
-                .collect()
-        };
-        for slot in poisoned {
+        for slot in self.gate.retired_slots() {
             self.request_repair(slot);
         }
     }
@@ -1129,7 +1120,7 @@ impl Shared {
     /// Replaces one poisoned instance. Whoever commits first wins; the other one's work is dropped.
     fn repair(self: &Arc<Self>, slot: usize, is_sync: bool) -> Result<()> {
         let started = Instant::now();
-        let Some(old) = self.replica(slot).filter(|r| r.is_poisoned()) else {
+        let Some(old) = self.repairable(slot) else {
             return Ok(());
         };
         let blueprint = self.blueprint()?;
@@ -1162,9 +1153,16 @@ impl Shared {
         Ok(())
     }
 
+    /// The instance of a slot, if it is poisoned and nobody is inside any more.
+    fn repairable(&self, slot: usize) -> Option<Arc<Replica>> {
+        let is_retired = self.gate.retired_slots().contains(&slot);
+        self.replica(slot).filter(|r| is_retired && r.is_poisoned())
+    }
+
     /// At home: puts a fresh instance into its slot, unless somebody else already has.
     fn publish_repair(&self, old: &Arc<Replica>, fresh: Arc<Replica>) -> Option<Generation> {
         let slot = old.slot();
+        self.repairable(slot)?;
         let change = {
             let mut serving = self.lock_serving();
             let place = serving
@@ -1265,27 +1263,32 @@ impl Shared {
             job.refuse(self.closed());
         }
         self.stop_all(&destroyed());
+        // Leases end now: the operation under way may be waiting for one.
+        self.spawn("end", Self::expire_handles);
         self.push(Op::Destroy);
+    }
+
+    fn expire_handles(self: &Arc<Self>) {
+        let shared = Arc::clone(self);
+        // Without a home there are no handles.
+        let _ = self.host.at_home(Box::new(move |home| {
+            if let Some(home) = home {
+                home.shut();
+            }
+            let (old, generation) = {
+                let serving = shared.lock_serving();
+                (serving.replicas.clone(), serving.generation)
+            };
+            let new = Vec::new();
+            shared.host.replaced(&Replaced { old, new, generation });
+        }));
     }
 
     fn run_destroy(self: &Arc<Self>) {
         if self.state() == ManagerState::Closed {
             return;
         }
-        let shared = Arc::clone(self);
-        // Leases end first, else their tickets would never come back.
-        let _ = self.host.at_home(Box::new(move |home| {
-            if let Some(home) = home {
-                home.shut();
-            }
-            let old = shared.lock_serving().replicas.clone();
-            let generation = shared.generation();
-            shared.host.replaced(&Replaced {
-                old,
-                new: Vec::new(),
-                generation,
-            });
-        }));
+        self.expire_handles();
         // Nothing can be waited for longer than the guests need to reach their next poll.
         let _ = self.gate.wait_drained(None);
         self.wait_settled();

@@ -26,10 +26,10 @@ mod sys_unix;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use host::{MemoryOptions, configure};
-pub(crate) use host::{MemoryPlan, new_memory, with_plan, with_plan_and_poll};
-pub(crate) use poll::is_poll_fault;
-pub use poll::{HAS_POLL_PAGE, PollPage};
+pub(crate) use host::{
+    MemoryOptions, MemoryPlan, configure, new_memory, with_plan, with_plan_and_poll,
+};
+pub(crate) use poll::{HAS_POLL_PAGE, PollPage, is_poll_fault};
 pub use record::{MemoryRecord, MemoryView, OutOfBounds};
 pub use reservation::Reservation;
 

@@ -199,6 +199,7 @@ impl Replica {
     }
 
     /// A call did not end normally; the guest's own state is unknown.
+    #[inline]
     pub fn is_poisoned(&self) -> bool {
         self.is_poisoned.load(Ordering::Acquire)
     }
@@ -248,6 +249,7 @@ impl Replica {
     }
 
     /// The memory that `manager.memory` shows.
+    #[inline]
     pub fn memory(&self) -> Option<&Arc<MemoryRecord>> {
         self.live.get()?.main_memory.as_ref()
     }
@@ -262,6 +264,7 @@ impl Replica {
             .map_or(0, |live| live.memories.iter().map(|m| m.byte_len()).sum())
     }
 
+    #[inline]
     pub(crate) fn active(&self) -> *mut () {
         self.active.load(Ordering::Relaxed)
     }
@@ -287,20 +290,13 @@ impl Replica {
                 })
             })
             .transpose()?;
-        let outcome = self.instantiate(store, imports);
+        let outcome = self.instantiate(store, imports).and_then(|live| {
+            let _ = self.live.set(live);
+            self.run_initialize()
+        });
         drop(deadline);
-        match outcome {
-            Ok(live) => {
-                let _ = self.live.set(live);
-                let ended = self.run_initialize();
-                self.interrupter.end(run);
-                ended
-            }
-            Err(error) => {
-                self.interrupter.end(run);
-                Err(error)
-            }
-        }
+        self.interrupter.end(run);
+        outcome
     }
 
     fn instantiate(&self, store: &mut Store<Guest>, imports: &[ImportValue]) -> Result<Live> {

@@ -333,6 +333,11 @@ impl<W: Waiter> Gate<W> {
         self.locked(State::take_queue)
     }
 
+    /// The slots that are out of service now: nobody is inside them.
+    pub fn retired_slots(&self) -> Vec<usize> {
+        self.locked(|state| state.retired_slots())
+    }
+
     /// Takes a slot out of service that no ticket has: a hook left its instance in an unknown
     /// state.
     ///

@@ -249,6 +249,11 @@ impl<W> State<W> {
         self.serve(Asker::Anyone)
     }
 
+    pub(crate) fn retired_slots(&self) -> Vec<usize> {
+        let is_retired = |(slot, is): (usize, &Slot)| (*is == Slot::Retired).then_some(slot);
+        self.slots.iter().enumerate().filter_map(is_retired).collect()
+    }
+
     /// Empties the queue, oldest first.
     pub(crate) fn take_queue(&mut self) -> Vec<W> {
         std::mem::take(&mut self.queue)

@@ -31,13 +31,13 @@ const WIDE_RESERVATION: usize = 16 << 30;
 
 /// How linear memories are laid out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MemoryOptions {
+pub(crate) struct MemoryOptions {
     /// Bytes of address space per memory. From 4 GiB on, 32-bit memories need no bounds checks.
     /// Below, code is slower and a memory that outgrows its reservation moves (a shared one cannot,
     /// and stops there).
-    pub reservation_bytes: u64,
+    pub(crate) reservation_bytes: u64,
     /// Whether faults may be caught by signal handlers; explicit bounds checks otherwise.
-    pub signals_based_traps: bool,
+    pub(crate) signals_based_traps: bool,
 }
 
 impl Default for MemoryOptions {
@@ -50,7 +50,7 @@ impl Default for MemoryOptions {
 }
 
 /// Makes an engine use our memories. Call it last of what concerns memory or traps.
-pub fn configure(config: &mut Config, options: &MemoryOptions) {
+pub(crate) fn configure(config: &mut Config, options: &MemoryOptions) {
     configure_for(Platform::NATIVE, config, options);
 }
 
@@ -164,7 +164,7 @@ impl Drop for Scope {
 }
 
 /// Runs `f`, an instantiation, and returns the memories that were made for it. Those of a failed
-/// instantiation are already released.
+/// instantiation are released with the store, at the latest.
 pub(crate) fn with_plan<R>(plan: MemoryPlan, f: impl FnOnce() -> R) -> (R, Created) {
     let scope = Scope::enter(plan, None);
     let result = f();

@@ -15,14 +15,14 @@ use super::region::Platform;
 use super::reservation::Reservation;
 
 /// Whether poll pages work here; where not, interruption needs epochs.
-pub const HAS_POLL_PAGE: bool = cfg!(unix);
+pub(crate) const HAS_POLL_PAGE: bool = cfg!(unix);
 
 /// Bytes of the poll memory: one wasm page.
 pub(super) const POLL_BYTES: usize = super::GRANULE;
 
 /// The handle that stops one instance, from any thread. Clones are the same page.
 #[derive(Debug, Clone)]
-pub struct PollPage(Arc<Page>);
+pub(crate) struct PollPage(Arc<Page>);
 
 #[derive(Debug)]
 struct Page {
@@ -47,12 +47,12 @@ impl PollPage {
 
     /// Stops the instance at its next safepoint, and at once when it is called again, until
     /// [`Self::grant`].
-    pub fn revoke(&self) -> io::Result<()> {
+    pub(crate) fn revoke(&self) -> io::Result<()> {
         self.set(true)
     }
 
     /// Lets the instance run again.
-    pub fn grant(&self) -> io::Result<()> {
+    pub(crate) fn grant(&self) -> io::Result<()> {
         self.set(false)
     }
 

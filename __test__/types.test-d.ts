@@ -1,0 +1,340 @@
+// The public types, tested as types: `npm run test:types` compiles this file, nothing runs it.
+// What stands behind @ts-expect-error must stay refused; the compiler fails when it is accepted.
+import type { EventEmitter } from 'node:events'
+import { expectTypeOf } from 'expect-type'
+import * as everything from '../index.js'
+import {
+  type BufferAbi,
+  type CallOptions,
+  type DrainOptions,
+  type EngineOptions,
+  errorCodes,
+  type Histogram,
+  type ImportDescriptor,
+  type Imports,
+  type InstanceContext,
+  type LeasedInstance,
+  type LeaseOptions,
+  type Limits,
+  type LinearMemory,
+  type ManagerOptions,
+  type ManagerStats,
+  type ModuleSource,
+  type ReloadOptions,
+  type ReloadReport,
+  version,
+  WasmError,
+  type WasmErrorCode,
+  WasmModuleManager,
+  type WasmResult,
+  type WasmValue,
+} from '../index.js'
+
+declare const manager: WasmModuleManager
+declare const instance: LeasedInstance
+declare const context: InstanceContext
+declare const memory: LinearMemory
+declare const error: WasmError
+declare const signal: AbortSignal
+
+// ---------------------------------------------------------------- what there is at run time, and nothing more
+
+// A CommonJS module has a default as well: the module itself.
+expectTypeOf<Exclude<keyof typeof everything, 'default'>>().toEqualTypeOf<
+  'WasmModuleManager' | 'WasmError' | 'errorCodes' | 'version'
+>()
+expectTypeOf(errorCodes).toEqualTypeOf<readonly WasmErrorCode[]>()
+expectTypeOf(version).toEqualTypeOf<string>()
+// @ts-expect-error the list is frozen
+errorCodes.push('ERR_WASM_TRAP')
+// @ts-expect-error names of later capabilities are absent, not stubs
+everything.WebAssembly
+// @ts-expect-error
+everything.setMemoryBudget
+
+// ---------------------------------------------------------------- making one
+
+expectTypeOf<ModuleSource>().toEqualTypeOf<string | URL | Uint8Array | ArrayBuffer>()
+expectTypeOf(WasmModuleManager.create).toEqualTypeOf<
+  (source: ModuleSource, options?: ManagerOptions) => Promise<WasmModuleManager>
+>()
+expectTypeOf(WasmModuleManager.createSync).toEqualTypeOf<
+  (source: ModuleSource, options?: ManagerOptions) => WasmModuleManager
+>()
+WasmModuleManager.createSync(Buffer.from([]))
+// @ts-expect-error made by create and createSync only
+new WasmModuleManager()
+// @ts-expect-error a number is no source
+WasmModuleManager.create(1)
+// @ts-expect-error a source is needed
+WasmModuleManager.create()
+
+expectTypeOf<keyof ManagerOptions>().toEqualTypeOf<
+  | 'name'
+  | 'instances'
+  | 'threads'
+  | 'imports'
+  | 'initialize'
+  | 'saveState'
+  | 'restoreState'
+  | 'abi'
+  | 'limits'
+  | 'maxQueue'
+  | 'cache'
+  | 'engine'
+>()
+expectTypeOf<ManagerOptions>().toExtend<Partial<ManagerOptions>>()
+expectTypeOf<ManagerOptions['cache']>().toEqualTypeOf<boolean | string | undefined>()
+expectTypeOf<Limits>().toEqualTypeOf<{
+  memoryBytes?: number
+  tableElements?: number
+  timeoutMs?: number
+  fuel?: number
+  stackBytes?: number
+}>()
+expectTypeOf<EngineOptions>().toEqualTypeOf<{
+  interruptible?: boolean
+  fuel?: boolean
+  signalsBasedTraps?: boolean
+  simd?: boolean
+  relaxedSimd?: boolean
+  threads?: boolean
+  memoryReservationBytes?: number
+}>()
+expectTypeOf<BufferAbi>().toEqualTypeOf<{
+  allocate?: string
+  deallocate?: string | null
+  returns?: 'out-pointer' | 'packed-i64' | 'multi-value'
+}>()
+
+const options: ManagerOptions = {
+  name: 'x',
+  instances: 2,
+  threads: 2,
+  imports: { env: { f: (x: number) => x, async g() {}, memory: { initial: 1, maximum: 2 }, big: 1n } },
+  initialize: async (fresh) => {
+    expectTypeOf(fresh).toEqualTypeOf<LeasedInstance>()
+  },
+  saveState: (old, replica) => {
+    expectTypeOf(old).toEqualTypeOf<LeasedInstance>()
+    expectTypeOf(replica).toEqualTypeOf<number>()
+    return { anything: true }
+  },
+  restoreState: (fresh, state, replica) => {
+    expectTypeOf(fresh).toEqualTypeOf<LeasedInstance>()
+    expectTypeOf(state).toBeAny()
+    expectTypeOf(replica).toEqualTypeOf<number>()
+  },
+}
+expectTypeOf(options).toExtend<ManagerOptions>()
+expectTypeOf<Extract<ManagerOptions['imports'], (...args: never) => unknown>>().toEqualTypeOf<
+  (instance: InstanceContext) => Imports
+>()
+const shared: ImportDescriptor = { initial: 1 }
+expectTypeOf({ env: { memory: shared } }).toExtend<Imports>()
+
+// @ts-expect-error a misspelt option
+WasmModuleManager.create('x.wasm', { instance: 2 })
+// @ts-expect-error a misspelt limit
+WasmModuleManager.create('x.wasm', { limits: { memory: 1 } })
+// @ts-expect-error [wasi] has not arrived
+WasmModuleManager.create('x.wasm', { wasi: true })
+// @ts-expect-error [recycle] has not arrived
+WasmModuleManager.create('x.wasm', { recycle: { calls: 1 } })
+// @ts-expect-error [snapshot] has not arrived
+WasmModuleManager.create('x.wasm', { isolation: 'per-call' })
+// @ts-expect-error no such form
+WasmModuleManager.create('x.wasm', { abi: { returns: 'pair' } })
+// @ts-expect-error bytes are numbers
+WasmModuleManager.create('x.wasm', { limits: { memoryBytes: '64MB' } })
+// @ts-expect-error the imports function is synchronous
+WasmModuleManager.create('x.wasm', { imports: async () => ({ env: {} }) })
+
+// ---------------------------------------------------------------- the manager
+
+expectTypeOf(manager).toExtend<EventEmitter>()
+expectTypeOf(manager).toExtend<AsyncDisposable>()
+expectTypeOf(manager.name).toEqualTypeOf<string>()
+expectTypeOf(manager.generation).toEqualTypeOf<number>()
+expectTypeOf(manager.state).toEqualTypeOf<
+  'starting' | 'ready' | 'draining' | 'reloading' | 'closing' | 'closed' | 'failed'
+>()
+expectTypeOf(manager.memory).toEqualTypeOf<LinearMemory>()
+expectTypeOf(manager.exports).toEqualTypeOf<Record<string, (...args: WasmValue[]) => WasmResult>>()
+// @ts-expect-error read only
+manager.generation = 2
+// @ts-expect-error read only
+manager.exports = {}
+
+expectTypeOf(manager.call).toEqualTypeOf<
+  (name: string, args?: readonly WasmValue[], options?: CallOptions) => Promise<WasmResult>
+>()
+expectTypeOf(manager.callSync).toEqualTypeOf<(name: string, args?: readonly WasmValue[]) => WasmResult>()
+expectTypeOf(manager.invoke).toEqualTypeOf<
+  (name: string, input: Uint8Array, options?: CallOptions) => Promise<Uint8Array>
+>()
+manager.call('f', [1, 2n, {}, null] as const, { signal, timeoutMs: 5 })
+// @ts-expect-error arguments travel in an array
+manager.call('f', 1)
+// @ts-expect-error a misspelt option
+manager.call('f', [], { timeout: 5 })
+// @ts-expect-error a synchronous call cannot be stopped by a signal
+manager.callSync('f', [], { signal })
+// @ts-expect-error bytes, not text
+manager.invoke('f', 'text')
+
+expectTypeOf<CallOptions>().toEqualTypeOf<{ signal?: AbortSignal; timeoutMs?: number }>()
+expectTypeOf<LeaseOptions>().toEqualTypeOf<{ signal?: AbortSignal }>()
+
+expectTypeOf(manager.use(() => 7)).toEqualTypeOf<Promise<number>>()
+expectTypeOf(manager.use(async (held) => held.generation, { signal })).toEqualTypeOf<Promise<number>>()
+manager.use((held) => expectTypeOf(held).toEqualTypeOf<LeasedInstance>())
+expectTypeOf(manager.acquire).toEqualTypeOf<(options?: LeaseOptions) => Promise<LeasedInstance>>()
+// @ts-expect-error a lease needs something to do
+manager.use()
+// @ts-expect-error waiting for a lease has no timeout; use AbortSignal.timeout
+manager.acquire({ timeoutMs: 5 })
+
+// ---------------------------------------------------------------- reload
+
+expectTypeOf(manager.reload).toEqualTypeOf<(options?: ReloadOptions) => Promise<ReloadReport>>()
+expectTypeOf(manager.reloadSync).toEqualTypeOf<(options?: ReloadOptions) => ReloadReport>()
+expectTypeOf<keyof ReloadOptions>().toEqualTypeOf<
+  'reason' | 'strategy' | 'skipSave' | 'drainTimeoutMs' | 'onDrainTimeout'
+>()
+expectTypeOf<ReloadOptions['strategy']>().toEqualTypeOf<'exclusive' | undefined>()
+expectTypeOf<DrainOptions>().toEqualTypeOf<{ drainTimeoutMs?: number; onDrainTimeout?: 'abort' | 'interrupt' }>()
+expectTypeOf<ReloadReport>().toEqualTypeOf<{
+  generation: number
+  previousGeneration: number
+  reason: string
+  strategy: 'exclusive'
+  drained: number
+  queued: number
+  pauseMs: number
+  drainMs: number
+  saveMs: number
+  instantiateMs: number
+  restoreMs: number
+  memoryBytesBefore: number
+  memoryBytesAfter: number
+}>()
+// @ts-expect-error rolling reloads have not arrived
+manager.reload({ strategy: 'rolling' })
+// @ts-expect-error swapping to another build has not arrived
+manager.reload({ source: 'other.wasm' })
+// @ts-expect-error no such answer to a drain timeout
+manager.reload({ onDrainTimeout: 'wait' })
+// @ts-expect-error [snapshot] has not arrived
+manager.snapshot()
+// @ts-expect-error [snapshot] has not arrived
+manager.reset()
+// @ts-expect-error [snapshot] has not arrived
+manager.fork()
+
+// ---------------------------------------------------------------- the end
+
+expectTypeOf(manager.close).toEqualTypeOf<(options?: { drainTimeoutMs?: number }) => Promise<void>>()
+expectTypeOf(manager.destroy).toEqualTypeOf<() => Promise<void>>()
+expectTypeOf(manager[Symbol.asyncDispose]).returns.toExtend<PromiseLike<void>>()
+// @ts-expect-error destroy does not drain
+manager.destroy({ drainTimeoutMs: 1 })
+
+// ---------------------------------------------------------------- events
+
+manager.on('reload', (report) => expectTypeOf(report).toEqualTypeOf<ReloadReport>())
+manager.on('reload:failed', (failure) => expectTypeOf(failure).toEqualTypeOf<WasmError>())
+manager.on('trap', (trap) => expectTypeOf(trap).toEqualTypeOf<WasmError>())
+manager.on('close', (...nothing) => expectTypeOf(nothing).toEqualTypeOf<[]>())
+manager.once('reload', (report) => expectTypeOf(report).toEqualTypeOf<ReloadReport>())
+manager.off('trap', (trap) => expectTypeOf(trap).toEqualTypeOf<WasmError>())
+expectTypeOf(manager.on('close', () => {})).toEqualTypeOf<WasmModuleManager>()
+// @ts-expect-error [recycle] has not arrived
+manager.on('pressure', () => {})
+// @ts-expect-error Node's 'drain' means something else, and is never emitted
+manager.on('drain', () => {})
+// @ts-expect-error a report is no error
+manager.on('reload', (failure: WasmError) => failure.code)
+
+// ---------------------------------------------------------------- instances and memory
+
+expectTypeOf<keyof LeasedInstance>().toEqualTypeOf<
+  'generation' | 'exports' | 'memory' | 'call' | 'release' | typeof Symbol.dispose
+>()
+expectTypeOf(instance).toExtend<Disposable>()
+expectTypeOf(instance.call).toEqualTypeOf<
+  (name: string, args?: readonly WasmValue[], options?: CallOptions) => Promise<WasmResult>
+>()
+expectTypeOf(instance.release).toEqualTypeOf<() => void>()
+expectTypeOf(instance.memory).toEqualTypeOf<LinearMemory>()
+expectTypeOf(context).toEqualTypeOf<{
+  readonly generation: number
+  readonly exports: Record<string, (...args: WasmValue[]) => WasmResult>
+  readonly memory: LinearMemory
+}>()
+// @ts-expect-error a context is lent: there is nothing to release
+context.release()
+// @ts-expect-error a lease does not reload
+instance.reload()
+
+expectTypeOf(memory).toEqualTypeOf<{
+  readonly byteLength: number
+  readonly buffer: ArrayBuffer
+  read(ptr: number, byteLength: number): Uint8Array
+  readString(ptr: number, byteLength: number): string
+  write(ptr: number, bytes: Uint8Array | string): number
+}>()
+// @ts-expect-error memory grows in the guest
+memory.grow(1)
+// @ts-expect-error pointers are numbers
+memory.read(0n, 1)
+
+expectTypeOf<WasmResult>().toBeUnknown()
+
+// ---------------------------------------------------------------- errors
+
+expectTypeOf(error).toExtend<Error>()
+expectTypeOf(error.code).toEqualTypeOf<WasmErrorCode>()
+expectTypeOf(error.manager).toEqualTypeOf<string | undefined>()
+expectTypeOf(error.generation).toEqualTypeOf<number | undefined>()
+expectTypeOf(error.trap).toEqualTypeOf<string | undefined>()
+expectTypeOf(error.wasmStack).toEqualTypeOf<string | undefined>()
+expectTypeOf(error.phase).toEqualTypeOf<'drain' | 'save' | 'instantiate' | 'initialize' | 'restore' | undefined>()
+expectTypeOf(error.inFlight).toEqualTypeOf<number | undefined>()
+expectTypeOf<'ERR_WASM_TRAP'>().toExtend<WasmErrorCode>()
+expectTypeOf<'ERR_WASM_OOPS'>().not.toExtend<WasmErrorCode>()
+// @ts-expect-error made by the package only
+new WasmError('text')
+// @ts-expect-error read only
+error.code = 'ERR_WASM_TRAP'
+// @ts-expect-error [wasi] has not arrived
+error.exitCode
+// @ts-expect-error no such code
+if (error.code === 'ERR_WASM_OOPS') throw error
+
+// ---------------------------------------------------------------- figures
+
+expectTypeOf(manager.stats).toEqualTypeOf<() => ManagerStats>()
+expectTypeOf<ManagerStats['state']>().toEqualTypeOf<WasmModuleManager['state']>()
+expectTypeOf<ManagerStats['instances']>().toEqualTypeOf<{ total: number; busy: number; poisoned: number }>()
+expectTypeOf<ManagerStats['calls']>().toEqualTypeOf<{
+  completed: number
+  failed: number
+  trapped: number
+  interrupted: number
+  rejected: number
+}>()
+expectTypeOf<ManagerStats['reloads']>().toEqualTypeOf<Record<string, number>>()
+expectTypeOf<ManagerStats['pauseTime']>().toEqualTypeOf<Histogram>()
+expectTypeOf<Histogram>().toEqualTypeOf<
+  Record<'count' | 'min' | 'mean' | 'p50' | 'p90' | 'p99' | 'p999' | 'max', number>
+>()
+
+// ---------------------------------------------------------------- with the language
+
+async function scopes() {
+  await using scoped = await WasmModuleManager.create('x.wasm')
+  using held = await scoped.acquire()
+  return held.exports
+}
+expectTypeOf(scopes).returns.resolves.toEqualTypeOf<LeasedInstance['exports']>()

@@ -1,0 +1,667 @@
+/**
+ * wasm-molt: reloadable WebAssembly modules for Node.js.
+ *
+ * `require('wasm-molt')` and `import { … } from 'wasm-molt'` both work.
+ * Bytes are bytes, times are milliseconds, and the unit stands last in the name.
+ * Every error that this package makes is a {@link WasmError} with a stable `code`; docs/errors.md has a paragraph on each.
+ * What is a plain programming mistake for JavaScript itself stays a `TypeError` or `RangeError`, and is named where it can occur.
+ *
+ * Terms: a *replica* is one instance with a linear memory of its own; a *generation* is everything that one load or
+ * reload made; a call or lease is *in flight* while it has a replica and *queued* while it waits for one; a *swap* is
+ * what `reload` does inside.
+ */
+/// <reference types="node" />
+import { EventEmitter } from 'node:events'
+
+// ---------------------------------------------------------------- values
+
+/**
+ * A value that crosses between JavaScript and the guest.
+ *
+ * i32, f32 and f64 are numbers; i64 is a bigint; externref is any value; funcref is a function of an instance, or null.
+ * Arguments are coerced as the WebAssembly JavaScript API coerces them, and what it refuses is refused with the same
+ * `TypeError`, before anything runs.
+ * v128, exception and GC references cannot cross: a call of an export that has one in its signature throws a `TypeError`.
+ *
+ * Source: WebAssembly JavaScript Interface, ToWebAssemblyValue and ToJSValue.
+ */
+export type WasmValue = number | bigint | unknown
+
+/** undefined for no result, the value for one, an array for several. */
+export type WasmResult = WasmValue | WasmValue[] | undefined
+
+/**
+ * Where a module comes from: a path to a .wasm or .wat file, a file: URL, or the bytes of a binary module.
+ *
+ * Paths are relative to the working directory of the process. Text is only read from .wat files, not from bytes.
+ */
+export type ModuleSource = string | URL | Uint8Array | ArrayBuffer
+
+// ---------------------------------------------------------------- manager
+
+/**
+ * A WebAssembly module whose instances can be replaced while the program uses it.
+ *
+ * It stands where `const wasm = require('./x_wasm.cjs')` stood: keep it, its `exports` and its `memory` as long as you like.
+ * Made by {@link WasmModuleManager.create} and {@link WasmModuleManager.createSync}; the constructor throws a `TypeError`.
+ *
+ * A manager that is idle does not keep the process alive; a promise of it that is not settled does.
+ * Close it when you are done: garbage collection does not replace {@link WasmModuleManager.close}.
+ */
+export class WasmModuleManager extends EventEmitter implements AsyncDisposable {
+  private constructor()
+
+  /**
+   * Compiles a module (or loads its compiled code from the cache), instantiates it, and resolves when the first generation serves.
+   *
+   * Reads and compiles on other threads; the event loop stays free.
+   * Each replica in turn gets its imports, runs its start function, then `_initialize` if the module exports one without
+   * parameters and results, then `initialize` of the options.
+   *
+   * Errors (there is no manager afterwards, and nothing is left behind):
+   * - ERR_WASM_INVALID_ARGUMENT: an option or the source cannot be used; unknown options are refused by name.
+   * - ERR_WASM_COMPILE: not a module that this engine can compile; names the option where a feature is off.
+   * - ERR_WASM_LINK: an import is missing or is something else than the module needs.
+   * - ERR_WASM_TRAP, ERR_WASM_TIMEOUT, ERR_WASM_OUT_OF_FUEL: how the guest's own start ended.
+   * - ERR_WASM_ASYNC_IMPORT: the imports function returned a promise.
+   * - ERR_WASM_RELOAD_FAILED: `initialize`, the imports function or an import threw; `phase` says where and `cause` is what it threw.
+   *
+   * Cost: compiling dominates, and follows the size of the module; with the cache, a module that was compiled before
+   * with the same options is only read.
+   */
+  static create(source: ModuleSource, options?: ManagerOptions): Promise<WasmModuleManager>
+
+  /**
+   * The same, blocking this thread: for code that today says `const wasm = require('./x_wasm.cjs')`.
+   *
+   * `initialize` and the imports must be synchronous.
+   * A pool of the manager's own still compiles and later runs `call`.
+   *
+   * Errors: as {@link WasmModuleManager.create}, thrown; and ERR_WASM_ASYNC_IMPORT if `initialize` returns a promise.
+   */
+  static createSync(source: ModuleSource, options?: ManagerOptions): WasmModuleManager
+
+  /** In errors, events and thread names. See {@link ManagerOptions.name}. */
+  readonly name: string
+
+  /**
+   * The number of the generation that serves.
+   *
+   * Counts from 1; goes up by one with every committed reload, and with every replica that is replaced because it
+   * trapped or was stopped; never reused.
+   */
+  readonly generation: number
+
+  /**
+   * Where the manager is in its life.
+   *
+   * - `starting`: the first generation is not there yet.
+   * - `ready`: serving.
+   * - `reloading`: a reload is under way; the gate may still be open.
+   * - `draining`: a reload has closed the gate and waits for what is in flight.
+   * - `closing`: `close()` or `destroy()` was called; nothing new is admitted.
+   * - `closed`: everything is released.
+   * - `failed`: no replica can serve, because the replacement of a trapped one failed.
+   *   The next call and the next `reload()` try again.
+   */
+  readonly state: 'starting' | 'ready' | 'draining' | 'reloading' | 'closing' | 'closed' | 'failed'
+
+  /**
+   * Calls an export on a pool thread; never blocks the event loop.
+   *
+   * Takes whichever replica is free. While none is, and while a swap has the gate closed, it waits its turn, first in, first out.
+   * Arguments are coerced before `call` returns. An import that returns a promise makes the guest wait for it.
+   * * `name`: an exported function.
+   * * `args`: its arguments; missing ones count as undefined, surplus ones are ignored.
+   *
+   * Errors:
+   * - ERR_WASM_EXPORT_NOT_FOUND, ERR_WASM_INVALID_ARGUMENT, `TypeError`: nothing was called.
+   * - ERR_WASM_QUEUE_FULL, ERR_WASM_CLOSED: it never ran.
+   * - ERR_WASM_TRAP: the guest trapped; the replica is replaced before it serves again.
+   * - ERR_WASM_TIMEOUT: `timeoutMs` or `limits.timeoutMs` has passed; if it ran, the replica is replaced.
+   * - ERR_WASM_OUT_OF_FUEL, ERR_WASM_INTERRUPTED: it was stopped while it ran; the replica is replaced.
+   * - ERR_WASM_RELOAD_FAILED: it waited for the replacement of a trapped replica, which failed; it never ran.
+   * - `signal.reason`: the signal was aborted.
+   * - Whatever an import threw: the same object; the replica serves on.
+   *
+   * Cost: two thread changes; see docs/perf.md.
+   */
+  call(name: string, args?: readonly WasmValue[], options?: CallOptions): Promise<WasmResult>
+
+  /**
+   * Calls an export on this thread, in the replica that `exports` uses.
+   *
+   * Blocks this thread, and with it every timer and signal; only `limits.timeoutMs` and `limits.fuel` can stop it.
+   * If that replica has trapped before, it is replaced first, on this thread.
+   *
+   * Errors, thrown, beyond those of {@link WasmModuleManager.call}:
+   * - ERR_WASM_RELOADING: a `reload()` was called and has not settled; nothing was called.
+   * - ERR_WASM_BUSY: a pool thread is inside the replica, or a lease holds it; nothing was called.
+   * - ERR_WASM_ASYNC_IMPORT: an import returned a promise; the guest was unwound, the replica serves on.
+   * - ERR_WASM_RELOAD_FAILED: the trapped replica could not be replaced (`initialize` must be synchronous for that).
+   */
+  callSync(name: string, args?: readonly WasmValue[]): WasmResult
+
+  /**
+   * Sends bytes through a guest that takes and returns buffers: allocate, copy in, call, copy out, free, all off the JS thread
+   * as one operation in flight.
+   *
+   * The input is copied before `invoke` returns, so it may be changed at once. How the buffers travel is said by {@link BufferAbi}.
+   * * `name`: an exported function of the signature that `abi.returns` names.
+   *
+   * Errors: as {@link WasmModuleManager.call}, and
+   * - ERR_WASM_EXPORT_NOT_FOUND, ERR_WASM_INVALID_ARGUMENT before anything runs: the function or an allocator function is
+   *   missing or has another signature, or the module has no memory.
+   * - ERR_WASM_TRAP with `trap` 'allocation-failed': the guest's allocator answered 0; the replica is replaced.
+   * - ERR_WASM_INVALID_ARGUMENT afterwards: the guest named a buffer outside its memory; the replica serves on.
+   *
+   * Cost: O(input + output) bytes, each copied twice.
+   */
+  invoke(name: string, input: Uint8Array, options?: CallOptions): Promise<Uint8Array>
+
+  /**
+   * The functions that the module exports, as a live object: `manager.exports.f(1)` always runs in the current generation, on this thread.
+   *
+   * Safe to keep for ever, the object and each of its functions. Frozen. Exported memories, tables and globals are not in it.
+   * Inside a host call it stands for the instance that called.
+   *
+   * Errors, thrown by its functions: as {@link WasmModuleManager.callSync}. From the moment `reload()` is called until it
+   * settles, they throw ERR_WASM_RELOADING.
+   */
+  readonly exports: Record<string, (...args: WasmValue[]) => WasmResult>
+
+  /**
+   * A live view of the memory of the current generation's first replica.
+   *
+   * It shows the exported memory named `memory`, else the first exported one, else the first there is.
+   * Inside a host call it stands for the instance that called.
+   *
+   * Errors, thrown by its members: ERR_WASM_CLOSED once the manager is closed.
+   */
+  readonly memory: LinearMemory
+
+  /**
+   * Runs `fn` with one instance held for it alone, and resolves with what it returns.
+   *
+   * The whole run counts as one operation in flight: a swap waits for it, so pointers stay valid inside.
+   * When `fn` settles the handle expires (ERR_WASM_STALE_HANDLE).
+   * Inside `fn`, call through the instance: `manager.call` would wait for another replica, and `await manager.reload()` for this very lease.
+   *
+   * Errors:
+   * - What `fn` throws or rejects with, as it is.
+   * - ERR_WASM_QUEUE_FULL, ERR_WASM_CLOSED, `signal.reason`: `fn` was not called.
+   * - ERR_WASM_RELOAD_FAILED: it waited for the replacement of a trapped replica, which failed; `fn` was not called.
+   */
+  use<T>(fn: (instance: LeasedInstance) => T | Promise<T>, options?: LeaseOptions): Promise<T>
+
+  /**
+   * The same as an explicit resource: `using instance = await manager.acquire()`.
+   *
+   * An instance that is never released holds its replica, and every swap, until it is garbage collected.
+   *
+   * Errors: as {@link WasmModuleManager.use}.
+   */
+  acquire(options?: LeaseOptions): Promise<LeasedInstance>
+
+  /**
+   * Replaces every instance by a fresh one: instantiate and `initialize` the new ones while the old ones serve; then close the
+   * gate, drain, `saveState`, `restoreState`, commit, and open the gate.
+   *
+   * Calls and leases that come meanwhile wait and run on the new generation. On any failure before the commit they run on
+   * the old one, whose state is untouched. A reload that equals one under way or one that waits joins it; another one runs after it.
+   * A replica that has trapped and was not replaced yet is not asked by `saveState`.
+   *
+   * Errors (the old generation serves on):
+   * - ERR_WASM_RELOAD_FAILED: `phase` says where and `cause` is why; what a hook threw is the very object.
+   * - ERR_WASM_DRAIN_TIMEOUT: `inFlight` operations did not end within `drainTimeoutMs`.
+   * - ERR_WASM_INVALID_ARGUMENT: an option cannot be used; nothing was begun.
+   * - ERR_WASM_CLOSED: the manager is closed, or was destroyed meanwhile.
+   *
+   * Cost: old and new instances exist side by side until the commit; then the old linear memory goes back to the system.
+   * The pause, in `pauseMs`, is drain + save + restore.
+   */
+  reload(options?: ReloadOptions): Promise<ReloadReport>
+
+  /**
+   * The same without leaving this thread; hooks must be synchronous, and nothing may be in flight.
+   *
+   * Errors, thrown, beyond those of {@link WasmModuleManager.reload}:
+   * - ERR_WASM_BUSY: calls or leases are in flight, among them the call that this is called from; nothing was begun.
+   * - ERR_WASM_RELOADING: another reload, or a replacement, is under way; nothing was begun.
+   * - ERR_WASM_RELOAD_FAILED with ERR_WASM_ASYNC_IMPORT as `cause`: a hook returned a promise.
+   */
+  reloadSync(options?: ReloadOptions): ReloadReport
+
+  /** A plain object taken at this moment; read again for later figures. Usable in every state. */
+  stats(): ManagerStats
+
+  /**
+   * Stops admitting, lets what was admitted end (what is queued included), releases.
+   *
+   * Idempotent: every caller gets the same completion. State `closing` from here on.
+   * * `drainTimeoutMs`: longest wait for what is in flight or queued. Default: as long as it takes. 0: do not wait.
+   *
+   * Errors:
+   * - ERR_WASM_DRAIN_TIMEOUT: `inFlight` operations did not end in time. Nothing is released, what runs goes on, nothing is
+   *   admitted; `close()` again waits again, `destroy()` ends it.
+   * - ERR_WASM_INVALID_ARGUMENT: not a whole number of milliseconds.
+   */
+  close(options?: { drainTimeoutMs?: number }): Promise<void>
+
+  /**
+   * Interrupts what runs (ERR_WASM_INTERRUPTED), rejects what waits (ERR_WASM_CLOSED), ends leases, releases. Idempotent.
+   *
+   * With `engine.interruptible: false` it waits for what runs.
+   */
+  destroy(): Promise<void>
+
+  /** `close()`, for `await using`. */
+  [Symbol.asyncDispose](): Promise<void>
+
+  /**
+   * A new generation serves. Reason 'trap': one replica was replaced because it trapped or was stopped; the others served on.
+   *
+   * Events are emitted from the event loop, after what they tell of; those of synchronous operations as well.
+   */
+  on(event: 'reload', listener: (report: ReloadReport) => void): this
+  /** A reload, or the replacement of a trapped replica, did not happen. */
+  on(event: 'reload:failed', listener: (error: WasmError) => void): this
+  /** A call trapped (ERR_WASM_TRAP). */
+  on(event: 'trap', listener: (error: WasmError) => void): this
+  /** Everything is released. */
+  on(event: 'close', listener: () => void): this
+
+  once(event: 'reload', listener: (report: ReloadReport) => void): this
+  once(event: 'reload:failed', listener: (error: WasmError) => void): this
+  once(event: 'trap', listener: (error: WasmError) => void): this
+  once(event: 'close', listener: () => void): this
+
+  off(event: 'reload', listener: (report: ReloadReport) => void): this
+  off(event: 'reload:failed', listener: (error: WasmError) => void): this
+  off(event: 'trap', listener: (error: WasmError) => void): this
+  off(event: 'close', listener: () => void): this
+}
+
+/**
+ * What a manager is made of.
+ *
+ * Unknown names are refused (ERR_WASM_INVALID_ARGUMENT), here and in `limits`, `engine` and `abi`, so that a misspelt limit is never ignored.
+ */
+export interface ManagerOptions {
+  /** In errors, events and thread names. Default: the name in the module's name section, else its file name without extension, else 'wasm'. */
+  name?: string
+  /**
+   * Replicas, each with a linear memory of its own; `call` uses whichever is free. Default 1. Range 1 to 4096.
+   *
+   * State that the guest keeps is kept per replica. `exports`, `callSync` and `memory` always use the first one.
+   */
+  instances?: number
+  /** Threads of the pool that compiles and runs `call`. Default: min(instances, available parallelism). Range 1 to 4096. */
+  threads?: number
+  /**
+   * What the module imports, as for `WebAssembly.instantiate`; a function is called once per instance, so that imports can close over *their* instance.
+   *
+   * A promise-returning import makes the guest wait; that needs a pool thread (`call`, `invoke`), and is ERR_WASM_ASYNC_IMPORT in a synchronous call.
+   * Imports run on the JS thread. What one throws comes out of the call as the same object, and the instance serves on.
+   */
+  imports?: Imports | ((instance: InstanceContext) => Imports)
+  /**
+   * Runs in each fresh instance before it serves, after its start function and `_initialize`: at the start, in every reload,
+   * and when a trapped instance is replaced.
+   *
+   * Must be synchronous for `createSync`, for `reloadSync`, and for synchronous calls that find a trapped instance.
+   */
+  initialize?: (instance: LeasedInstance) => void | Promise<void>
+  /**
+   * Reads what must survive out of the OLD, quiescent instance. Any JS value; a promise is awaited by `reload`.
+   *
+   * Not called with `skipSave`, nor for an instance that has trapped.
+   * * `replica`: its number, from 0.
+   */
+  saveState?: (instance: LeasedInstance, replica: number) => unknown
+  /**
+   * Puts it into the NEW instance before it serves, after `initialize`.
+   *
+   * Called only where `saveState` was; not when a trapped instance is replaced, because nothing was saved.
+   * * `replica`: its number, from 0, as it was for `saveState`.
+   */
+  // biome-ignore lint/suspicious/noExplicitAny: what saveState returned, which only its author can type
+  restoreState?: (instance: LeasedInstance, state: any, replica: number) => void | Promise<void>
+  /** For `invoke`. Default names: allocate, deallocate. */
+  abi?: BufferAbi
+  /** Limits refuse or stop; see {@link Limits}. */
+  limits?: Limits
+  /**
+   * Calls and leases that may wait for a free instance or for a swap; one more rejects with ERR_WASM_QUEUE_FULL. Default 1024. From 0.
+   *
+   * What starts at once does not count. It also bounds the calls that wait within one lease.
+   */
+  maxQueue?: number
+  /**
+   * Where compiled code is kept between processes. true: the user's cache folder; string: that folder; false: nowhere. Default true.
+   *
+   * With true, a process without a usable cache folder runs without; a folder that was named must be usable (ERR_WASM_INVALID_ARGUMENT).
+   * Only name a folder that nobody else can write to: compiled code is run as it is.
+   */
+  cache?: boolean | string
+  /** How guests are compiled; see {@link EngineOptions}. Managers with equal options share one engine. */
+  engine?: EngineOptions
+}
+
+/** What one instance, or one call, may use. */
+export interface Limits {
+  /**
+   * Bytes that a linear memory may reach; memory.grow beyond it fails in the guest as the spec says. Default: what the module declares.
+   *
+   * Each memory of each replica is held to it by itself. A module that starts with more is refused (ERR_WASM_INVALID_ARGUMENT).
+   * During a reload old and new instances exist side by side.
+   */
+  memoryBytes?: number
+  /** Elements that a table may reach; table.grow beyond it fails in the guest. Default: what the module declares. */
+  tableElements?: number
+  /**
+   * Milliseconds that one call may run, waiting for imports included, waiting for a replica not; synchronous calls too. Default: none. From 1.
+   *
+   * Also bounds the start function of a module. Needs `engine.interruptible`.
+   */
+  timeoutMs?: number
+  /** Fuel units for one call; each outermost call starts with all of it. Needs `engine.fuel: true`. Default: none. From 1. */
+  fuel?: number
+  /** Bytes of native stack that a call may use, nested calls included; beyond it the guest traps with 'stack-overflow'. Default 512 KiB. Range 64 KiB to 2 MiB. */
+  stackBytes?: number
+}
+
+/**
+ * How guests are compiled and checked.
+ *
+ * Always on: multi-value, bulk memory, reference types, multi-memory, memory64, tail calls, extended constants,
+ * typed function references, GC, and exceptions in their final encoding. Components are refused.
+ */
+export interface EngineOptions {
+  /**
+   * Running code can be interrupted by timeouts, AbortSignal and destroy(). Default true; docs/perf.md says what it costs.
+   *
+   * With false, those only reach calls that wait: for a replica, or for a promise of an import.
+   */
+  interruptible?: boolean
+  /** Instructions are counted, for `limits.fuel`. Default false. */
+  fuel?: boolean
+  /** false: explicit bounds checks instead of signal handlers, for processes that own SIGSEGV. Default true. */
+  signalsBasedTraps?: boolean
+  /** Default true. */
+  simd?: boolean
+  /** Default true; needs `simd`. */
+  relaxedSimd?: boolean
+  /** Atomics and shared memories in guests. Does not start threads. Default true. */
+  threads?: boolean
+  /**
+   * Bytes of address space reserved per memory. Default 4 GiB; lower it where virtual memory is capped.
+   *
+   * Below 4 GiB bounds are checked by explicit code, and a memory that outgrows the reservation moves: one copy of its contents. A shared one cannot move.
+   */
+  memoryReservationBytes?: number
+}
+
+/** How a call may be stopped. */
+export interface CallOptions {
+  /**
+   * Takes the call out of the queue, or interrupts it even while the guest runs; the promise rejects with signal.reason; the pool stays.
+   *
+   * If it ran, the replica is replaced.
+   */
+  signal?: AbortSignal
+  /** Milliseconds from the call, waiting included; then ERR_WASM_TIMEOUT. Default: none. From 1. */
+  timeoutMs?: number
+}
+
+/** How the wait for a lease may be stopped. */
+export interface LeaseOptions {
+  /** Gives up waiting; does nothing once the instance is held. */
+  signal?: AbortSignal
+}
+
+/** How long a reload waits for what is in flight. */
+export interface DrainOptions {
+  /** Default 30 000. From 0: do not wait. */
+  drainTimeoutMs?: number
+  /**
+   * 'abort': give up, the old generation serves on (ERR_WASM_DRAIN_TIMEOUT). 'interrupt': stop what still runs (those calls
+   * reject with ERR_WASM_INTERRUPTED) and wait once more as long. Default 'abort'.
+   *
+   * 'interrupt' stops calls. A lease that its holder keeps without a call is waited for, and then ERR_WASM_DRAIN_TIMEOUT follows.
+   */
+  onDrainTimeout?: 'abort' | 'interrupt'
+}
+
+/** How a reload is done. Unknown names are refused (ERR_WASM_INVALID_ARGUMENT). */
+export interface ReloadOptions extends DrainOptions {
+  /** In the report and in `stats().reloads`. Default 'manual'. */
+  reason?: string
+  /** 'exclusive': new calls wait while the old generation drains. The only one by now, and the default. */
+  strategy?: 'exclusive'
+  /** Leave state behind, for a guest whose save traps: neither `saveState` nor `restoreState` is called. Default false. */
+  skipSave?: boolean
+}
+
+/** What a reload did. */
+export interface ReloadReport {
+  /** What serves now. */
+  generation: number
+  /** What served before. */
+  previousGeneration: number
+  /** As given; 'trap' for a replica that was replaced because it trapped or was stopped. */
+  reason: string
+  strategy: 'exclusive'
+  /** In flight when the gate closed. */
+  drained: number
+  /** Waited at the gate when it opened. */
+  queued: number
+  /** Milliseconds that the gate was closed. For reason 'trap': how long the replacement took, with the gate open. */
+  pauseMs: number
+  /** Of the pause: waiting for what was in flight. */
+  drainMs: number
+  /** Of the pause: `saveState`. 0 with `skipSave`. */
+  saveMs: number
+  /** Before the pause: making the new instances, `initialize` included. */
+  instantiateMs: number
+  /** Of the pause: `restoreState`. */
+  restoreMs: number
+  /** Linear-memory bytes of the old instances, over all replicas that were replaced. */
+  memoryBytesBefore: number
+  /** Linear-memory bytes of the new ones. */
+  memoryBytesAfter: number
+}
+
+/**
+ * One instance, held. Expires when released.
+ *
+ * Hooks get one as well, which expires when the hook settles. After its end every member but `generation` and `release`
+ * throws ERR_WASM_STALE_HANDLE; so do calls after a trap inside the lease, because the instance is replaced when the lease ends.
+ */
+export interface LeasedInstance extends Disposable {
+  readonly generation: number
+  /** The instance's functions, called on this thread. ERR_WASM_BUSY while a `call` of this lease runs. */
+  readonly exports: Record<string, (...args: WasmValue[]) => WasmResult>
+  readonly memory: LinearMemory
+  /**
+   * Calls an export on a pool thread, in this instance; calls of one lease run one after the other.
+   *
+   * Errors: as {@link WasmModuleManager.call}; ERR_WASM_ASYNC_IMPORT in a hook of a synchronous operation.
+   */
+  call(name: string, args?: readonly WasmValue[], options?: CallOptions): Promise<WasmResult>
+  /** Ends the lease; calls that were handed over still run. Idempotent. */
+  release(): void
+}
+
+/**
+ * What an imports function may keep: the instance its imports belong to.
+ *
+ * Usable inside host calls, also after an `await` in one, where `exports` re-enters the guest that waits.
+ * Outside of one it works as `manager.exports` does if it is the first replica, and throws ERR_WASM_BUSY otherwise.
+ * Once the instance is replaced everything but `generation` throws ERR_WASM_STALE_HANDLE.
+ */
+export interface InstanceContext {
+  readonly generation: number
+  readonly exports: Record<string, (...args: WasmValue[]) => WasmResult>
+  readonly memory: LinearMemory
+}
+
+/**
+ * The bytes of one linear memory, as they are now.
+ *
+ * `ptr` is a byte offset; a negative one is read as the unsigned 32-bit number of the same bits, because that is how
+ * JavaScript sees i32 pointers beyond 2 GiB. A fraction is a `RangeError`, another type a `TypeError`.
+ * A module without memory has one of 0 bytes.
+ */
+export interface LinearMemory {
+  readonly byteLength: number
+  /**
+   * Zero-copy. Detached (byteLength 0) when memory grows, on reload and when a lease on this instance ends: take it again.
+   * A view kept by mistake can never crash the process: what was transferred away reads zeros once the instance is gone.
+   *
+   * The same object until then. Where the runtime forbids external buffers (Electron) it is a copy of this moment.
+   */
+  readonly buffer: ArrayBuffer
+  /** Copies out. RangeError out of bounds. */
+  read(ptr: number, byteLength: number): Uint8Array
+  /** Decodes UTF-8; what is not valid becomes U+FFFD. RangeError out of bounds. */
+  readString(ptr: number, byteLength: number): string
+  /** Copies in, a string as UTF-8 without a terminator, and returns the number of bytes. RangeError out of bounds: nothing is written. */
+  write(ptr: number, bytes: Uint8Array | string): number
+}
+
+/**
+ * Module name, import name, value:
+ * - for a function, a function; its result is coerced as the WebAssembly JavaScript API coerces it;
+ * - for a global, its (initial) value: a number, a bigint for i64, anything for externref, null for funcref;
+ * - for a memory or a table, an {@link ImportDescriptor}: each instance gets one of its own, which ends with it.
+ *   Objects of Node's own `WebAssembly` are refused (ERR_WASM_LINK).
+ */
+export type Imports = Record<string, Record<string, unknown>>
+
+/** The size of an imported memory, in pages of 64 KiB, or of an imported table, in elements. */
+export interface ImportDescriptor {
+  initial: number
+  /** Must be given, and not be larger, where the module declares one. */
+  maximum?: number
+}
+
+/** How a guest takes and returns buffers. Pointers and lengths are 32-bit. */
+export interface BufferAbi {
+  /** (size: i32) -> ptr. Default 'allocate'. 0 means failure. */
+  allocate?: string
+  /** (ptr: i32, size: i32). Default 'deallocate'; null where the guest has none. Called for the input, the output and the length cell. */
+  deallocate?: string | null
+  /** 'out-pointer': f(ptr, len, out_len_ptr) -> ptr. 'packed-i64': f(ptr, len) -> (ptr << 32 | len). 'multi-value': f(ptr, len) -> (ptr, len). Default 'out-pointer'. */
+  returns?: 'out-pointer' | 'packed-i64' | 'multi-value'
+}
+
+// ---------------------------------------------------------------- errors
+
+/** The stable codes. docs/errors.md says for each whose fault it is, the state afterwards, and what to do. */
+export type WasmErrorCode =
+  | 'ERR_WASM_INVALID_ARGUMENT'
+  | 'ERR_WASM_COMPILE'
+  | 'ERR_WASM_LINK'
+  | 'ERR_WASM_EXPORT_NOT_FOUND'
+  | 'ERR_WASM_TRAP'
+  | 'ERR_WASM_EXIT'
+  | 'ERR_WASM_TIMEOUT'
+  | 'ERR_WASM_OUT_OF_FUEL'
+  | 'ERR_WASM_INTERRUPTED'
+  | 'ERR_WASM_ASYNC_IMPORT'
+  | 'ERR_WASM_BUSY'
+  | 'ERR_WASM_RELOADING'
+  | 'ERR_WASM_QUEUE_FULL'
+  | 'ERR_WASM_STALE_HANDLE'
+  | 'ERR_WASM_DRAIN_TIMEOUT'
+  | 'ERR_WASM_RELOAD_FAILED'
+  | 'ERR_WASM_INCOMPATIBLE_MODULE'
+  | 'ERR_WASM_SNAPSHOT_UNSUPPORTED'
+  | 'ERR_WASM_CLOSED'
+  | 'ERR_WASM_INTERNAL'
+
+/** Every code there is, in the order of {@link WasmErrorCode}. Frozen. */
+export const errorCodes: readonly WasmErrorCode[]
+
+/** The version of the package's native part. */
+export const version: string
+
+/**
+ * Match on `code`. What a host import or a hook throws keeps its identity: rethrown as it is by calls, `cause` elsewhere.
+ *
+ * Made by this package only.
+ */
+export class WasmError extends Error {
+  private constructor()
+  readonly code: WasmErrorCode
+  /** The manager's name, where one is concerned. */
+  readonly manager?: string
+  /** What served when the error was made. */
+  readonly generation?: number
+  /**
+   * For ERR_WASM_TRAP, the kind: 'unreachable', 'out-of-bounds-memory', 'out-of-bounds-table', 'out-of-bounds-array',
+   * 'stack-overflow', 'integer-divide-by-zero', 'integer-overflow', 'invalid-conversion-to-integer', 'indirect-call-to-null',
+   * 'indirect-call-type-mismatch', 'null-reference', 'cast-failure', 'unaligned-atomic', 'atomic-wait-on-unshared-memory',
+   * 'allocation-too-large', 'allocation-failed', 'uncaught-exception', 'other'.
+   */
+  readonly trap?: string
+  /** For ERR_WASM_TRAP: the guest's frames, innermost first, one a line, names demangled. Empty where there are none. */
+  readonly wasmStack?: string
+  /** For ERR_WASM_RELOAD_FAILED: where it failed. */
+  readonly phase?: 'drain' | 'save' | 'instantiate' | 'initialize' | 'restore'
+  /** For ERR_WASM_DRAIN_TIMEOUT: calls and leases that had not ended. */
+  readonly inFlight?: number
+}
+
+// ---------------------------------------------------------------- figures
+
+/** Figures of one moment. Counts are exact below 2^53. */
+export interface ManagerStats {
+  name: string
+  state: WasmModuleManager['state']
+  generation: number
+  /** Replicas: all, in use, and waiting to be replaced after a trap or a stop. */
+  instances: { total: number; busy: number; poisoned: number }
+  /** Calls and leases that have a replica; being inside a synchronous call counts as one. */
+  inFlight: number
+  /** Calls and leases that wait for one. */
+  queued: number
+  /** Linear-memory bytes over all replicas. */
+  memoryBytes: number
+  /** The most seen by any `stats()` and by any reload. */
+  memoryBytesPeak: number
+  /**
+   * Calls by how they ended; leases are not counted, the calls in them are.
+   *
+   * completed: returned. failed: an import threw, or the arguments cannot be used. trapped: ERR_WASM_TRAP.
+   * interrupted: stopped while they ran, by timeout, signal, fuel, reload or destroy(). rejected: never ran.
+   */
+  calls: { completed: number; failed: number; trapped: number; interrupted: number; rejected: number }
+  /**
+   * By reason: 'manual', 'trap', or the caller's own words. Beyond 64 different ones, further ones count as 'other'.
+   *
+   * 'trap' counts replicas that were replaced because a call trapped or was stopped.
+   */
+  reloads: Record<string, number>
+  /** Reloads and replacements that did not happen. */
+  reloadsFailed: number
+  /** Milliseconds in the guest, of pool calls. Synchronous calls are counted in `calls`, not timed. */
+  runTime: Histogram
+  /** Milliseconds from the call to its start, of pool calls. */
+  waitTime: Histogram
+  /** `pauseMs` of every report. */
+  pauseTime: Histogram
+}
+
+/** A distribution of times in milliseconds, to two significant digits, since the manager was made. All 0 while `count` is 0. */
+export interface Histogram {
+  count: number
+  min: number
+  mean: number
+  p50: number
+  p90: number
+  p99: number
+  p999: number
+  max: number
+}
