@@ -46,7 +46,8 @@ export type ModuleSource = string | URL | Uint8Array | ArrayBuffer
  * Made by {@link WasmModuleManager.create} and {@link WasmModuleManager.createSync}; the constructor throws a `TypeError`.
  *
  * A manager that is idle does not keep the process alive; a promise of it that is not settled does.
- * Close it when you are done: garbage collection does not replace {@link WasmModuleManager.close}.
+ * Close it when you are done. One that is forgotten is released when it is collected, which may be late or never:
+ * the collector does not see how much linear memory hangs on it.
  */
 export class WasmModuleManager extends EventEmitter implements AsyncDisposable {
   private constructor()
@@ -367,7 +368,12 @@ export interface Limits {
   timeoutMs?: number
   /** Fuel units for one call; each outermost call starts with all of it. Needs `engine.fuel: true`. Default: none. From 1. */
   fuel?: number
-  /** Bytes of native stack that a call may use, nested calls included; beyond it the guest traps with 'stack-overflow'. Default 512 KiB. Range 64 KiB to 2 MiB. */
+  /**
+   * Bytes of native stack that a call may use, nested calls included; beyond it the guest traps with 'stack-overflow'. Default 512 KiB. Range 64 KiB to 256 MiB.
+   *
+   * A synchronous call needs as much on the JS thread, whose stack the runtime has made (often 8 MiB, in a worker 4 MiB):
+   * where less is left it ends with 'stack-overflow' before the guest is entered, and the instance serves on.
+   */
   stackBytes?: number
 }
 
@@ -426,7 +432,7 @@ export interface DrainOptions {
   drainTimeoutMs?: number
   /**
    * 'abort': give up, the old generation serves on (ERR_WASM_DRAIN_TIMEOUT). 'interrupt': stop what still runs (those calls
-   * reject with ERR_WASM_INTERRUPTED) and wait once more as long. Default 'abort'.
+   * reject with ERR_WASM_INTERRUPTED) and wait once more, as long again and at least 5 seconds. Default 'abort'.
    *
    * 'interrupt' stops calls. A lease that its holder keeps without a call is waited for, and then ERR_WASM_DRAIN_TIMEOUT follows.
    */
@@ -517,7 +523,7 @@ export interface LinearMemory {
   readonly byteLength: number
   /**
    * Zero-copy. Detached (byteLength 0) when memory grows, on reload and when a lease on this instance ends: take it again.
-   * A view kept by mistake can never crash the process: what was transferred away reads zeros once the instance is gone.
+   * A view kept by mistake can never crash the process: what was transferred away may read zeros once the instance is gone.
    *
    * The same object until then. Where the runtime forbids external buffers (Electron) it is a copy of this moment.
    */

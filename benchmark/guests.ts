@@ -17,6 +17,14 @@ export const add = assemble(
       (i32.add (local.get 0) (local.get 1))))`,
 )
 
+/** add0, add1, …: for a call site that sees many targets. */
+export function manyAdds(count: number): Uint8Array<ArrayBuffer> {
+  const one = (index: number) => `
+    (func (export "add${index}") (param i32 i32) (result i32)
+      (i32.add (local.get 0) (local.get 1)))`
+  return assemble('many', `(module ${Array.from({ length: count }, (_, index) => one(index)).join('')})`)
+}
+
 /** Takes and returns buffers, as a codec would. The arena goes round, because what is measured is the way there and back. */
 export const echo = assemble(
   'echo',

@@ -44,8 +44,14 @@ const effort = flags.smoke ? smoke : { ...full, rounds: Number(flags.rounds ?? f
 
 const context = circumstances()
 process.stdout.write(
-  `${context.cpu}, ${context.cores} cores, Node ${context.node} (V8 ${context.v8}), ${context.commit}\n`,
+  `${context.cpu}, ${context.cores} cores, Node ${context.node} (V8 ${context.v8}), ${context.commit}\n` +
+    'Each line: the median of the rounds, and the fastest and slowest round.\n',
 )
+if (context.load > context.cores / 2) {
+  process.stdout.write(
+    `The machine is busy (load ${context.load.toFixed(1)}): what hands over between threads will look slow.\n`,
+  )
+}
 const done: Group[] = []
 for (const name of positionals.length > 0 ? positionals : Object.keys(groups)) {
   const group = await (groups[name] as (effort: Effort) => Promise<Group>)(effort)
@@ -55,8 +61,10 @@ for (const name of positionals.length > 0 ? positionals : Object.keys(groups)) {
 
 const figures = done.flatMap((group) => group.figures)
 const missed = figures.filter((figure) => passes(figure) === false)
-process.stdout.write(`\n${figures.filter((figure) => passes(figure)).length} goals met, ${missed.length} missed\n`)
-for (const figure of missed) process.stdout.write(`  ${figure.what}: ${verdict(figure)}\n`)
+process.stdout.write(
+  `\n${figures.filter((figure) => passes(figure)).length} goals met, ${missed.length} missed${missed.length > 0 ? ':' : ''}\n`,
+)
+for (const figure of missed) process.stdout.write(`${verdict(figure)}\n`)
 
 if (flags.smoke) {
   process.stdout.write('One short round shows that the benchmarks run; its figures mean nothing and are not kept.\n')

@@ -221,6 +221,7 @@ fn close(js: Js, args: &[Val]) -> JsResult<Val> {
     let pending = Deferred::new(&env, &side)?;
     let promise = pending.promise;
     let timeout = timeout.map(Duration::from_millis);
+    side.home.shut();
     side.manager.close(timeout, pending.done(ended));
     Ok(promise)
 }
@@ -231,6 +232,7 @@ fn destroy(js: Js, args: &[Val]) -> JsResult<Val> {
     let side = side(js, args)?;
     let pending = Deferred::new(&env, &side)?;
     let promise = pending.promise;
+    side.home.shut();
     side.manager.destroy(pending.done(ended));
     Ok(promise)
 }

@@ -80,7 +80,7 @@ impl EnvState {
                 Some(side) => function_value(self, side, *handle),
                 None => js.null(),
             },
-            Value::Extern(None) | Value::Func(None) | Value::Export(_) => js.null(),
+            Value::Extern(None) | Value::Func(None) | Value::Export { .. } => js.null(),
         }
     }
 

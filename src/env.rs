@@ -175,7 +175,9 @@ impl EnvState {
         if is_looking {
             return;
         }
-        let asked = self.helper(self.helpers.look_soon).and_then(|f| self.js().call(f, &[]));
+        let asked = self
+            .helper(self.helpers.look_soon)
+            .and_then(|f| self.js().call(f, &[]));
         if asked.is_err() {
             self.js().take_exception();
             self.look_until.set(None);
@@ -187,7 +189,10 @@ impl EnvState {
         let was_busy = self.busy.get();
         self.drain();
         let busy = self.busy.get();
-        let is_in_time = self.look_until.get().is_some_and(|until| Instant::now() < until);
+        let is_in_time = self
+            .look_until
+            .get()
+            .is_some_and(|until| Instant::now() < until);
         if busy < was_busy {
             self.look_luck.set(Luck::default());
         } else if !is_in_time {
@@ -334,7 +339,10 @@ struct Luck {
 impl Luck {
     fn worse(self) -> Self {
         let misses = (self.misses + 1).min(10);
-        Self { misses, skip: (1 << misses) - 1 }
+        Self {
+            misses,
+            skip: (1 << misses) - 1,
+        }
     }
 }
 

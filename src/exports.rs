@@ -154,10 +154,13 @@ pub(crate) fn function_of(js: Js, function: Val) -> Option<Value> {
     // SAFETY: the tag is only ever put on functions with a `Record`.
     let record = unsafe { js.tagged::<Record>(function, &TAG) }?;
     match (&record.target, record.which) {
-        (Target::Live(_), Which::Export(index)) => Some(Value::Export(index)),
+        (Target::Live(_), Which::Export(index)) => {
+            let module = record.manager.manager.module()?.id();
+            Some(Value::Export { module, index })
+        }
+        (Target::Live(_), Which::Handle(handle)) => Some(Value::Func(Some(handle))),
         (Target::Lease(lease), which) => Some(Value::Func(resolve(&lease.side.replica, which))),
         (Target::Instance(side), which) => Some(Value::Func(resolve(&side.replica, which))),
-        (Target::Live(_), Which::Handle(handle)) => Some(Value::Func(Some(handle))),
     }
 }
 
@@ -323,7 +326,7 @@ impl Record {
         {
             return Some(func);
         }
-        let func = resolve(replica, self.which);
+        let func = resolve(replica, self.which).filter(|f| f.replica_id() == replica.id());
         self.cached.set((stamp, func));
         func
     }
@@ -512,6 +515,9 @@ impl Record {
                 if let Some(path) = through_host_call(side) {
                     return Ok(path);
                 }
+                if side.replica.is_poisoned() {
+                    return Err(side.replica.stale());
+                }
                 if let Some(lease) = self.lease_on(side) {
                     let inside = lease.lease.enter()?;
                     return Ok(Path::Here(Entry::Leased(inside), Rc::clone(side)));
@@ -520,7 +526,10 @@ impl Record {
                     Some(current) if Rc::ptr_eq(current, side) => {}
                     _ => return Err(busy(&self.manager, "the instance is not in a host call")),
                 }
-                self.path_home()
+                match self.path_home()? {
+                    Path::Here(_, now) if !Rc::ptr_eq(&now, side) => Err(side.replica.stale()),
+                    path => Ok(path),
+                }
             }
         }
     }

@@ -101,7 +101,7 @@ impl JsImport {
         js.scoped(|| {
             bound.side.before_js(js);
             bound.manager.push_frame(&bound.side, Frame::Direct);
-            let returned = self.call_js(bound, &call.args);
+            let returned = Self::call_js(bound, &call.args);
             bound.manager.pop_frame(&bound.side);
             let returned = returned.map_err(|Pending| bound.env.take_thrown())?;
             if is_promise(js, returned, call.signature) {
@@ -111,7 +111,7 @@ impl JsImport {
         })
     }
 
-    fn call_js(&self, bound: &Bound, args: &[Value]) -> JsResult<Val> {
+    fn call_js(bound: &Bound, args: &[Value]) -> JsResult<Val> {
         let js = bound.env.js();
         let function = bound.env.helper(bound.function)?;
         let mut values: SmallVec<[Val; 8]> = SmallVec::with_capacity(args.len());
@@ -169,6 +169,11 @@ impl JsImport {
 fn wait(pool: &PoolEnd, call: &HostCall<'_>) -> Result<SmallVec<[Value; 2]>> {
     let cancelled = call.replica.interrupter().cancelled();
     loop {
+        // A stop that an inner wait has seen ends the outer ones too: what still arrives on this
+        // conversation may be the answer to somebody else.
+        if call.replica.interrupter().is_stopped() {
+            return Err(call.replica.interrupted());
+        }
         let message = select! {
             recv(pool.from_js) -> message => message.map_err(|_| gone())?,
             recv(cancelled) -> _ => return Err(call.replica.interrupted()),
@@ -203,7 +208,7 @@ fn answer(request: &Arc<Request>, end: JsEnd) {
     };
     let end = Rc::new(end);
     let js = bound.env.js();
-    let returned = match run_request(import, bound, request, &end) {
+    let returned = match run_request(bound, request, &end) {
         Ok(returned) => returned,
         Err(error) => return end.reply(Err(error)),
     };
@@ -233,17 +238,12 @@ fn answer(request: &Arc<Request>, end: JsEnd) {
     }
 }
 
-fn run_request(
-    import: &JsImport,
-    bound: &Bound,
-    request: &Request,
-    end: &Rc<JsEnd>,
-) -> Result<Val> {
+fn run_request(bound: &Bound, request: &Request, end: &Rc<JsEnd>) -> Result<Val> {
     bound.side.before_js(bound.env.js());
     bound
         .manager
         .push_frame(&bound.side, Frame::Remote(Rc::clone(end)));
-    let returned = import.call_js(bound, &request.args);
+    let returned = JsImport::call_js(bound, &request.args);
     bound.manager.pop_frame(&bound.side);
     returned.map_err(|Pending| bound.env.take_thrown())
 }
@@ -289,7 +289,7 @@ impl JsEnd {
     fn serve(self: &Rc<Self>, request: &Request) -> Result<SmallVec<[Value; 2]>> {
         let import = &*request.import;
         let bound = import.bound.get().ok_or_else(gone)?;
-        let returned = run_request(import, bound, request, self)?;
+        let returned = run_request(bound, request, self)?;
         if is_promise(bound.env.js(), returned, &request.signature) {
             return Err(import.async_import());
         }
@@ -465,18 +465,26 @@ impl Given<'_> {
     /// `{ initial, maximum? }`, as the descriptors of the JS API.
     fn limits(&self, module: &Module, import: &Import, value: Val) -> Result<(u64, Option<u64>)> {
         let js = self.env.js();
-        let read = |name| -> JsResult<Option<f64>> { Ok(js.get_number(js.property(value, name)?)) };
-        let initial = read(c"initial").map_err(|Pending| self.env.take_thrown())?;
-        let maximum = read(c"maximum").map_err(|Pending| self.env.take_thrown())?;
-        match initial {
-            Some(initial) if initial >= 0.0 => Ok((initial as u64, maximum.map(|m| m as u64))),
-            _ => Err(wrong(
-                module,
-                import,
-                "an object of Node's own engine (memories and tables belong to the instance: \
-                 give a plain { initial, maximum } instead)",
-            )),
+        let foreign = || {
+            let given = "something else (memories and tables belong to the instance: give a plain \
+                         { initial, maximum } of whole numbers, no object of Node's own engine)";
+            wrong(module, import, given)
+        };
+        if !matches!(js.kind(value), Ok(Kind::Object)) {
+            return Err(foreign());
         }
+        let read = |name| -> Result<Option<u64>> {
+            let given = js
+                .property(value, name)
+                .map_err(|Pending| self.env.take_thrown())?;
+            match js.get_number(given) {
+                None if matches!(js.kind(given), Ok(Kind::Undefined)) => Ok(None),
+                Some(v) if v >= 0.0 && v.fract() == 0.0 => Ok(Some(v as u64)),
+                _ => Err(foreign()),
+            }
+        };
+        let initial = read(c"initial")?.ok_or_else(foreign)?;
+        Ok((initial, read(c"maximum")?))
     }
 }
 

@@ -6,8 +6,10 @@
 //! A failed call always leaves a JavaScript exception pending, and [`Pending`] says so: whoever gets
 //! one returns to JavaScript, or takes the exception with [`Js::take_exception`].
 
+use std::cell::Cell;
 use std::ffi::{CStr, c_void};
 use std::ptr;
+use std::rc::Rc;
 
 use napi::sys;
 
@@ -654,7 +656,11 @@ impl Js {
         len: usize,
         pin: P,
     ) -> JsResult<Option<Val>> {
-        let hint = Box::into_raw(Box::new(pin));
+        let is_finalized = Rc::new(Cell::new(false));
+        let hint = Box::into_raw(Box::new(Hint {
+            is_finalized: Rc::clone(&is_finalized),
+            _pin: pin,
+        }));
         let mut value = ptr::null_mut();
         // SAFETY: valid environment; `data..len` stays mapped until the finalizer drops the pin.
         let status = unsafe {
@@ -670,12 +676,18 @@ impl Js {
         if status == sys::Status::napi_ok {
             return Ok(Some(value));
         }
-        // SAFETY: Node-API did not take it.
-        drop(unsafe { Box::from_raw(hint) });
+        // Some failures run the finalizer (a buffer beyond V8's longest), some do not.
+        if !is_finalized.get() {
+            // SAFETY: Node-API did not take it.
+            drop(unsafe { Box::from_raw(hint) });
+        }
         if status == sys::Status::napi_no_external_buffers_allowed {
             return Ok(None);
         }
-        Err(self.failed(status, "napi_create_external_arraybuffer"))
+        self.take_exception();
+        Err(self.throw_range_error(&format!(
+            "an ArrayBuffer over {len} bytes cannot be made (Node-API status {status}); use read() and write()"
+        )))
     }
 
     pub(crate) fn empty_buffer(self) -> JsResult<Val> {
@@ -752,10 +764,17 @@ unsafe extern "C" fn drop_box<T>(_env: sys::napi_env, data: *mut c_void, _hint: 
     });
 }
 
+/// What an external buffer holds on to.
+struct Hint<P> {
+    is_finalized: Rc<Cell<bool>>,
+    _pin: P,
+}
+
 unsafe extern "C" fn drop_hint<P>(_env: sys::napi_env, _data: *mut c_void, hint: *mut c_void) {
     guard_drop(|| {
-        // SAFETY: `hint` came out of `Box::into_raw` as a `P`, and finalizers run once.
-        drop(unsafe { Box::from_raw(hint.cast::<P>()) });
+        // SAFETY: `hint` came out of `Box::into_raw` as a `Hint<P>`, and finalizers run once.
+        let hint = unsafe { Box::from_raw(hint.cast::<Hint<P>>()) };
+        hint.is_finalized.set(true);
     });
 }
 

@@ -35,41 +35,40 @@ export default async function calls(effort: Effort): Promise<Group> {
     'one by one: manager.call': hot(effort, () => adder.call('add', [40, 2])),
     'one by one: piscina': hot(effort, () => piscina.run([40, 2], { name: 'sum' })),
     'one by one: tinypool': hot(effort, () => tinypool.run([40, 2], { name: 'sum' })),
-    '1,000 at once, each: manager.call': hot(
+    '1,000 at once: manager.call': hot(
       effort,
       all(() => adder.call('add', [40, 2])),
       crowd,
     ),
-    '1,000 at once, each: piscina': hot(
+    '1,000 at once: piscina': hot(
       effort,
       all(() => piscina.run([40, 2], { name: 'sum' })),
       crowd,
     ),
-    '1,000 at once, each: tinypool': hot(
+    '1,000 at once: tinypool': hot(
       effort,
       all(() => tinypool.run([40, 2], { name: 'sum' })),
       crowd,
     ),
     '64 KiB: manager.invoke': hot(effort, () => echoer.invoke('process', input)),
-    '64 KiB: piscina, transferred': hot(effort, pingPong),
+    '64 KiB: piscina, transfer': hot(effort, pingPong),
   })
   await Promise.all([adder.close(), echoer.close(), piscina.destroy(), tinypool.destroy()])
 
   const cheaper = (what: string, ours: keyof typeof standings, peer: keyof typeof standings, atLeast?: number) => ({
     what,
     ratio: ratio(standings[peer], standings[ours]),
-    unit: 'cheaper',
     ...(atLeast ? { goal: { atLeast } } : {}),
   })
   return {
-    name: 'calls: off the event loop and back',
+    name: 'calls: off the event loop and back, time for one',
     standings,
     figures: [
-      cheaper('one by one against piscina', 'one by one: manager.call', 'one by one: piscina', 4),
-      cheaper('one by one against tinypool', 'one by one: manager.call', 'one by one: tinypool'),
-      cheaper('1,000 at once against piscina', '1,000 at once, each: manager.call', '1,000 at once, each: piscina', 10),
-      cheaper('1,000 at once against tinypool', '1,000 at once, each: manager.call', '1,000 at once, each: tinypool'),
-      cheaper('64 KiB there and back against piscina', '64 KiB: manager.invoke', '64 KiB: piscina, transferred'),
+      cheaper('as cheap as piscina, one by one', 'one by one: manager.call', 'one by one: piscina', 4),
+      cheaper('as cheap as tinypool, one by one', 'one by one: manager.call', 'one by one: tinypool'),
+      cheaper('as cheap as piscina, 1,000 at once', '1,000 at once: manager.call', '1,000 at once: piscina', 10),
+      cheaper('as cheap as tinypool, 1,000 at once', '1,000 at once: manager.call', '1,000 at once: tinypool'),
+      cheaper('as cheap as piscina, 64 KiB there and back', '64 KiB: manager.invoke', '64 KiB: piscina, transfer'),
     ],
   }
 }

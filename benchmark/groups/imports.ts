@@ -16,22 +16,21 @@ export default async function importCalls(effort: Effort): Promise<Group> {
   if (v8.run(many) !== live.run(many)) throw new Error('the engines count differently')
 
   const standings = await contest(effort.rounds, {
-    'V8, import from the guest': hot(effort, () => v8.run(many), many),
-    'manager.exports, import on this thread': hot(effort, () => live.run(many), many),
-    'manager.call, import from a pool thread': hot(effort, () => manager.call('run', [few]), few),
+    V8: hot(effort, () => v8.run(many), many),
+    'manager.exports, on this thread': hot(effort, () => live.run(many), many),
+    'manager.call, from a pool thread': hot(effort, () => manager.call('run', [few]), few),
   })
   await manager.close()
   const against = (name: keyof typeof standings, where: string) => ({
-    what: `an import called ${where} against V8's`,
-    ratio: ratio(standings[name], standings['V8, import from the guest']),
-    unit: 'its time',
+    what: `the time of V8's import, ${where}`,
+    ratio: ratio(standings[name], standings.V8),
   })
   return {
     name: 'imports: the guest calls JS',
     standings,
     figures: [
-      against('manager.exports, import on this thread', 'on this thread'),
-      against('manager.call, import from a pool thread', 'from a pool thread'),
+      against('manager.exports, on this thread', 'on this thread'),
+      against('manager.call, from a pool thread', 'from a pool thread'),
     ],
   }
 }

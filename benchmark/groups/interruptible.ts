@@ -18,9 +18,8 @@ export default async function interruptible(effort: Effort): Promise<Group> {
     standings,
     figures: [
       {
-        what: 'gofmt, interruptible against not',
+        what: 'the time of gofmt that cannot be interrupted',
         ratio: ratio(standings['gofmt, interruptible (the default)'], standings['gofmt, not interruptible']),
-        unit: 'the time',
         goal: { atMost: 1.03 },
       },
     ],

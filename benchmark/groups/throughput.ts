@@ -20,11 +20,10 @@ export default async function throughput(effort: Effort): Promise<Group> {
     await settle(turn.molt, effort)
     const standings = await contest(effort.rounds, turn)
     group.standings[`${module.name}: V8`] = standings.v8
-    group.standings[`${module.name}: manager.exports`] = standings.molt
+    group.standings[`${module.name}: manager`] = standings.molt
     group.figures.push({
-      what: `${module.name} (${module.origin}) against V8`,
+      what: `V8's speed on ${module.name} (${module.origin})`,
       ratio: ratio(standings.v8, standings.molt),
-      unit: 'its speed',
       ...(module === gofmt ? { goal: { atLeast: 1 } } : {}),
     })
     await molt.close()

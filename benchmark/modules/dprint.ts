@@ -7,7 +7,7 @@ const file = encoder.encode('sample.js')
 /** dprint's plugin protocol, version 4: everything passes through one shared buffer. */
 export const dprint: RealModule = {
   name: 'dprint-typescript',
-  origin: '@dprint/typescript 0.96.1, Rust (swc), 4.2 MB',
+  origin: 'Rust, 4.2 MB',
   path: resolve('@dprint/typescript/plugin.wasm'),
   calls: 15,
   open(guest) {

@@ -6,7 +6,7 @@ const expected = readFileSync(new URL('../../examples/gofmt/expected.go', import
 
 export const gofmt: RealModule = {
   name: 'gofmt',
-  origin: '@wasm-fmt/gofmt 0.7.3, TinyGo, 0.3 MB',
+  origin: 'TinyGo, 0.3 MB',
   path: resolve('@wasm-fmt/gofmt/wasm'),
   calls: 200,
   open(guest) {

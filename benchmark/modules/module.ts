@@ -10,7 +10,7 @@ export interface Guest {
 /** A published module and how to put it to work without its glue. */
 export interface RealModule {
   name: string
-  /** Who compiled it from what. */
+  /** What it was compiled from, and its size. */
   origin: string
   path: string
   /** Calls timed in one turn; a turn begins with a fresh instance. */

@@ -25,7 +25,7 @@ const longest = Math.max(...lines.map((line) => line.length))
 /** The regular expressions behind VS Code's colours. One unit of work: all tokens of a source file. */
 export const oniguruma: RealModule = {
   name: 'vscode-oniguruma',
-  origin: 'vscode-oniguruma 2.0.1, C (Emscripten), 0.5 MB',
+  origin: 'C, 0.5 MB',
   path: resolve('vscode-oniguruma/release/onig.wasm'),
   calls: 15,
   imports(memory) {

@@ -91,9 +91,13 @@ enum State {
     Done,
 }
 
+type Parked = (Box<CallJob>, Ticket<Job>);
+
 /// Stops one call, wherever it is. Any thread.
 pub struct CallControl {
     state: Mutex<State>,
+    /// Has its instance, and waits for a thread.
+    parked: Mutex<Option<Parked>>,
     deadline: Mutex<Option<Deadline>>,
 }
 
@@ -111,6 +115,7 @@ impl CallControl {
         }
         let control = Arc::new(Self {
             state: Mutex::new(State::Waiting(None)),
+            parked: Mutex::new(None),
             deadline: Mutex::new(None),
         });
         if let Some(ms) = limits.timeout_ms {
@@ -149,12 +154,39 @@ impl CallControl {
                 drop(state);
                 if let Some(job) = queue.and_then(Queue::take) {
                     job.refuse_stopped();
+                } else {
+                    self.refuse_parked();
                 }
             }
             State::Running(interrupter, run) => {
                 interrupter.stop(*run, stop);
             }
             State::Stopped(_) | State::Done => {}
+        }
+    }
+
+    /// The job has its instance; a thread is to come for it with [`Self::unpark`].
+    pub(crate) fn park(&self, job: Box<CallJob>, ticket: Ticket<Job>) {
+        *self.parked() = Some((job, ticket));
+        // A stop that came just before has found nothing to refuse.
+        if self.stopped().is_some() {
+            self.refuse_parked();
+        }
+    }
+
+    /// `None` if a stop was faster.
+    pub(crate) fn unpark(&self) -> Option<Parked> {
+        self.parked().take()
+    }
+
+    fn parked(&self) -> MutexGuard<'_, Option<Parked>> {
+        self.parked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn refuse_parked(&self) {
+        if let Some((job, ticket)) = self.unpark() {
+            drop(ticket);
+            job.refuse_stopped();
         }
     }
 

@@ -262,7 +262,7 @@ pub(crate) fn number_to_raw(value: &Value) -> ValRaw {
         Value::I64(v) => ValRaw::i64(*v),
         Value::F32(v) => ValRaw::f32(v.to_bits()),
         Value::F64(v) => ValRaw::f64(v.to_bits()),
-        Value::Extern(_) | Value::Func(_) | Value::Export(_) => ValRaw::i32(0),
+        Value::Extern(_) | Value::Func(_) | Value::Export { .. } => ValRaw::i32(0),
     }
 }
 

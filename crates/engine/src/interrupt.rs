@@ -163,6 +163,11 @@ impl Interrupter {
         self.flag.load(Ordering::Acquire)
     }
 
+    /// Whether the present run was stopped.
+    pub fn is_stopped(&self) -> bool {
+        self.lock().stop.is_some()
+    }
+
     /// Why the present run was stopped, if it was.
     pub(crate) fn pending(&self) -> Option<Stop> {
         self.lock().stop.clone()

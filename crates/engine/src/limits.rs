@@ -29,6 +29,22 @@ impl Limits {
         self.stack.unwrap_or(Self::DEFAULT_STACK_BYTES)
     }
 
+    /// What one linear memory may reach.
+    pub(crate) fn memory_cap(&self) -> usize {
+        cap(self.memory_bytes)
+    }
+
+    /// Refuses a module that starts beyond the limit.
+    pub(crate) fn check_memory(&self, name: &str, initial_bytes: u64) -> Result<()> {
+        match self.memory_bytes {
+            Some(most) if initial_bytes > most => Err(Error::invalid(format!(
+                "{name}: the module starts with {initial_bytes} bytes of linear memory and \
+                 limits.memoryBytes is {most}; raise it to at least {initial_bytes}"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     pub(crate) fn check(&self, fuel_is_on: bool) -> Result<()> {
         if self.fuel.is_some() && !fuel_is_on {
             return Err(Error::invalid(
@@ -48,10 +64,13 @@ impl Limits {
     }
 }
 
-/// Asked by wasmtime before memories and tables are made or grown.
+fn cap(limit: Option<u64>) -> usize {
+    limit.map_or(usize::MAX, |v| usize::try_from(v).unwrap_or(usize::MAX))
+}
+
+/// Asked by wasmtime before tables are made or grown.
 #[derive(Debug)]
 pub(crate) struct Limiter {
-    pub(crate) memory_bytes: usize,
     pub(crate) table_elements: usize,
     /// Set while the instance is being made: which limit refused, for a clear error.
     pub(crate) refused: Option<String>,
@@ -59,11 +78,7 @@ pub(crate) struct Limiter {
 
 impl Limiter {
     pub(crate) fn new(limits: &Limits) -> Self {
-        let cap = |limit: Option<u64>| {
-            limit.map_or(usize::MAX, |v| usize::try_from(v).unwrap_or(usize::MAX))
-        };
         Self {
-            memory_bytes: cap(limits.memory_bytes),
             table_elements: cap(limits.table_elements),
             refused: None,
         }
@@ -71,21 +86,15 @@ impl Limiter {
 }
 
 impl ResourceLimiter for Limiter {
+    /// Linear memories have limits of their own (`MemoryRecord::set_limit_bytes`): wasmtime asks here
+    /// for the poll page and the heap of references as well, and not at all for shared memories.
     fn memory_growing(
         &mut self,
-        current: usize,
-        desired: usize,
+        _current: usize,
+        _desired: usize,
         _maximum: Option<usize>,
     ) -> wasmtime::Result<bool> {
-        let fits = desired <= self.memory_bytes;
-        if !fits && current == 0 {
-            self.refused = Some(format!(
-                "the module starts with {desired} bytes of linear memory and limits.memoryBytes is {}; \
-                 raise it to at least {desired}",
-                self.memory_bytes
-            ));
-        }
-        Ok(fits)
+        Ok(true)
     }
 
     fn table_growing(

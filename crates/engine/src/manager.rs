@@ -153,9 +153,19 @@ impl Waiter for Job {
                     job.refuse(Error::internal("a slot without an instance"));
                     return;
                 };
-                shared
-                    .pool
-                    .spawn(move || job.run(&replica, Seat::Ticket(ticket)));
+                // With a control the job stays within reach of a stop until a thread takes it.
+                let Some(control) = job.control.clone() else {
+                    shared
+                        .pool
+                        .spawn(move || job.run(&replica, Seat::Ticket(ticket)));
+                    return;
+                };
+                control.park(job, ticket);
+                shared.pool.spawn(move || {
+                    if let Some((job, ticket)) = control.unpark() {
+                        job.run(&replica, Seat::Ticket(ticket));
+                    }
+                });
             }
             Self::Lease(LeaseJob { shared, done }) => {
                 let Some(replica) = shared.replica(ticket.slot()) else {
@@ -207,8 +217,10 @@ struct Control {
     queue: VecDeque<Op>,
     /// The reload that runs: equal ones join it.
     current_reload: Option<(ReloadOptions, Vec<Done<Arc<ReloadReport>>>)>,
-    /// Slots whose poisoned instance is being replaced.
+    /// Slots whose poisoned instance is being replaced in the background.
     repairing: Vec<usize>,
+    /// Slot 0 is being replaced on the home thread.
+    is_repairing_home: bool,
     /// Slots that wait for a swap to end.
     repairs_due: Vec<usize>,
     closing: Vec<Done<()>>,
@@ -503,10 +515,7 @@ impl Manager {
     /// # Errors
     /// Why it could not be replaced.
     pub fn repair_now(&self) -> Result<()> {
-        if self.shared.is_over() {
-            return Err(self.shared.closed());
-        }
-        self.shared.repair(0, true)
+        self.shared.repair_now()
     }
 
     /// Stops admitting, waits for what was admitted, releases. Idempotent.
@@ -670,7 +679,9 @@ impl Shared {
     /// that came before the retirement would have its fresh instance retired.
     pub(crate) fn give_back(self: &Arc<Self>, ticket: Ticket<Job>, replica: &Replica) {
         let slot = ticket.slot();
-        let serves = self.replica(slot).is_some_and(|now| now.id() == replica.id());
+        let serves = self
+            .replica(slot)
+            .is_some_and(|now| now.id() == replica.id());
         if serves && replica.is_poisoned() {
             ticket.retire();
             self.request_repair(slot);
@@ -864,9 +875,12 @@ impl Shared {
         is_sync: bool,
     ) -> Result<Arc<Replica>, (FailedPhase, Error)> {
         let mut known = None;
-        let made = blueprint.instantiate(&*self.host, slot, generation, |replica| {
-            self.remember(replica);
-            known = Some(Arc::clone(replica));
+        // A panic must not lose track of a half-made instance.
+        let made = guarded(|| {
+            blueprint.instantiate(&*self.host, slot, generation, |replica| {
+                self.remember(replica);
+                known = Some(Arc::clone(replica));
+            })
         });
         let replica = match made {
             Ok(replica) => replica,
@@ -877,13 +891,8 @@ impl Shared {
         };
         let initialized = self.with_lease(&replica, is_sync, |lease| self.host.initialize(lease));
         let initialized = initialized.and_then(|()| {
-            if replica.is_poisoned() {
-                return Err(Error::new(
-                    ErrorCode::Trap,
-                    "the guest trapped during initialize and the hook went on",
-                ));
-            }
-            Ok(())
+            // A hook that goes on after a trap leaves an instance that must not serve.
+            replica.last_trap().map_or(Ok(()), Err)
         });
         if let Err(error) = initialized {
             let _ = self.discard(vec![replica], generation);
@@ -967,13 +976,7 @@ impl Shared {
     fn run_reload(self: &Arc<Self>, pending: PendingReload) -> Answer {
         let PendingReload { options, done } = pending;
         {
-            let mut control = self.lock_control();
-            while !control.repairing.is_empty() {
-                control = self
-                    .control_changed
-                    .wait(control)
-                    .unwrap_or_else(PoisonError::into_inner);
-            }
+            let mut control = self.wait_repaired(self.lock_control());
             control.is_swapping = true;
             control.current_reload = Some((options.clone(), done));
         }
@@ -1002,7 +1005,7 @@ impl Shared {
     fn swap_ended(self: &Arc<Self>, outcome: &Result<Arc<ReloadReport>>) {
         match outcome {
             Ok(report) => {
-                self.stats.reloaded(&report.reason, report.pause);
+                self.stats.paused(report.pause);
                 self.host.event(Event::Reload(Arc::clone(report)));
             }
             Err(error) => {
@@ -1025,17 +1028,11 @@ impl Shared {
             .in_flight;
         {
             let mut control = self.lock_control();
-            if control.is_running || !control.repairing.is_empty() {
+            if control.is_running || !control.repairing.is_empty() || control.is_repairing_home {
                 return Err(self.reloading());
             }
             if in_flight > 0 {
-                return Err(Error::new(
-                    ErrorCode::Busy,
-                    format!(
-                        "{} has {in_flight} calls or leases in flight; await them, or use reload()",
-                        self.name()
-                    ),
-                ));
+                return Err(self.in_flight(in_flight));
             }
             control.is_running = true;
             control.is_swapping = true;
@@ -1061,6 +1058,16 @@ impl Shared {
             self.spawn("ctl", Self::run_control);
         }
         outcome
+    }
+
+    pub(crate) fn in_flight(&self, in_flight: usize) -> Error {
+        Error::new(
+            ErrorCode::Busy,
+            format!(
+                "{} has {in_flight} calls or leases in flight; await them, or use reload()",
+                self.name()
+            ),
+        )
     }
 
     pub(crate) fn reloading(&self) -> Error {
@@ -1115,6 +1122,32 @@ impl Shared {
         for slot in self.gate.retired_slots() {
             self.request_repair(slot);
         }
+    }
+
+    /// On the home thread. A background repair of the same slot may be under way: it may need this very
+    /// thread, so it is not waited for, and the first of the two wins.
+    fn repair_now(self: &Arc<Self>) -> Result<()> {
+        if self.is_over() {
+            return Err(self.closed());
+        }
+        {
+            let mut control = self.lock_control();
+            if control.is_swapping || control.is_repairing_home {
+                return Err(self.reloading());
+            }
+            control.is_repairing_home = true;
+        }
+        let outcome = guarded(|| self.repair(0, true));
+        self.lock_control().is_repairing_home = false;
+        self.control_changed.notify_all();
+        outcome
+    }
+
+    /// Waits until no instance is being replaced.
+    fn wait_repaired<'a>(&'a self, control: MutexGuard<'a, Control>) -> MutexGuard<'a, Control> {
+        let is_busy = |c: &mut Control| !c.repairing.is_empty() || c.is_repairing_home;
+        let waited = self.control_changed.wait_while(control, is_busy);
+        waited.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Replaces one poisoned instance. Whoever commits first wins; the other one's work is dropped.
@@ -1177,6 +1210,7 @@ impl Shared {
                 generation: serving.generation,
             }
         };
+        self.stats.reloaded("trap");
         self.host.replaced(&change);
         self.gate.reinstate(slot);
         Some(change.generation)
@@ -1280,7 +1314,11 @@ impl Shared {
                 (serving.replicas.clone(), serving.generation)
             };
             let new = Vec::new();
-            shared.host.replaced(&Replaced { old, new, generation });
+            shared.host.replaced(&Replaced {
+                old,
+                new,
+                generation,
+            });
         }));
     }
 
@@ -1296,15 +1334,7 @@ impl Shared {
     }
 
     fn release_all(self: &Arc<Self>) {
-        {
-            let mut control = self.lock_control();
-            while !control.repairing.is_empty() {
-                control = self
-                    .control_changed
-                    .wait(control)
-                    .unwrap_or_else(PoisonError::into_inner);
-            }
-        }
+        drop(self.wait_repaired(self.lock_control()));
         let (replicas, generation) = {
             let mut serving = self.lock_serving();
             (std::mem::take(&mut serving.replicas), serving.generation)

@@ -24,6 +24,8 @@ pub struct Module {
     pub(crate) main_memory: Option<String>,
     pub(crate) defined_memories: usize,
     pub(crate) has_poll_memory: bool,
+    /// Of its largest memory.
+    pub(crate) initial_memory_bytes: u64,
 }
 
 /// Something the module needs.
@@ -187,8 +189,19 @@ impl Module {
             main_memory,
             defined_memories: spliced.defined_memories(),
             has_poll_memory: spliced.has_poll_memory,
+            initial_memory_bytes: spliced
+                .memories
+                .iter()
+                .map(|m| m.minimum.saturating_mul(1 << m.page_size_log2.min(16)))
+                .max()
+                .unwrap_or(0),
             compiled,
         }))
+    }
+
+    /// Names this very module among all that are loaded.
+    pub fn id(self: &Arc<Self>) -> usize {
+        Arc::as_ptr(self) as usize
     }
 
     /// As in errors, events and thread names.

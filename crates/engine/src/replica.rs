@@ -72,6 +72,8 @@ pub struct Replica {
     module: Arc<Module>,
     interrupter: Arc<Interrupter>,
     is_poisoned: AtomicBool,
+    /// What poisoned it.
+    last_trap: Mutex<Option<Error>>,
     is_released: AtomicBool,
     /// The innermost host call's `Caller`, null while no host function runs. Read and written only by
     /// the thread that holds the replica; atomic so that the type stays `Sync`.
@@ -152,6 +154,7 @@ impl Blueprint {
             module: Arc::clone(&self.module),
             interrupter,
             is_poisoned: AtomicBool::new(false),
+            last_trap: Mutex::default(),
             is_released: AtomicBool::new(false),
             active: AtomicPtr::new(std::ptr::null_mut()),
             fuel: options.fuel.then(|| self.limits.fuel.unwrap_or(u64::MAX)),
@@ -202,6 +205,14 @@ impl Replica {
     #[inline]
     pub fn is_poisoned(&self) -> bool {
         self.is_poisoned.load(Ordering::Acquire)
+    }
+
+    /// The error that left the instance poisoned.
+    pub(crate) fn last_trap(&self) -> Option<Error> {
+        self.last_trap
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     pub(crate) fn poison(&self) {
@@ -290,7 +301,7 @@ impl Replica {
                 })
             })
             .transpose()?;
-        let outcome = self.instantiate(store, imports).and_then(|live| {
+        let outcome = self.instantiate(store, imports, limits).and_then(|live| {
             let _ = self.live.set(live);
             self.run_initialize()
         });
@@ -299,7 +310,13 @@ impl Replica {
         outcome
     }
 
-    fn instantiate(&self, store: &mut Store<Guest>, imports: &[ImportValue]) -> Result<Live> {
+    fn instantiate(
+        &self,
+        store: &mut Store<Guest>,
+        imports: &[ImportValue],
+        limits: &Limits,
+    ) -> Result<Live> {
+        limits.check_memory(self.module.name(), self.module.initial_memory_bytes)?;
         if let Some(fuel) = self.fuel {
             store.set_fuel(fuel).map_err(Error::internal)?;
         }
@@ -315,6 +332,8 @@ impl Replica {
             let (made, created) = with_plan(plan, || link(store, import, value, self.id));
             externs.push(made.map_err(|e| self.refused(store, e))?);
             if let Some(record) = created.guests.into_iter().next() {
+                limits.check_memory(module.name(), record.byte_len() as u64)?;
+                record.set_limit_bytes(limits.memory_cap());
                 main_memory.get_or_insert_with(|| Arc::clone(&record));
                 memories.push(record);
             }
@@ -326,6 +345,7 @@ impl Replica {
         let interrupter = Arc::clone(&self.interrupter);
         let (instance, created) = with_plan_and_poll(
             plan,
+            limits.memory_cap(),
             move |page| interrupter.set_poll(page),
             || Instance::new(&mut *store, &module.compiled, &externs),
         );
@@ -516,7 +536,12 @@ impl Replica {
     /// Replaces a reference to an export of "the instance" by this instance's own.
     pub(crate) fn own(&self, value: Value) -> Value {
         match value {
-            Value::Export(index) => Value::Func(self.function(index)),
+            Value::Export { module, index } if module == self.module.id() => {
+                let own = self.function(index);
+                own.map_or(Value::Export { module, index }, |func| {
+                    Value::Func(Some(func))
+                })
+            }
             other => other,
         }
     }
@@ -580,6 +605,10 @@ impl Replica {
         let what = format!("{}: {what}", self.module.name());
         let error = triage(error, &what, self.interrupter.pending(), self.fuel);
         if error.poisons_instance() {
+            *self
+                .last_trap
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner) = Some(error.clone());
             self.poison();
         }
         error
@@ -710,49 +739,28 @@ fn link(
                 .into())
         }
         (ExternType::Memory(ty), ImportValue::Memory { initial, maximum }) => {
-            let fits = *initial >= ty.minimum()
-                && ty
-                    .maximum()
-                    .is_none_or(|most| maximum.is_some_and(|m| m <= most));
-            if !fits {
-                let max = maximum.map_or("none".into(), |m| m.to_string());
-                return Err(wrong(&format!(
-                    "a memory of initial: {initial}, maximum: {max}"
-                )));
-            }
-            let ty = if ty.is_64() {
-                wasmtime::MemoryType::new64(*initial, *maximum)
-            } else {
-                let pages =
-                    |n: u64| u32::try_from(n).map_err(|_| wrong("a memory too large for 32 bits"));
-                let maximum = maximum.map(pages).transpose()?;
-                if ty.is_shared() {
-                    let Some(maximum) = maximum else {
-                        return Err(wrong("a shared memory without a maximum"));
-                    };
-                    wasmtime::MemoryType::shared(pages(*initial)?, maximum)
-                } else {
-                    wasmtime::MemoryType::new(pages(*initial)?, maximum)
-                }
-            };
-            new_memory(&mut *store, &ty).map_err(failed)
+            check_limits(*initial, *maximum, ty.minimum(), ty.maximum())
+                .map_err(|given| wrong(&given))?;
+            let made = wasmtime::MemoryTypeBuilder::default()
+                .memory64(ty.is_64())
+                .shared(ty.is_shared())
+                .min(*initial)
+                .max(*maximum)
+                .build()
+                .map_err(failed)?;
+            new_memory(&mut *store, &made).map_err(failed)
         }
         (ExternType::Table(ty), ImportValue::Table { initial, maximum }) => {
-            let fits = *initial >= ty.minimum()
-                && ty
-                    .maximum()
-                    .is_none_or(|most| maximum.is_some_and(|m| m <= most));
-            let pages = |n: u64| u32::try_from(n).map_err(|_| wrong("a table too large"));
-            if !fits {
-                return Err(wrong(&format!("a table of initial: {initial}")));
-            }
+            check_limits(*initial, *maximum, ty.minimum(), ty.maximum())
+                .map_err(|given| wrong(&given))?;
+            let count = |n: u64| u32::try_from(n).map_err(|_| wrong("a table too large"));
             let ImportKind::Table { element, .. } = &import.kind else {
                 return Err(wrong("a table"));
             };
             let made = wasmtime::TableType::new(
                 ty.element().clone(),
-                pages(*initial)?,
-                maximum.map(pages).transpose()?,
+                count(*initial)?,
+                maximum.map(count).transpose()?,
             );
             Ok(wasmtime::Table::new(&mut *store, made, null_ref(*element))
                 .map_err(failed)?
@@ -763,4 +771,20 @@ fn link(
         (_, ImportValue::Memory { .. }) => Err(wrong("a memory")),
         (_, ImportValue::Table { .. }) => Err(wrong("a table")),
     }
+}
+
+/// Whether `{ initial, maximum }` may stand where the module wants `minimum` and at most `most`.
+fn check_limits(
+    initial: u64,
+    maximum: Option<u64>,
+    minimum: u64,
+    most: Option<u64>,
+) -> Result<(), String> {
+    let fits = initial >= minimum && most.is_none_or(|most| maximum.is_some_and(|m| m <= most));
+    let is_sane = maximum.is_none_or(|maximum| initial <= maximum);
+    if fits && is_sane {
+        return Ok(());
+    }
+    let maximum = maximum.map_or("none".into(), |m| m.to_string());
+    Err(format!("{{ initial: {initial}, maximum: {maximum} }}"))
 }

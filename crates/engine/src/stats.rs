@@ -111,7 +111,8 @@ impl Stats {
         self.lock().calls.count(Some(error));
     }
 
-    pub(crate) fn reloaded(&self, reason: &str, pause: Duration) {
+    /// A generation, or one instance, was replaced. Counted before the new one serves.
+    pub(crate) fn reloaded(&self, reason: &str) {
         let mut inner = self.lock();
         // Reasons are the caller's own words: a bound keeps the table from growing for ever.
         let is_new = !inner.reloads.contains_key(reason);
@@ -121,7 +122,10 @@ impl Stats {
             reason
         };
         *inner.reloads.entry(key.to_owned()).or_default() += 1;
-        inner.pause.saturating_record(nanoseconds(pause));
+    }
+
+    pub(crate) fn paused(&self, pause: Duration) {
+        self.lock().pause.saturating_record(nanoseconds(pause));
     }
 
     pub(crate) fn reload_failed(&self) {

@@ -116,6 +116,7 @@ pub(crate) fn run(
         blueprint,
         is_sync,
         skip_save: options.skip_save,
+        reason: options.reason.clone(),
         previous,
         states: Vec::new(),
         next: Vec::new(),
@@ -132,13 +133,19 @@ pub(crate) fn run(
         Ok(timings) => Ok(Arc::new(swap.finish(options, &timings))),
         Err(failure) => {
             shared.set_state(ManagerState::Ready);
-            Err(failed(shared, options, failure))
+            Err(failed(shared, options, failure, is_sync))
         }
     }
 }
 
-fn failed(shared: &Shared, options: &ReloadOptions, failure: Failure<Error>) -> Error {
+fn failed(
+    shared: &Shared,
+    options: &ReloadOptions,
+    failure: Failure<Error>,
+    is_sync: bool,
+) -> Error {
     match failure {
+        Failure::DrainTimeout(in_flight) if is_sync => shared.in_flight(in_flight.0),
         Failure::DrainTimeout(in_flight) => Error::DrainTimeout {
             what: format!("the reload of {}", shared.name()),
             in_flight: in_flight.0,
@@ -155,6 +162,7 @@ struct Swap<'a> {
     blueprint: Arc<Blueprint>,
     is_sync: bool,
     skip_save: bool,
+    reason: String,
     previous: Generation,
     states: Vec<Option<HostRef>>,
     next: Vec<Arc<Replica>>,
@@ -204,19 +212,25 @@ impl Backend for Swap<'_> {
     }
 
     fn close_gate(&mut self) -> usize {
-        self.shared.set_state(ManagerState::Draining);
         let in_flight = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&in_flight);
         let shared = Arc::clone(self.shared);
         // If the home is gone there is nobody to call, and the next step finds the swap cancelled.
         let _ = self.shared.host.at_home(Box::new(move |home| {
             let n = home.map_or_else(|| shared.gate.close(), Home::close);
+            shared.set_state(ManagerState::Draining);
             count.store(n, Ordering::Release);
         }));
         in_flight.load(Ordering::Acquire)
     }
 
     fn drain(&mut self, timeout: Option<Duration>) -> Result<(), InFlight> {
+        // Nobody may be waited for on the home thread: what is in flight may need that very thread.
+        let timeout = if self.is_sync {
+            Some(Duration::ZERO)
+        } else {
+            timeout
+        };
         self.shared.gate.wait_drained(timeout)?;
         self.shared.wait_settled();
         self.shared.set_state(ManagerState::Reloading);
@@ -270,12 +284,14 @@ impl Backend for Swap<'_> {
             new: self.next.clone(),
             generation,
         };
+        let reason = self.reason.clone();
         let publish = move || {
             {
                 let mut serving = shared.lock_serving();
                 serving.generation = generation;
                 serving.replicas.clone_from(&change.new);
             }
+            shared.stats.reloaded(&reason);
             shared.host.replaced(&change);
             shared.gate.reinstate_all();
         };

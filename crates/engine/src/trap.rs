@@ -6,6 +6,7 @@ use wasmtime::{ThrownException, Trap, WasmBacktrace};
 
 use crate::error::{Error, ErrorCode, TrapInfo, UNCAUGHT_EXCEPTION};
 use crate::interrupt::Stop;
+use crate::memory::is_poll_fault;
 
 /// Sorts out why a run of the guest failed.
 ///
@@ -22,7 +23,7 @@ pub(crate) fn triage(
     };
     let trap = error.downcast_ref::<Trap>().copied();
     if let Some(stop) = stop
-        && matches!(trap, Some(Trap::MemoryOutOfBounds | Trap::Interrupt))
+        && (trap == Some(Trap::Interrupt) || is_poll_fault(&error))
     {
         return stop.into_error(what);
     }

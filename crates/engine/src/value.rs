@@ -168,8 +168,14 @@ pub enum Value {
     Extern(Option<HostRef>),
     /// A function, or null.
     Func(Option<FuncHandle>),
-    /// The called instance's own export at this position of [`crate::Module::functions`].
-    Export(usize),
+    /// The called instance's own export at a position of [`crate::Module::functions`]; only valid in
+    /// instances of that very module.
+    Export {
+        /// [`crate::Module::id`].
+        module: usize,
+        /// Position.
+        index: usize,
+    },
 }
 
 impl Value {
@@ -181,7 +187,7 @@ impl Value {
             Self::F32(_) => ValueType::F32,
             Self::F64(_) => ValueType::F64,
             Self::Extern(_) => ValueType::ExternRef,
-            Self::Func(_) | Self::Export(_) => ValueType::FuncRef,
+            Self::Func(_) | Self::Export { .. } => ValueType::FuncRef,
         }
     }
 
@@ -217,7 +223,7 @@ impl Value {
             Self::Func(Some(handle)) if handle.replica == replica => {
                 Val::FuncRef(Some(handle.func))
             }
-            Self::Func(Some(_)) | Self::Export(_) => {
+            Self::Func(Some(_)) | Self::Export { .. } => {
                 return Err(Error::new(
                     ErrorCode::StaleHandle,
                     "the function passed as a funcref belongs to another instance; \

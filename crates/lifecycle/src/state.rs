@@ -251,7 +251,11 @@ impl<W> State<W> {
 
     pub(crate) fn retired_slots(&self) -> Vec<usize> {
         let is_retired = |(slot, is): (usize, &Slot)| (*is == Slot::Retired).then_some(slot);
-        self.slots.iter().enumerate().filter_map(is_retired).collect()
+        self.slots
+            .iter()
+            .enumerate()
+            .filter_map(is_retired)
+            .collect()
     }
 
     /// Empties the queue, oldest first.

@@ -235,6 +235,9 @@ fn step_failed<C>(phase: FailedPhase) -> impl FnOnce(C) -> Failure<C> {
 }
 
 /// A swap under way. Dropped before it is over, by an error or a panic, it is undone.
+/// What was interrupted gets at least this long to notice, however short the caller's own patience.
+const INTERRUPTED_DRAIN: Duration = Duration::from_secs(5);
+
 struct Swap<'a, B: Backend> {
     backend: &'a mut B,
     phase: Phase,
@@ -260,7 +263,10 @@ impl<B: Backend> Swap<'_, B> {
         if drained.is_err() && plan.on_drain_timeout == OnDrainTimeout::Interrupt {
             self.check_cancelled()?;
             self.backend.interrupt_in_flight();
-            drained = self.backend.drain(plan.drain_timeout);
+            let rest = plan
+                .drain_timeout
+                .map(|timeout| timeout.max(INTERRUPTED_DRAIN));
+            drained = self.backend.drain(rest);
         }
         if drained.is_err() {
             // Whoever cancelled wants to hear of that, rather than of the calls that it did not

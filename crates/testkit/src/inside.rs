@@ -3,7 +3,7 @@
 //! The engine's own entry points are unsafe because it cannot see who holds an instance. Here the
 //! right is a value that the caller must show.
 
-use wasm_molt_engine::{FuncHandle, HostCall, LeaseInside, Replica, Result, Value};
+use wasm_molt_engine::{FuncHandle, HostCall, Inside, Job, LeaseInside, Replica, Result, Value};
 
 /// Calls an export from within a host function of the same instance.
 pub fn call_again(call: &HostCall<'_>, name: &str, args: Vec<Value>) -> Result<Vec<Value>> {
@@ -27,7 +27,7 @@ pub fn call_leased(inside: &LeaseInside, name: &str, args: Vec<Value>) -> Result
 
 /// # Safety
 /// The calling thread holds the replica.
-pub(crate) unsafe fn call_export(
+unsafe fn call_export(
     replica: &Replica,
     name: &str,
     args: Vec<Value>,
@@ -36,4 +36,17 @@ pub(crate) unsafe fn call_export(
     let func = replica.function(index).ok_or_else(|| replica.stale())?;
     // SAFETY: contract of this function; the function is the replica's own.
     unsafe { replica.call(&func, args) }
+}
+
+/// Calls an export of the instance in slot 0 on the home thread.
+pub(crate) fn call_at_home(
+    _inside: &Inside<'_, Job>,
+    replica: &Replica,
+    name: &str,
+    args: Vec<Value>,
+) -> Result<Vec<Value>> {
+    assert_eq!(replica.slot(), 0, "only slot 0 has a home");
+    // SAFETY: the guard is the proof that this thread is inside slot 0, and its only caller shows the
+    // instance that it found there after it had entered.
+    unsafe { call_export(replica, name, args) }
 }

@@ -2,6 +2,7 @@
 //!
 //! - [`guests`]: modules as WAT text, each small enough to be read.
 //! - [`host`]: a [`wasm_molt_engine::Host`] made of closures, with or without a home thread.
+//! - [`door`]: a host function at which calls stop until they are let through.
 //! - [`faults`]: a host that fails, panics, blocks or destroys its manager at a chosen hook.
 //! - [`rig`]: a manager with all of that around it, and waits that end.
 //! - [`inside`]: entering an instance; the only unsafe code here.
@@ -13,6 +14,7 @@
 #![expect(clippy::panic, reason = "a test fails by panicking")]
 #![expect(clippy::missing_panics_doc, reason = "everything here panics when a test fails")]
 
+pub mod door;
 pub mod faults;
 pub mod guests;
 pub mod home;

@@ -119,6 +119,7 @@ struct Active {
     guests: usize,
     poll: bool,
     on_poll: Option<OnPoll>,
+    limit_bytes: usize,
     created: Created,
 }
 
@@ -138,11 +139,12 @@ thread_local! {
 struct Scope;
 
 impl Scope {
-    fn enter(plan: MemoryPlan, on_poll: Option<OnPoll>) -> Self {
+    fn enter(plan: MemoryPlan, limit_bytes: usize, on_poll: Option<OnPoll>) -> Self {
         let active = Active {
             guests: plan.guests,
             poll: plan.poll,
             on_poll,
+            limit_bytes,
             created: Created::default(),
         };
         PLANS.with_borrow_mut(|plans| plans.push(active));
@@ -166,18 +168,20 @@ impl Drop for Scope {
 /// Runs `f`, an instantiation, and returns the memories that were made for it. Those of a failed
 /// instantiation are released with the store, at the latest.
 pub(crate) fn with_plan<R>(plan: MemoryPlan, f: impl FnOnce() -> R) -> (R, Created) {
-    let scope = Scope::enter(plan, None);
+    let scope = Scope::enter(plan, usize::MAX, None);
     let result = f();
     (result, scope.leave())
 }
 
-/// The same; `on_poll` gets the poll page before any guest code can run.
+/// The same, with what must hold before any guest code can run: the limit of each guest memory, and
+/// who is given the poll page.
 pub(crate) fn with_plan_and_poll<R>(
     plan: MemoryPlan,
+    limit_bytes: usize,
     on_poll: impl FnOnce(PollPage) + 'static,
     f: impl FnOnce() -> R,
 ) -> (R, Created) {
-    let scope = Scope::enter(plan, Some(Box::new(on_poll)));
+    let scope = Scope::enter(plan, limit_bytes, Some(Box::new(on_poll)));
     let result = f();
     (result, scope.leave())
 }
@@ -323,7 +327,12 @@ unsafe impl wasmtime::MemoryCreator for MemoryHost {
             Next::Guest => {
                 let memory =
                     self.guest_memory(&ty, minimum, maximum, reserved, guard_size_in_bytes)?;
-                note(|created| created.guests.push(Arc::clone(memory.record())));
+                PLANS.with_borrow_mut(|plans| {
+                    if let Some(plan) = plans.last_mut() {
+                        memory.record().set_limit_bytes(plan.limit_bytes);
+                        plan.created.guests.push(Arc::clone(memory.record()));
+                    }
+                });
                 Ok(Box::new(memory))
             }
             Next::Poll => {

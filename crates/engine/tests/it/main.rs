@@ -1,0 +1,1 @@
+//! The engine as an embedder sees it, over real instances.
