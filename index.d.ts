@@ -556,7 +556,7 @@ export interface ImportDescriptor {
 export interface BufferAbi {
   /** (size: i32) -> ptr. Default 'allocate'. 0 means failure. */
   allocate?: string
-  /** (ptr: i32, size: i32). Default 'deallocate'; null where the guest has none. Called for the input, the output and the length cell. */
+  /** (ptr: i32, size: i32). Default 'deallocate'; null where the guest has none. Called for the input, the length cell, and an output that is not empty. */
   deallocate?: string | null
   /** 'out-pointer': f(ptr, len, out_len_ptr) -> ptr. 'packed-i64': f(ptr, len) -> (ptr << 32 | len). 'multi-value': f(ptr, len) -> (ptr, len). Default 'out-pointer'. */
   returns?: 'out-pointer' | 'packed-i64' | 'multi-value'

@@ -114,11 +114,14 @@ const ODD: [string, () => unknown][] = [
   ['toString 44', () => ({ valueOf: () => ({}), toString: () => '44' })],
   ['no primitive', () => ({ valueOf: () => ({}), toString: () => ({}) })],
   ['Symbol.toPrimitive', () => ({ [Symbol.toPrimitive]: (hint: string) => (hint === 'number' ? 45 : 'no') })],
-  ['valueOf throws', () => ({
-    valueOf: () => {
-      throw thrown
-    },
-  })],
+  [
+    'valueOf throws',
+    () => ({
+      valueOf: () => {
+        throw thrown
+      },
+    }),
+  ],
   ['a symbol', () => symbol],
   ['0n', () => 0n],
   ['-1n', () => -1n],
@@ -211,46 +214,70 @@ for (const type of PASSING) {
     for (const [label, make] of ODD) {
       const value = make() as WasmValue
       const expected = settle(() => theirs[name]?.(value))
-      same(`lease.exports.${name}(${label})`, settle(() => lease.exports[name]?.(value)), expected)
+      same(
+        `lease.exports.${name}(${label})`,
+        settle(() => lease.exports[name]?.(value)),
+        expected,
+      )
       same(`lease.call ${name}(${label})`, await settleLater(() => lease.call(name, [value])), expected)
     }
     lease.release()
     for (const [label, make] of ODD) {
       const value = make() as WasmValue
       const expected = settle(() => theirs[name]?.(value))
-      same(`exports.${name}(${label})`, settle(() => ours.exports[name]?.(value)), expected)
-      same(`callSync ${name}(${label})`, settle(() => ours.callSync(name, [value])), expected)
+      same(
+        `exports.${name}(${label})`,
+        settle(() => ours.exports[name]?.(value)),
+        expected,
+      )
+      same(
+        `callSync ${name}(${label})`,
+        settle(() => ours.callSync(name, [value])),
+        expected,
+      )
       same(`call ${name}(${label})`, await settleLater(() => ours.call(name, [value])), expected)
     }
   })
 
-  test(`what imports are given and give back as ${type} is coerced as V8 coerces it, on both paths`, LIMIT, async (t) => {
-    const { ours, theirs, give, taken } = await pair(t)
-    for (const [label, make] of ODD) {
-      give.value = make()
-      const expected = settle(() => theirs[`from_import_${type}`]?.())
-      same(`import gives ${label}`, settle(() => ours.exports[`from_import_${type}`]?.()), expected)
-      same(`import gives ${label} to the pool`, await settleLater(() => ours.call(`from_import_${type}`)), expected)
-      // A promise of the value is the value, for a call on the pool. (Objects with `then` are none of the table.)
-      const { value } = give
-      give.value = Promise.resolve(value)
-      if (type !== 'externref') {
-        same(`import promises ${label}`, await settleLater(() => ours.call(`from_import_${type}`)), expected)
-      }
-      const argument = make() as WasmValue
-      const take = (run: () => unknown) => {
+  test(
+    `what imports are given and give back as ${type} is coerced as V8 coerces it, on both paths`,
+    LIMIT,
+    async (t) => {
+      const { ours, theirs, give, taken } = await pair(t)
+      for (const [label, make] of ODD) {
+        give.value = make()
+        const expected = settle(() => theirs[`from_import_${type}`]?.())
+        same(
+          `import gives ${label}`,
+          settle(() => ours.exports[`from_import_${type}`]?.()),
+          expected,
+        )
+        same(`import gives ${label} to the pool`, await settleLater(() => ours.call(`from_import_${type}`)), expected)
+        // A promise of the value is the value, for a call on the pool. (Objects with `then` are none of the table.)
+        const { value } = give
+        give.value = Promise.resolve(value)
+        if (type !== 'externref') {
+          same(`import promises ${label}`, await settleLater(() => ours.call(`from_import_${type}`)), expected)
+        }
+        const argument = make() as WasmValue
+        const take = (run: () => unknown) => {
+          taken.length = 0
+          const happened = settle(run)
+          return 'value' in happened ? { value: [...taken] } : happened
+        }
+        const given = take(() => theirs[`to_import_${type}`]?.(argument))
+        same(
+          `import takes ${label}`,
+          take(() => ours.exports[`to_import_${type}`]?.(argument)),
+          given,
+        )
         taken.length = 0
-        const happened = settle(run)
-        return 'value' in happened ? { value: [...taken] } : happened
+        const later = await settleLater(() => ours.call(`to_import_${type}`, [argument]))
+        same(`import takes ${label} on the pool`, 'value' in later ? { value: [...taken] } : later, given)
       }
-      const given = take(() => theirs[`to_import_${type}`]?.(argument))
-      same(`import takes ${label}`, take(() => ours.exports[`to_import_${type}`]?.(argument)), given)
-      taken.length = 0
-      const later = await settleLater(() => ours.call(`to_import_${type}`, [argument]))
-      same(`import takes ${label} on the pool`, 'value' in later ? { value: [...taken] } : later, given)
-    }
-    assert.equal(ours.generation, 1)
-  })
+      assert.equal(ours.generation, 1)
+    },
+  )
 }
 
 test('missing arguments are undefined, superfluous ones are ignored, as in V8', LIMIT, async (t) => {
@@ -278,8 +305,16 @@ test('missing arguments are undefined, superfluous ones are ignored, as in V8', 
     const args = values as WasmValue[]
     const expected = settle(() => theirs[name]?.(...args))
     const label = `${name}(${args.map(String).join(', ')})`
-    same(`exports.${label}`, settle(() => ours.exports[name]?.(...args)), expected)
-    same(`callSync ${label}`, settle(() => ours.callSync(name, args)), expected)
+    same(
+      `exports.${label}`,
+      settle(() => ours.exports[name]?.(...args)),
+      expected,
+    )
+    same(
+      `callSync ${label}`,
+      settle(() => ours.callSync(name, args)),
+      expected,
+    )
     same(`call ${label}`, await settleLater(() => ours.call(name, args)), expected)
   }
 })
@@ -305,10 +340,13 @@ test('several results of an import come from any iterable, of the right length, 
     ['an array', () => [1, 2n]],
     ['values to coerce', () => ['3', true]],
     ['a Set', () => new Set<unknown>([4, 5n])],
-    ['a generator', function* () {
-      yield 6
-      yield 7n
-    }],
+    [
+      'a generator',
+      function* () {
+        yield 6
+        yield 7n
+      },
+    ],
     ['a Map', () => new Map<unknown, unknown>([[1, 2]])],
     ['too few', () => [1]],
     ['too many', () => [1, 2n, 3]],
@@ -320,16 +358,23 @@ test('several results of an import come from any iterable, of the right length, 
     ['an object', () => ({})],
     ['the wrong type', () => [1, 2]],
     ['an array-like', () => ({ length: 2, 0: 1, 1: 2n })],
-    ['an iterator that throws', function* () {
-      yield 1
-      throw thrown
-    }],
+    [
+      'an iterator that throws',
+      function* () {
+        yield 1
+        throw thrown
+      },
+    ],
   ]
   for (const [label, make] of cases) {
     give.value = make()
     const expected = settle(() => theirs.pair_from_import?.())
     give.value = make()
-    same(`exports: ${label}`, settle(() => ours.exports.pair_from_import?.()), expected)
+    same(
+      `exports: ${label}`,
+      settle(() => ours.exports.pair_from_import?.()),
+      expected,
+    )
     give.value = make()
     same(`call: ${label}`, await settleLater(() => ours.call('pair_from_import')), expected)
     const value = make()
@@ -352,17 +397,24 @@ test('arguments are coerced in order, once each, before the guest runs, as in V8
   const { ours, theirs } = await pair(t)
   const trace = (run: (args: WasmValue[]) => unknown) => {
     const order: string[] = []
-    const args = [
-      { valueOf: () => (order.push('a'), 1) },
-      { valueOf: () => (order.push('b'), 2n) },
-      { valueOf: () => (order.push('c'), 3) },
-      { valueOf: () => (order.push('d'), 4) },
-    ]
+    const noted = (name: string, value: number | bigint) => ({
+      valueOf: () => {
+        order.push(name)
+        return value
+      },
+    })
+    const args = [noted('a', 1), noted('b', 2n), noted('c', 3), noted('d', 4)]
     return { result: run(args), order }
   }
   const expected = trace((args) => theirs.rotate?.(...args))
-  assert.deepEqual(trace((args) => ours.exports.rotate?.(...args)), expected)
-  assert.deepEqual(trace((args) => ours.callSync('rotate', args)), expected)
+  assert.deepEqual(
+    trace((args) => ours.exports.rotate?.(...args)),
+    expected,
+  )
+  assert.deepEqual(
+    trace((args) => ours.callSync('rotate', args)),
+    expected,
+  )
   const { result, order } = trace((args) => ours.call('rotate', args))
   assert.deepEqual({ result: await (result as Promise<unknown>), order }, expected)
 })
@@ -372,7 +424,12 @@ test('coercion that calls back into the manager is not caught between two stools
   const nested = { valueOf: () => (ours.exports.echo_i32?.(20) as number) + 1 }
   assert.equal(ours.exports.echo_i32?.(nested), 21)
   assert.equal(await ours.call('echo_i32', [nested]), 21)
-  const reloading = { valueOf: () => (ours.reloadSync(), 5) }
+  const reloading = {
+    valueOf: () => {
+      ours.reloadSync()
+      return 5
+    },
+  }
   assert.equal(ours.exports.echo_i32?.(reloading), 5)
   assert.equal(ours.generation, 2)
 })
@@ -415,8 +472,27 @@ test('externref keeps the identity of any value, through calls, globals and tabl
     (func (export "swap") (param externref externref) (result externref externref) (local.get 1) (local.get 0)))`)
   const manager = await managed(t, source)
   const values: unknown[] = [
-    0, -0, Number.NaN, '', 'text', true, false, null, undefined, 5n, symbol, someObject, someFunction, [], new Map(),
-    new Proxy({}, {}), Object.create(null), globalThis, manager, Promise.resolve(1), new Error('e'),
+    0,
+    -0,
+    Number.NaN,
+    '',
+    'text',
+    true,
+    false,
+    null,
+    undefined,
+    5n,
+    symbol,
+    someObject,
+    someFunction,
+    [],
+    new Map(),
+    new Proxy({}, {}),
+    Object.create(null),
+    globalThis,
+    manager,
+    Promise.resolve(1),
+    new Error('e'),
   ]
   const f = manager.exports as Record<string, AnyFunction>
   for (const value of values as WasmValue[]) {
@@ -521,7 +597,8 @@ test('an export of the module is a funcref of its own', LIMIT, async (t) => {
   assert.equal(f.apply?.(0, 21), 42)
   await manager.call('put', [2, f.double])
   assert.equal(await manager.call('apply', [2, 4]), 8)
-  assert.equal((f.echo?.(f.double) as AnyFunction)(3), 6)
+  const echoed = f.echo?.(f.double) as AnyFunction
+  assert.equal(echoed(3), 6)
   await manager.use((instance) => {
     const e = instance.exports as Record<string, AnyFunction>
     e.put?.(3, e.double)
@@ -541,8 +618,14 @@ test('a function that is not of this instance is no funcref: TypeError, before a
     await assert.rejects(manager.call('echo', [foreign]), TypeError)
   }
   for (const foreign of [other.exports.double, other.exports.getTriple?.()] as WasmValue[]) {
-    assert.throws(() => manager.exports.echo?.(foreign), (error: unknown) => error instanceof TypeError || error instanceof WasmError)
-    await assert.rejects(manager.call('echo', [foreign]), (error: unknown) => error instanceof TypeError || error instanceof WasmError)
+    assert.throws(
+      () => manager.exports.echo?.(foreign),
+      (error: unknown) => error instanceof TypeError || error instanceof WasmError,
+    )
+    await assert.rejects(
+      manager.call('echo', [foreign]),
+      (error: unknown) => error instanceof TypeError || error instanceof WasmError,
+    )
   }
   assert.equal(manager.generation, 1)
   assert.equal(manager.exports.isNull?.(null), 1)
@@ -561,7 +644,8 @@ test('a funcref of an old generation is stale, never somebody else', LIMIT, asyn
     manager.call('echo', [old]),
     (error: unknown) => error instanceof TypeError || hasCode('ERR_WASM_STALE_HANDLE')(error),
   )
-  assert.equal((f.getTriple?.() as AnyFunction)(2), 6)
+  const fresh = f.getTriple?.() as AnyFunction
+  assert.equal(fresh(2), 6)
 })
 
 test('a funcref of one replica is not taken by another, and never runs in it', LIMIT, async (t) => {
@@ -569,8 +653,14 @@ test('a funcref of one replica is not taken by another, and never runs in it', L
   const [one, two] = [await manager.acquire(), await manager.acquire()]
   const triple = one.exports.getTriple?.() as AnyFunction
   assert.equal(triple(2), 6)
-  assert.throws(() => two.exports.echo?.(triple), (error: unknown) => error instanceof TypeError || error instanceof WasmError)
-  await assert.rejects(two.call('echo', [triple]), (error: unknown) => error instanceof TypeError || error instanceof WasmError)
+  assert.throws(
+    () => two.exports.echo?.(triple),
+    (error: unknown) => error instanceof TypeError || error instanceof WasmError,
+  )
+  await assert.rejects(
+    two.call('echo', [triple]),
+    (error: unknown) => error instanceof TypeError || error instanceof WasmError,
+  )
   one.release()
   two.release()
 })
@@ -669,20 +759,24 @@ test('callSync and call see the same instance when there is one', LIMIT, async (
   assert.equal(manager.exports.count?.(), 3)
 })
 
-test('a synchronous call while a pool thread is inside throws ERR_WASM_BUSY, and works again after', LIMIT, async (t) => {
-  const { manager, close, arrived, release } = await bench(t)
-  const isFree = () => manager.exports.add?.(1, 2)
-  close(1)
-  const held = manager.call('hold', [1])
-  await arrived(1)
-  // The import has answered with a promise and the guest waits for it; another caller is not that guest.
-  const busy = await outcome((async () => manager.callSync('add', [1, 2]))())
-  release(1)
-  await held
-  assert.ok('error' in busy || busy.value === 3)
-  if ('error' in busy) hasCode('ERR_WASM_BUSY')(busy.error)
-  assert.equal(isFree(), 3)
-})
+test(
+  'a synchronous call while a pool thread is inside throws ERR_WASM_BUSY, and works again after',
+  LIMIT,
+  async (t) => {
+    const { manager, close, arrived, release } = await bench(t)
+    const isFree = () => manager.exports.add?.(1, 2)
+    close(1)
+    const held = manager.call('hold', [1])
+    await arrived(1)
+    // The import has answered with a promise and the guest waits for it; another caller is not that guest.
+    const busy = await outcome((async () => manager.callSync('add', [1, 2]))())
+    release(1)
+    await held
+    assert.ok('error' in busy || busy.value === 3)
+    if ('error' in busy) hasCode('ERR_WASM_BUSY')(busy.error)
+    assert.equal(isFree(), 3)
+  },
+)
 
 test('a synchronous call while the guest computes on the pool throws ERR_WASM_BUSY', LIMIT, async (t) => {
   const { manager, entered } = await bench(t)
@@ -705,20 +799,24 @@ for (const [returns, name] of [
   ['packed-i64', 'reversePacked'],
   ['multi-value', 'reverseMulti'],
 ] as const) {
-  test(`invoke sends bytes through a guest that returns by ${returns}, and frees what it allocated`, LIMIT, async (t) => {
-    const manager = await managed(t, buffers, returns === 'out-pointer' ? {} : { abi: { returns } })
-    const output = await manager.invoke(name, INPUT)
-    assert.ok(output instanceof Uint8Array)
-    assert.deepEqual(output, REVERSED)
-    assert.deepEqual(await manager.invoke(name, new Uint8Array()), new Uint8Array())
-    const large = Uint8Array.from({ length: 300_000 }, (_, i) => i * 7)
-    assert.deepEqual(await manager.invoke(name, large), large.slice().reverse())
-    assert.deepEqual(await manager.invoke(name, Buffer.from('abc')), new Uint8Array(Buffer.from('cba')))
-    assert.deepEqual(await manager.invoke(name, new Uint8Array([9, 1, 2, 9]).subarray(1, 3)), Uint8Array.of(2, 1))
-    // Input, output and the length's cell all went back.
-    assert.equal(manager.exports.live?.(), 0)
-    assert.equal(manager.stats().calls.completed >= 5, true)
-  })
+  test(
+    `invoke sends bytes through a guest that returns by ${returns}, and frees what it allocated`,
+    LIMIT,
+    async (t) => {
+      const manager = await managed(t, buffers, returns === 'out-pointer' ? {} : { abi: { returns } })
+      const output = await manager.invoke(name, INPUT)
+      assert.ok(output instanceof Uint8Array)
+      assert.deepEqual(output, REVERSED)
+      assert.deepEqual(await manager.invoke(name, new Uint8Array()), new Uint8Array())
+      const large = Uint8Array.from({ length: 300_000 }, (_, i) => i * 7)
+      assert.deepEqual(await manager.invoke(name, large), large.slice().reverse())
+      assert.deepEqual(await manager.invoke(name, Buffer.from('abc')), new Uint8Array(Buffer.from('cba')))
+      assert.deepEqual(await manager.invoke(name, new Uint8Array([9, 1, 2, 9]).subarray(1, 3)), Uint8Array.of(2, 1))
+      // Input, output and the length's cell all went back.
+      assert.equal(manager.exports.live?.(), 0)
+      assert.equal(manager.stats().calls.completed >= 5, true)
+    },
+  )
 }
 
 test('invoke copies its input at the call, and its output is the caller own', LIMIT, async (t) => {
@@ -743,14 +841,20 @@ test('many invokes at once come out right, over several replicas', LIMIT, async 
 
 test('invoke refuses what does not fit, before the guest runs, with the name to set right', LIMIT, async (t) => {
   const manager = await managed(t, buffers)
-  await assert.rejects(manager.invoke('wrongType', INPUT), hasCode('ERR_WASM_INVALID_ARGUMENT', /'wrongType'.*abi\.returns/s))
+  await assert.rejects(
+    manager.invoke('wrongType', INPUT),
+    hasCode('ERR_WASM_INVALID_ARGUMENT', /'wrongType'.*abi\.returns/s),
+  )
   for (const bad of [null, undefined, 'abc', [1, 2], {}, 5] as unknown as Uint8Array[]) {
     await assert.rejects(manager.invoke('reverse', bad), hasCode('ERR_WASM_INVALID_ARGUMENT', /Uint8Array/))
   }
   const wrong = await managed(t, buffers, { abi: { allocate: 'malloc' } })
   await assert.rejects(wrong.invoke('reverse', INPUT), hasCode('ERR_WASM_EXPORT_NOT_FOUND', /'malloc'.*abi\.allocate/s))
   const free = await managed(t, buffers, { abi: { deallocate: 'free' } })
-  await assert.rejects(free.invoke('reverse', INPUT), hasCode('ERR_WASM_EXPORT_NOT_FOUND', /'free'.*abi\.deallocate.*null/s))
+  await assert.rejects(
+    free.invoke('reverse', INPUT),
+    hasCode('ERR_WASM_EXPORT_NOT_FOUND', /'free'.*abi\.deallocate.*null/s),
+  )
   assert.equal(manager.generation, 1)
   assert.equal(manager.exports.live?.(), 0)
 })

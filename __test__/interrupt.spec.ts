@@ -15,7 +15,7 @@ import {
   reported,
   turns,
   until,
-  WasmError,
+  type WasmError,
   WasmModuleManager,
 } from './support.ts'
 
@@ -237,7 +237,14 @@ test('a signal takes a waiting lease out of the queue', LIMIT, async (t) => {
   let ran = false
   const waiting = [
     outcome(manager.acquire({ signal: controller.signal })),
-    outcome(manager.use(() => void (ran = true), { signal: controller.signal })),
+    outcome(
+      manager.use(
+        () => {
+          ran = true
+        },
+        { signal: controller.signal },
+      ),
+    ),
   ]
   controller.abort('no more')
   for (const end of await Promise.all(waiting)) {
@@ -279,21 +286,25 @@ test('something that is no signal is refused', LIMIT, async (t) => {
   )
 })
 
-test('a signal stops a call that waits for a promise of an import, and a late promise harms nobody', LIMIT, async (t) => {
-  const { manager, close, arrived, release } = await bench(t)
-  close(1)
-  const controller = new AbortController()
-  const call = outcome(manager.call('hold', [1], { signal: controller.signal }))
-  await arrived(1)
-  controller.abort('stop')
-  const end = await call
-  assert.ok('error' in end)
-  assert.equal(end.error, 'stop')
-  assert.equal(await manager.call('add', [1, 2]), 3)
-  release(1)
-  await turns()
-  assert.equal(await manager.call('hold', [2]), 2)
-})
+test(
+  'a signal stops a call that waits for a promise of an import, and a late promise harms nobody',
+  LIMIT,
+  async (t) => {
+    const { manager, close, arrived, release } = await bench(t)
+    close(1)
+    const controller = new AbortController()
+    const call = outcome(manager.call('hold', [1], { signal: controller.signal }))
+    await arrived(1)
+    controller.abort('stop')
+    const end = await call
+    assert.ok('error' in end)
+    assert.equal(end.error, 'stop')
+    assert.equal(await manager.call('add', [1, 2]), 3)
+    release(1)
+    await turns()
+    assert.equal(await manager.call('hold', [2]), 2)
+  },
+)
 
 test('a promise import that never settles is ended by timeoutMs, limits.timeoutMs and destroy', LIMIT, async (t) => {
   const options = { imports: { env: { entered: () => {}, hold: () => new Promise<number>(() => {}) } } }
@@ -351,25 +362,29 @@ test('an interrupted instance is replaced before it serves again: its state is g
   assert.equal(manager.stats().reloads.trap, 1)
 })
 
-test('calls that wait behind a call that is stopped, or that traps, are served without anybody coming by', LIMIT, async (t) => {
-  for (const instances of [1, 2]) {
-    const { manager } = await bench(t, { instances, threads: instances })
-    const ends = await Promise.all(
-      [
-        ...Array.from({ length: instances }, () => manager.call('spin', [], { timeoutMs: 30 })),
-        manager.call('add', [1, 2]),
-        manager.call('boom'),
-        manager.call('boom'),
-        manager.call('add', [3, 4]),
-        manager.use((instance) => instance.exports.add?.(5, 6)),
-      ].map(outcome),
-    )
-    assert.deepEqual(
-      ends.slice(instances).map((end) => ('value' in end ? end.value : (end.error as WasmError).code)),
-      [3, 'ERR_WASM_TRAP', 'ERR_WASM_TRAP', 7, 11],
-    )
-  }
-})
+test(
+  'calls that wait behind a call that is stopped, or that traps, are served without anybody coming by',
+  LIMIT,
+  async (t) => {
+    for (const instances of [1, 2]) {
+      const { manager } = await bench(t, { instances, threads: instances })
+      const ends = await Promise.all(
+        [
+          ...Array.from({ length: instances }, () => manager.call('spin', [], { timeoutMs: 30 })),
+          manager.call('add', [1, 2]),
+          manager.call('boom'),
+          manager.call('boom'),
+          manager.call('add', [3, 4]),
+          manager.use((instance) => instance.exports.add?.(5, 6)),
+        ].map(outcome),
+      )
+      assert.deepEqual(
+        ends.slice(instances).map((end) => ('value' in end ? end.value : (end.error as WasmError).code)),
+        [3, 'ERR_WASM_TRAP', 'ERR_WASM_TRAP', 7, 11],
+      )
+    }
+  },
+)
 
 test('interrupting again and again leaves threads, mappings and memory flat', { timeout: 120_000 }, async () => {
   const ended = await child(
@@ -446,8 +461,11 @@ test('recursion without end is a stack-overflow trap, on both paths, and the man
 })
 
 for (const where of ['main', 'worker'] as const) {
-  test(`a guest that recurses without end when JavaScript has used up the stack of its ${where} thread does not crash the process`, LIMIT, async () => {
-    const body = `
+  test(
+    `a guest that recurses without end when JavaScript has used up the stack of its ${where} thread does not crash the process`,
+    LIMIT,
+    async () => {
+      const body = `
       const manager = WasmModuleManager.createSync(process.env.DEEP, { cache: false })
       let deepest = 0
       const measure = (n) => { deepest = n; measure(n + 1) }
@@ -464,24 +482,25 @@ for (const where of ['main', 'worker'] as const) {
       const result = [...seen].sort()
       assert.equal(manager.exports.ok(), 1)
     `
-    const program =
-      where === 'main'
-        ? `${body}; report(result)`
-        : `
+      const program =
+        where === 'main'
+          ? `${body}; report(result)`
+          : `
           import { Worker } from 'node:worker_threads'
           const worker = new Worker(new URL('data:text/javascript,' + encodeURIComponent(process.env.BODY)))
           worker.on('message', (result) => report(result))
           worker.on('error', (error) => { throw error })
         `
-    const prologue = `import assert from 'node:assert/strict'; import { parentPort } from 'node:worker_threads'
+      const prologue = `import assert from 'node:assert/strict'; import { parentPort } from 'node:worker_threads'
       import { WasmModuleManager } from ${JSON.stringify(new URL('../index.js', import.meta.url).href)};`
-    const ended = await child(program, {
-      env: { DEEP, BODY: `${prologue}${body}; parentPort.postMessage(result)` },
-    })
-    const seen = reported<string[]>(ended)
-    for (const how of seen) assert.ok(['ERR_WASM_TRAP', 'RangeError'].includes(how), how)
-    assert.ok(seen.length > 0)
-  })
+      const ended = await child(program, {
+        env: { DEEP, BODY: `${prologue}${body}; parentPort.postMessage(result)` },
+      })
+      const seen = reported<string[]>(ended)
+      for (const how of seen) assert.ok(['ERR_WASM_TRAP', 'RangeError'].includes(how), how)
+      assert.ok(seen.length > 0)
+    },
+  )
 }
 
 const DEEP = wat(`(module
@@ -497,9 +516,15 @@ test('limits.stackBytes bounds the depth: twice the bytes, about twice the depth
       (i32.add (call $deep (i32.add (local.get 0) (i32.const 1))) (i32.const 1))))`)
   const depthOf = async (stackBytes: number) => {
     let deepest = 0
-    const imports = { env: { at: (depth: number) => void (deepest = Math.max(deepest, depth)) } }
+    const at = (depth: number) => {
+      deepest = Math.max(deepest, depth)
+    }
+    const imports = { env: { at } }
     const manager = managedSync(t, source, { imports, limits: { stackBytes } })
-    assert.throws(() => manager.exports.deep?.(0), (error: unknown) => error instanceof Error)
+    assert.throws(
+      () => manager.exports.deep?.(0),
+      (error: unknown) => error instanceof Error,
+    )
     return deepest
   }
   const [small, large] = [await depthOf(128 << 10), await depthOf(512 << 10)]
@@ -590,16 +615,20 @@ test('an import that calls back into the guest is no shelter: the nested loop is
   assert.equal(limited.exports.ok?.(), 1)
 })
 
-test('the timeout reaches the waiting event loop: other work goes on while a guest spins on the pool', LIMIT, async (t) => {
-  const { manager, entered } = await bench(t)
-  const inside = entered()
-  const spin = outcome(manager.call('spin', [], { timeoutMs: 100 }))
-  await inside
-  let ticks = 0
-  const counting = (async () => {
-    for (; ticks < 20; ticks += 1) await new Promise((resolve) => setImmediate(resolve))
-  })()
-  await counting
-  assert.equal(ticks, 20)
-  assert.ok('error' in (await spin))
-})
+test(
+  'the timeout reaches the waiting event loop: other work goes on while a guest spins on the pool',
+  LIMIT,
+  async (t) => {
+    const { manager, entered } = await bench(t)
+    const inside = entered()
+    const spin = outcome(manager.call('spin', [], { timeoutMs: 100 }))
+    await inside
+    let ticks = 0
+    const counting = (async () => {
+      for (; ticks < 20; ticks += 1) await new Promise((resolve) => setImmediate(resolve))
+    })()
+    await counting
+    assert.equal(ticks, 20)
+    assert.ok('error' in (await spin))
+  },
+)

@@ -9,14 +9,14 @@ import { adder, binary, bulky, temporaryFolder, WASM_HEADER, wat, workbench } fr
 import {
   child,
   hasCode,
-  idleImports,
   INDEX_URL,
+  idleImports,
   LIMIT,
   managed,
   managedSync,
   outcome,
   reported,
-  WasmError,
+  type WasmError,
   WasmModuleManager,
 } from './support.ts'
 
@@ -26,8 +26,7 @@ function file(bytes: Uint8Array | string, name: string): string {
   return path
 }
 
-const ADD_TEXT =
-  '(module (func (export "add") (param i32 i32) (result i32) (i32.add (local.get 0) (local.get 1))))'
+const ADD_TEXT = '(module (func (export "add") (param i32 i32) (result i32) (i32.add (local.get 0) (local.get 1))))'
 
 const sources: [string, () => ModuleSource][] = [
   ['a path to .wasm', () => file(adder(), 'adder.wasm')],
@@ -38,12 +37,15 @@ const sources: [string, () => ModuleSource][] = [
   ['a Uint8Array', () => adder()],
   ['a Buffer', () => Buffer.from(adder())],
   ['an ArrayBuffer', () => adder().buffer],
-  ['a view into the middle of a larger buffer', () => {
-    const bytes = adder()
-    const larger = new Uint8Array(bytes.length + 20).fill(255)
-    larger.set(bytes, 10)
-    return larger.subarray(10, 10 + bytes.length)
-  }],
+  [
+    'a view into the middle of a larger buffer',
+    () => {
+      const bytes = adder()
+      const larger = new Uint8Array(bytes.length + 20).fill(255)
+      larger.set(bytes, 10)
+      return larger.subarray(10, 10 + bytes.length)
+    },
+  ],
 ]
 
 for (const [what, make] of sources) {
@@ -166,8 +168,7 @@ test('a failing initialize or imports function refuses the start, with phase and
 
 test('createSync refuses an asynchronous initialize and says what to do', LIMIT, () => {
   assert.throws(
-    () =>
-      WasmModuleManager.createSync(workbench, { cache: false, imports: idleImports, initialize: async () => {} }),
+    () => WasmModuleManager.createSync(workbench, { cache: false, imports: idleImports, initialize: async () => {} }),
     hasCode('ERR_WASM_ASYNC_IMPORT', /initialize/),
   )
 })
@@ -201,7 +202,12 @@ const simd = binary({ functions: [{ name: 'f', params: [], results: [], body: [0
 const legacy = (body: number[]) => binary({ functions: [{ name: 'f', params: [], results: [], body }] })
 
 const refusals: [string, () => unknown, WasmErrorCode, RegExp[], ManagerOptions?][] = [
-  ['a path that does not exist', () => join(temporaryFolder(), 'nowhere.wasm'), 'ERR_WASM_INVALID_ARGUMENT', [/nowhere\.wasm/, /No such file/]],
+  [
+    'a path that does not exist',
+    () => join(temporaryFolder(), 'nowhere.wasm'),
+    'ERR_WASM_INVALID_ARGUMENT',
+    [/nowhere\.wasm/, /No such file/],
+  ],
   ['a folder', () => temporaryFolder('a-folder'), 'ERR_WASM_INVALID_ARGUMENT', [/a-folder/]],
   ['an http URL', () => new URL('http://example.com/x.wasm'), 'ERR_WASM_INVALID_ARGUMENT', [/file: URL/, /http:/]],
   ['a number', () => 5, 'ERR_WASM_INVALID_ARGUMENT', [/source/]],
@@ -210,40 +216,208 @@ const refusals: [string, () => unknown, WasmErrorCode, RegExp[], ManagerOptions?
   ['a plain object', () => ({}), 'ERR_WASM_INVALID_ARGUMENT', [/source/]],
   ['empty bytes', () => new Uint8Array(), 'ERR_WASM_COMPILE', [/empty|no WebAssembly/i]],
   ['an empty file', () => file('', 'empty.wasm'), 'ERR_WASM_COMPILE', [/empty|no WebAssembly/i]],
-  ['text that is no WebAssembly', () => new TextEncoder().encode('<!DOCTYPE html>'), 'ERR_WASM_COMPILE', [/no WebAssembly|is WebAssembly text/i]],
-  ['WebAssembly text as bytes', () => new TextEncoder().encode(ADD_TEXT), 'ERR_WASM_COMPILE', [/no WebAssembly|is WebAssembly text/i, /\.wat/]],
-  ['WebAssembly text in a .wasm file', () => file(ADD_TEXT, 'text.wasm'), 'ERR_WASM_COMPILE', [/no WebAssembly|is WebAssembly text/i, /\.wat/]],
-  ['a gzipped module', () => Uint8Array.of(0x1f, 0x8b, 8, 0, 0, 0, 0, 0), 'ERR_WASM_COMPILE', [/no WebAssembly|is WebAssembly text/i]],
-  ['a header and nothing of its version', () => Uint8Array.of(0, 0x61, 0x73, 0x6d), 'ERR_WASM_COMPILE', [/truncated|end-of-file/i]],
+  [
+    'text that is no WebAssembly',
+    () => new TextEncoder().encode('<!DOCTYPE html>'),
+    'ERR_WASM_COMPILE',
+    [/no WebAssembly|is WebAssembly text/i],
+  ],
+  [
+    'WebAssembly text as bytes',
+    () => new TextEncoder().encode(ADD_TEXT),
+    'ERR_WASM_COMPILE',
+    [/no WebAssembly|is WebAssembly text/i, /\.wat/],
+  ],
+  [
+    'WebAssembly text in a .wasm file',
+    () => file(ADD_TEXT, 'text.wasm'),
+    'ERR_WASM_COMPILE',
+    [/no WebAssembly|is WebAssembly text/i, /\.wat/],
+  ],
+  [
+    'a gzipped module',
+    () => Uint8Array.of(0x1f, 0x8b, 8, 0, 0, 0, 0, 0),
+    'ERR_WASM_COMPILE',
+    [/no WebAssembly|is WebAssembly text/i],
+  ],
+  [
+    'a header and nothing of its version',
+    () => Uint8Array.of(0, 0x61, 0x73, 0x6d),
+    'ERR_WASM_COMPILE',
+    [/truncated|end-of-file/i],
+  ],
   ['a version from the future', () => Uint8Array.of(0, 0x61, 0x73, 0x6d, 9, 0, 0, 0), 'ERR_WASM_COMPILE', [/version/i]],
   ['a component', () => Uint8Array.of(0, 0x61, 0x73, 0x6d, 0x0d, 0, 1, 0), 'ERR_WASM_COMPILE', [/component/i]],
-  ['a truncated module', () => adder().slice(0, -6), 'ERR_WASM_COMPILE', [/cut short/, /truncated|end-of-file/i, /again|complete/], { name: 'cut short' }],
-  ['a truncated file', () => file(adder().slice(0, -6), 'cut.wasm'), 'ERR_WASM_COMPILE', [/cut/, /truncated|end-of-file/i, /again|complete/]],
-  ['a file that is no WebAssembly', () => file('<!DOCTYPE html>', 'page.wasm'), 'ERR_WASM_COMPILE', [/page/, /no WebAssembly/]],
-  ['a section longer than the file', () => Uint8Array.from([...WASM_HEADER, 1, 100, 0]), 'ERR_WASM_COMPILE', [/truncated|end-of-file/i]],
-  ['a module that does not validate', () => binary({ functions: [{ name: 'f', params: [], results: ['i32'], body: [] }] }), 'ERR_WASM_COMPILE', [/type mismatch|expected/i]],
-  ['text with a mistake', () => file('(module\n  (func (i32.addd)))', 'typo.wat'), 'ERR_WASM_COMPILE', [/typo\.wat/, /i32\.addd|unknown operator/, /:2/]],
-  ['text that is no UTF-8', () => file(Uint8Array.of(0x28, 0xff, 0xfe), 'latin.wat'), 'ERR_WASM_COMPILE', [/latin\.wat/, /UTF-8/]],
-  ['a missing import function', () => workbench, 'ERR_WASM_LINK', [/'env'\.'entered'/, /function/, /options\.imports/], { imports: {} }],
+  [
+    'a truncated module',
+    () => adder().slice(0, -6),
+    'ERR_WASM_COMPILE',
+    [/cut short/, /truncated|end-of-file/i, /again|complete/],
+    { name: 'cut short' },
+  ],
+  [
+    'a truncated file',
+    () => file(adder().slice(0, -6), 'cut.wasm'),
+    'ERR_WASM_COMPILE',
+    [/cut/, /truncated|end-of-file/i, /again|complete/],
+  ],
+  [
+    'a file that is no WebAssembly',
+    () => file('<!DOCTYPE html>', 'page.wasm'),
+    'ERR_WASM_COMPILE',
+    [/page/, /no WebAssembly/],
+  ],
+  [
+    'a section longer than the file',
+    () => Uint8Array.from([...WASM_HEADER, 1, 100, 0]),
+    'ERR_WASM_COMPILE',
+    [/truncated|end-of-file/i],
+  ],
+  [
+    'a module that does not validate',
+    () => binary({ functions: [{ name: 'f', params: [], results: ['i32'], body: [] }] }),
+    'ERR_WASM_COMPILE',
+    [/type mismatch|expected/i],
+  ],
+  [
+    'text with a mistake',
+    () => file('(module\n  (func (i32.addd)))', 'typo.wat'),
+    'ERR_WASM_COMPILE',
+    [/typo\.wat/, /i32\.addd|unknown operator/, /:2/],
+  ],
+  [
+    'text that is no UTF-8',
+    () => file(Uint8Array.of(0x28, 0xff, 0xfe), 'latin.wat'),
+    'ERR_WASM_COMPILE',
+    [/latin\.wat/, /UTF-8/],
+  ],
+  [
+    'a missing import function',
+    () => workbench,
+    'ERR_WASM_LINK',
+    [/'env'\.'entered'/, /function/, /options\.imports/],
+    { imports: {} },
+  ],
   ['a missing import namespace', () => workbench, 'ERR_WASM_LINK', [/'env'\.'entered'/, /options\.imports/]],
-  ['the second import missing', () => workbench, 'ERR_WASM_LINK', [/'env'\.'hold'/, /i32/], { imports: { env: { entered() {} } } }],
-  ['an import that is no function', () => workbench, 'ERR_WASM_LINK', [/'env'\.'entered'/, /function/], { imports: { env: { entered: 5, hold() {} } } }],
-  ['a missing WASI import', () => wat('(module (import "wasi_snapshot_preview1" "proc_exit" (func (param i32))))'), 'ERR_WASM_LINK', [/wasi_snapshot_preview1/, /proc_exit/]],
-  ['a missing memory', () => wat('(module (import "env" "m" (memory 2 5)))'), 'ERR_WASM_LINK', [/'env'\.'m'/, /memory/, /initial: 2/]],
-  ["a memory of Node's own engine", () => wat('(module (import "env" "m" (memory 1 5)))'), 'ERR_WASM_LINK', [/'env'\.'m'/, /\{ initial, maximum \}/], { imports: { env: { m: new WebAssembly.Memory({ initial: 1 }) } } }],
-  ['a memory that is too small', () => wat('(module (import "env" "m" (memory 3 5)))'), 'ERR_WASM_LINK', [/'env'\.'m'|incompatible|memory/i], { imports: { env: { m: { initial: 1, maximum: 5 } } } }],
-  ['a missing global', () => wat('(module (import "env" "g" (global i32)))'), 'ERR_WASM_LINK', [/'env'\.'g'/, /global/, /i32/]],
-  ['a global of the wrong type', () => wat('(module (import "env" "g" (global i64)))'), 'ERR_WASM_LINK', [/'env'\.'g'/, /i64/], { imports: { env: { g: 1 } } }],
-  ['SIMD while engine.simd is off', () => simd, 'ERR_WASM_COMPILE', [/SIMD/i, /engine\.simd: true/], { engine: { simd: false } }],
-  ['relaxed SIMD while engine.relaxedSimd is off', () => wat('(module (func (param v128 v128) (result v128) (i8x16.relaxed_swizzle (local.get 0) (local.get 1))))'), 'ERR_WASM_COMPILE', [/relaxed/i, /engine\.relaxedSimd: true/], { engine: { relaxedSimd: false } }],
-  ['a shared memory while engine.threads is off', () => wat('(module (memory 1 2 shared))'), 'ERR_WASM_COMPILE', [/thread|shared/i, /engine\.threads: true/], { engine: { threads: false } }],
-  ['an atomic instruction while engine.threads is off', () => wat('(module (memory 1) (func (drop (i32.atomic.load (i32.const 0)))))'), 'ERR_WASM_COMPILE', [/thread|atomic/i, /engine\.threads: true/], { engine: { threads: false } }],
-  ['legacy exceptions: try', () => legacy([0x06, 0x40, 0x0b]), 'ERR_WASM_COMPILE', [/legacy/i, /exception/i, /wasm-opt --translate-to-exnref/]],
-  ['legacy exceptions: try and catch_all', () => legacy([0x06, 0x40, 0x19, 0x0b]), 'ERR_WASM_COMPILE', [/wasm-opt --translate-to-exnref/]],
-  ['legacy exceptions: try and delegate', () => legacy([0x06, 0x40, 0x18, 0x00]), 'ERR_WASM_COMPILE', [/wasm-opt --translate-to-exnref/]],
-  ['legacy exceptions: rethrow', () => legacy([0x06, 0x40, 0x19, 0x09, 0x00, 0x0b]), 'ERR_WASM_COMPILE', [/wasm-opt --translate-to-exnref/]],
-  ['more initial memory than limits.memoryBytes', () => wat('(module (memory 3))'), 'ERR_WASM_INVALID_ARGUMENT', [/196608/, /100000/, /limits\.memoryBytes/], { limits: { memoryBytes: 100_000 } }],
-  ['more initial table elements than limits.tableElements', () => wat('(module (table 50 funcref))'), 'ERR_WASM_INVALID_ARGUMENT', [/50/, /limits\.tableElements/], { limits: { tableElements: 10 } }],
+  [
+    'the second import missing',
+    () => workbench,
+    'ERR_WASM_LINK',
+    [/'env'\.'hold'/, /i32/],
+    { imports: { env: { entered() {} } } },
+  ],
+  [
+    'an import that is no function',
+    () => workbench,
+    'ERR_WASM_LINK',
+    [/'env'\.'entered'/, /function/],
+    { imports: { env: { entered: 5, hold() {} } } },
+  ],
+  [
+    'a missing WASI import',
+    () => wat('(module (import "wasi_snapshot_preview1" "proc_exit" (func (param i32))))'),
+    'ERR_WASM_LINK',
+    [/wasi_snapshot_preview1/, /proc_exit/],
+  ],
+  [
+    'a missing memory',
+    () => wat('(module (import "env" "m" (memory 2 5)))'),
+    'ERR_WASM_LINK',
+    [/'env'\.'m'/, /memory/, /initial: 2/],
+  ],
+  [
+    "a memory of Node's own engine",
+    () => wat('(module (import "env" "m" (memory 1 5)))'),
+    'ERR_WASM_LINK',
+    [/'env'\.'m'/, /\{ initial, maximum \}/],
+    { imports: { env: { m: new WebAssembly.Memory({ initial: 1 }) } } },
+  ],
+  [
+    'a memory that is too small',
+    () => wat('(module (import "env" "m" (memory 3 5)))'),
+    'ERR_WASM_LINK',
+    [/'env'\.'m'|incompatible|memory/i],
+    { imports: { env: { m: { initial: 1, maximum: 5 } } } },
+  ],
+  [
+    'a missing global',
+    () => wat('(module (import "env" "g" (global i32)))'),
+    'ERR_WASM_LINK',
+    [/'env'\.'g'/, /global/, /i32/],
+  ],
+  [
+    'a global of the wrong type',
+    () => wat('(module (import "env" "g" (global i64)))'),
+    'ERR_WASM_LINK',
+    [/'env'\.'g'/, /i64/],
+    { imports: { env: { g: 1 } } },
+  ],
+  [
+    'SIMD while engine.simd is off',
+    () => simd,
+    'ERR_WASM_COMPILE',
+    [/SIMD/i, /engine\.simd: true/],
+    { engine: { simd: false } },
+  ],
+  [
+    'relaxed SIMD while engine.relaxedSimd is off',
+    () => wat('(module (func (param v128 v128) (result v128) (i8x16.relaxed_swizzle (local.get 0) (local.get 1))))'),
+    'ERR_WASM_COMPILE',
+    [/relaxed/i, /engine\.relaxedSimd: true/],
+    { engine: { relaxedSimd: false } },
+  ],
+  [
+    'a shared memory while engine.threads is off',
+    () => wat('(module (memory 1 2 shared))'),
+    'ERR_WASM_COMPILE',
+    [/thread|shared/i, /engine\.threads: true/],
+    { engine: { threads: false } },
+  ],
+  [
+    'an atomic instruction while engine.threads is off',
+    () => wat('(module (memory 1) (func (drop (i32.atomic.load (i32.const 0)))))'),
+    'ERR_WASM_COMPILE',
+    [/thread|atomic/i, /engine\.threads: true/],
+    { engine: { threads: false } },
+  ],
+  [
+    'legacy exceptions: try',
+    () => legacy([0x06, 0x40, 0x0b]),
+    'ERR_WASM_COMPILE',
+    [/legacy/i, /exception/i, /wasm-opt --translate-to-exnref/],
+  ],
+  [
+    'legacy exceptions: try and catch_all',
+    () => legacy([0x06, 0x40, 0x19, 0x0b]),
+    'ERR_WASM_COMPILE',
+    [/wasm-opt --translate-to-exnref/],
+  ],
+  [
+    'legacy exceptions: try and delegate',
+    () => legacy([0x06, 0x40, 0x18, 0x00]),
+    'ERR_WASM_COMPILE',
+    [/wasm-opt --translate-to-exnref/],
+  ],
+  [
+    'legacy exceptions: rethrow',
+    () => legacy([0x06, 0x40, 0x19, 0x09, 0x00, 0x0b]),
+    'ERR_WASM_COMPILE',
+    [/wasm-opt --translate-to-exnref/],
+  ],
+  [
+    'more initial memory than limits.memoryBytes',
+    () => wat('(module (memory 3))'),
+    'ERR_WASM_INVALID_ARGUMENT',
+    [/196608/, /100000/, /limits\.memoryBytes/],
+    { limits: { memoryBytes: 100_000 } },
+  ],
+  [
+    'more initial table elements than limits.tableElements',
+    () => wat('(module (table 50 funcref))'),
+    'ERR_WASM_INVALID_ARGUMENT',
+    [/50/, /limits\.tableElements/],
+    { limits: { tableElements: 10 } },
+  ],
 ]
 
 for (const [what, make, code, texts, options] of refusals) {
@@ -458,10 +632,14 @@ test("cache: true is the user's cache folder, cache: false writes nowhere", LIMI
 
 test('a home that cannot be written to costs the cache, not the module', LIMIT, async () => {
   const blocked = file('a file, not a folder', 'blocked')
-  const ended = await child(
-    `report((await WasmModuleManager.create(process.env.MODULE)).exports.add(1, 2))`,
-    { env: { MODULE: file(adder(), 'm.wasm'), HOME: blocked, XDG_CACHE_HOME: join(blocked, 'cache'), XDG_CONFIG_HOME: blocked } },
-  )
+  const ended = await child(`report((await WasmModuleManager.create(process.env.MODULE)).exports.add(1, 2))`, {
+    env: {
+      MODULE: file(adder(), 'm.wasm'),
+      HOME: blocked,
+      XDG_CACHE_HOME: join(blocked, 'cache'),
+      XDG_CONFIG_HOME: blocked,
+    },
+  })
   assert.equal(reported(ended), 3)
 })
 
@@ -514,8 +692,5 @@ test('differently configured engines do not share entries: each runs what it com
       },
     },
   )
-  assert.deepEqual(
-    reported(ended),
-    Array.from({ length: 6 }, () => [23, 'out-of-bounds-memory']).flat(),
-  )
+  assert.deepEqual(reported(ended), Array.from({ length: 6 }, () => [23, 'out-of-bounds-memory']).flat())
 })

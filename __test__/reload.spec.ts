@@ -16,8 +16,8 @@ import {
   reported,
   turns,
   until,
-  WasmError,
-  WasmModuleManager,
+  type WasmError,
+  type WasmModuleManager,
 } from './support.ts'
 
 const env = { WORKBENCH: workbench }
@@ -329,15 +329,21 @@ const PHASES: FailingPhase[] = [
   },
 ]
 
+/** The same function, a few turns of the event loop later. */
+const late =
+  <A extends unknown[], R>(hook: (...args: A) => R) =>
+  async (...args: A): Promise<Awaited<R>> => {
+    await turns()
+    return await hook(...args)
+  }
+
 const asynchronous = (options: BenchOptions): BenchOptions => {
   const { initialize, saveState, restoreState, ...rest } = options
   return {
     ...rest,
-    ...(initialize && { initialize: async (i: LeasedInstance) => (await turns(), initialize(i)) }),
-    ...(saveState && { saveState: async (i: LeasedInstance, r: number) => (await turns(), saveState(i, r)) }),
-    ...(restoreState && {
-      restoreState: async (i: LeasedInstance, s: unknown, r: number) => (await turns(), restoreState(i, s, r)),
-    }),
+    ...(initialize && { initialize: late(initialize) }),
+    ...(saveState && { saveState: late(saveState) }),
+    ...(restoreState && { restoreState: late(restoreState) }),
   }
 }
 

@@ -26,28 +26,19 @@ const groups: Record<string, (effort: Effort) => Promise<Group>> = {
   interruptible,
 }
 
-const { values: flags, positionals } = parseArgs({
-  allowPositionals: true,
-  options: {
-    smoke: { type: 'boolean', default: false },
-    rounds: { type: 'string' },
-    strict: { type: 'boolean', default: false },
-    save: { type: 'boolean', default: false },
-  },
-})
+const { values: flags, positionals } = readFlags()
 const unknown = positionals.filter((name) => !(name in groups))
-if (unknown.length > 0) {
-  process.stderr.write(`no such group: ${unknown.join(', ')}. There are: ${Object.keys(groups).join(', ')}\n`)
-  process.exit(2)
-}
-const effort = flags.smoke ? smoke : { ...full, rounds: Number(flags.rounds ?? full.rounds) }
+if (unknown.length > 0) refuse(`no such group: ${unknown.join(', ')}; there are ${Object.keys(groups).join(', ')}`)
+const rounds = Number(flags.rounds ?? full.rounds)
+if (!(Number.isInteger(rounds) && rounds > 0)) refuse(`--rounds must be a positive whole number, not "${flags.rounds}"`)
+const effort = flags.smoke ? smoke : { ...full, rounds }
 
 const context = circumstances()
 process.stdout.write(
   `${context.cpu}, ${context.cores} cores, Node ${context.node} (V8 ${context.v8}), ${context.commit}\n` +
     'Each line: the median of the rounds, and the fastest and slowest round.\n',
 )
-if (context.load > context.cores / 2) {
+if (context.load > context.cores) {
   process.stdout.write(
     `The machine is busy (load ${context.load.toFixed(1)}): what hands over between threads will look slow.\n`,
   )
@@ -59,16 +50,15 @@ for (const name of positionals.length > 0 ? positionals : Object.keys(groups)) {
   done.push(group)
 }
 
-const figures = done.flatMap((group) => group.figures)
-const missed = figures.filter((figure) => passes(figure) === false)
-process.stdout.write(
-  `\n${figures.filter((figure) => passes(figure)).length} goals met, ${missed.length} missed${missed.length > 0 ? ':' : ''}\n`,
-)
-for (const figure of missed) process.stdout.write(`${verdict(figure)}\n`)
-
 if (flags.smoke) {
-  process.stdout.write('One short round shows that the benchmarks run; its figures mean nothing and are not kept.\n')
+  process.stdout.write('\nEverything runs. The figures of one short round mean nothing and are not kept.\n')
 } else {
+  const figures = done.flatMap((group) => group.figures)
+  const missed = figures.filter((figure) => passes(figure) === false)
+  const met = figures.filter((figure) => passes(figure)).length
+  process.stdout.write(`\n${met} goals met, ${missed.length} missed${missed.length > 0 ? ':' : ''}\n`)
+  for (const figure of missed) process.stdout.write(`${verdict(figure)}\n`)
+  if (flags.strict && missed.length > 0) process.exitCode = 1
   const results = new URL('results/', import.meta.url)
   mkdirSync(results, { recursive: true })
   const name = flags.save ? 'reference' : context.date.replaceAll(':', '-').slice(0, 19)
@@ -80,4 +70,24 @@ if (flags.smoke) {
   writeFileSync(path, `${JSON.stringify({ ...context, effort, groups: kept }, null, 1)}\n`)
   process.stdout.write(`Result: ${relative(process.cwd(), path)}\n`)
 }
-if (flags.strict && missed.length > 0) process.exitCode = 1
+
+function readFlags() {
+  try {
+    return parseArgs({
+      allowPositionals: true,
+      options: {
+        smoke: { type: 'boolean', default: false },
+        rounds: { type: 'string' },
+        strict: { type: 'boolean', default: false },
+        save: { type: 'boolean', default: false },
+      },
+    })
+  } catch (error) {
+    return refuse((error as Error).message)
+  }
+}
+
+function refuse(why: string): never {
+  process.stderr.write(`${why}\nnpm run bench [-- GROUP… --smoke --rounds N --strict --save]\n`)
+  process.exit(2)
+}

@@ -122,8 +122,10 @@ fn new_manager(js: Js, args: &[Val]) -> JsResult<Val> {
     let timeout_ms = options.limits.timeout_ms;
     let stack_floor = wasm_molt_engine::stack_floor(options.limits.stack_bytes());
     let host = Arc::new(JsHost::new(&env, id));
-    let (manager, home) =
-        Manager::new(options, Arc::clone(&host) as _).map_err(|e| env.throw(&e, &place))?;
+    let (manager, home) = Manager::new(options, Arc::clone(&host) as _).map_err(|e| {
+        hooks.release(js);
+        env.throw(&e, &place)
+    })?;
     host.set_destroyed(manager.destroyed().clone());
     let home = home.ok_or_else(|| env.throw(&Error::internal("no home"), &place))?;
     let side = Rc::new(ManagerSide {
@@ -137,7 +139,8 @@ fn new_manager(js: Js, args: &[Val]) -> JsResult<Val> {
         stamp: Cell::new(0),
         stack: RefCell::default(),
         swapping: Cell::new(0),
-        detours: Cell::new(0),
+        // A deadline takes the longer way, always.
+        detours: Cell::new(u32::from(timeout_ms.is_some())),
         completed: Cell::new(0),
         leases: RefCell::default(),
     });

@@ -34,7 +34,7 @@ impl EnvState {
         })
     }
 
-    #[inline]
+    #[inline(always)]
     fn to_int64(&self, value: Val) -> JsResult<i64> {
         let js = self.js();
         if let Some(bits) = js.bigint_bits(value) {
@@ -45,7 +45,7 @@ impl EnvState {
     }
 
     /// A number straight into the engine's representation.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn to_raw(&self, value: Val, ty: ValueType) -> JsResult<RawValue> {
         let js = self.js();
         Ok(match ty {
@@ -56,7 +56,7 @@ impl EnvState {
         })
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn raw_to_js(&self, value: RawValue, ty: ValueType) -> JsResult<Val> {
         let js = self.js();
         match ty {

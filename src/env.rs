@@ -219,6 +219,10 @@ impl EnvState {
     /// Keeps a value until the last clone of the result is dropped, on whatever thread.
     pub(crate) fn keep(&self, value: Val) -> JsResult<HostRef> {
         let js = self.js();
+        // A long synchronous stretch keeps without ever coming by the inbox.
+        if self.slab_free.borrow().is_empty() {
+            self.sweep();
+        }
         let array = self.helper(self.slab)?;
         let index = self.slab_free.borrow_mut().pop().unwrap_or_else(|| {
             let index = self.slab_len.get();

@@ -49,6 +49,8 @@ pub(crate) struct Record {
     which: Which,
     signature: Signature,
     is_numeric: bool,
+    /// Numeric, with few parameters and results: the usual case.
+    is_small: bool,
     /// The live function, and the stamp at which it was looked up.
     cached: Cell<(u64, Option<FuncHandle>)>,
 }
@@ -61,7 +63,10 @@ const TAG: sys::napi_type_tag = sys::napi_type_tag {
 
 /// Values that fit on the stack without thought.
 const FEW: usize = 4;
-const MANY: usize = 16;
+
+fn is_small(signature: &Signature) -> bool {
+    signature.is_numeric() && signature.params.len().max(signature.results.len()) <= FEW
+}
 
 fn new_function(record: Record, name: &str) -> JsResult<Val> {
     let js = record.env.js();
@@ -104,6 +109,7 @@ pub(crate) fn exports_of(
             target: target.clone(),
             which: Which::Export(index),
             is_numeric: export.signature.is_numeric(),
+            is_small: is_small(&export.signature),
             signature: export.signature.clone(),
             cached: Cell::new((u64::MAX, None)),
         };
@@ -139,6 +145,7 @@ pub(crate) fn function_value(
         target: Target::Instance(Rc::clone(side)),
         which: Which::Handle(handle),
         is_numeric: signature.is_numeric(),
+        is_small: is_small(&signature),
         signature,
         cached: Cell::new((0, Some(handle))),
     };
@@ -196,6 +203,11 @@ unsafe extern "C" fn call_export(env: sys::napi_env, info: sys::napi_callback_in
         // SAFETY: `new_function` stored a record there, and the function that is being called owns it.
         let record = unsafe { &*data.cast::<Record>() };
         let params = record.signature.params.len();
+        if record.is_small
+            && let Some(args) = args.get(..params)
+        {
+            return record.call_numeric(args, &mut [RawValue::i32(0); FEW]);
+        }
         if let Some(args) = args.get(..params) {
             return record.call(args);
         }
@@ -227,6 +239,7 @@ pub(crate) fn call_sync(
         which: Which::Export(index),
         // The arguments are in an array already: values are as good as raw ones.
         is_numeric: false,
+        is_small: false,
         signature: export.signature.clone(),
         cached: Cell::new((u64::MAX, None)),
     };
@@ -238,22 +251,16 @@ pub(crate) fn call_sync(
 }
 
 impl Record {
-    #[inline]
+    #[cold]
     fn call(&self, args: &[Val]) -> JsResult<Val> {
         if !self.is_numeric {
             return self.call_general(args);
         }
         let len = args.len().max(self.signature.results.len());
-        if len <= FEW {
-            self.call_numeric(args, &mut [RawValue::i32(0); FEW])
-        } else if len <= MANY {
-            self.call_numeric(args, &mut [RawValue::i32(0); MANY])
-        } else {
-            self.call_numeric(args, &mut vec![RawValue::i32(0); len])
-        }
+        self.call_numeric(args, &mut vec![RawValue::i32(0); len])
     }
 
-    #[inline]
+    #[inline(always)]
     fn call_numeric(&self, args: &[Val], raw: &mut [RawValue]) -> JsResult<Val> {
         // Coercion may run JavaScript, so it comes before anything is entered.
         for ((slot, arg), ty) in raw.iter_mut().zip(args).zip(&*self.signature.params) {
@@ -262,7 +269,6 @@ impl Record {
         let manager = &*self.manager;
         if matches!(self.target, Target::Live(_))
             && manager.detours.get() == 0
-            && manager.timeout_ms.is_none()
             && has_stack(manager.stack_floor)
             && let Some(inside) = manager.home.enter()
         {
@@ -271,7 +277,7 @@ impl Record {
         self.call_numeric_slow(raw)
     }
 
-    #[inline]
+    #[inline(always)]
     fn call_at_home(&self, inside: Inside<'_, Job>, raw: &mut [RawValue]) -> JsResult<Val> {
         let manager = &*self.manager;
         let current = manager.current.borrow();
@@ -300,7 +306,7 @@ impl Record {
         self.raw_results(raw)
     }
 
-    #[inline]
+    #[inline(always)]
     fn raw_results(&self, raw: &[RawValue]) -> JsResult<Val> {
         match (&*self.signature.results, raw) {
             ([], _) => Ok(self.env.js().undefined()),
@@ -317,7 +323,7 @@ impl Record {
     }
 
     /// The function in that instance, looked up again whenever the instance has changed.
-    #[inline]
+    #[inline(always)]
     fn function(&self, replica: &Replica) -> Option<FuncHandle> {
         let stamp = self.manager.stamp.get();
         if let (at, Some(func)) = self.cached.get()

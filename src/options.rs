@@ -117,6 +117,17 @@ impl<'a> Reader<'a> {
 
 /// `ManagerOptions`, and the functions in it.
 pub(crate) fn manager(js: Js, object: Val) -> Read<(ManagerOptions, Hooks)> {
+    let mut hooks = Hooks::default();
+    match read_manager(js, object, &mut hooks) {
+        Ok(options) => Ok((options, hooks)),
+        Err(refused) => {
+            hooks.release(js);
+            Err(refused)
+        }
+    }
+}
+
+fn read_manager(js: Js, object: Val, hooks: &mut Hooks) -> Read<ManagerOptions> {
     let known = [
         "name",
         "instances",
@@ -135,9 +146,8 @@ pub(crate) fn manager(js: Js, object: Val) -> Read<(ManagerOptions, Hooks)> {
         has_home: true,
         ..ManagerOptions::default()
     };
-    let mut hooks = Hooks::default();
     let Some(reader) = Reader::open(js, "options", object, &known)? else {
-        return Ok((options, hooks));
+        return Ok(options);
     };
     options.name = reader.text("name")?;
     if let Some(n) = reader.count("instances", 1)? {
@@ -167,7 +177,7 @@ pub(crate) fn manager(js: Js, object: Val) -> Read<(ManagerOptions, Hooks)> {
         hooks.imports_is_function = kind == Kind::Function;
         hooks.imports.set(Some(js.reference(value)?));
     }
-    Ok((options, hooks))
+    Ok(options)
 }
 
 fn limits(js: Js, object: Val) -> Read<Limits> {

@@ -83,6 +83,22 @@ pub(crate) struct Hooks {
     pub(crate) on_event: Cell<Option<sys::napi_ref>>,
 }
 
+impl Hooks {
+    /// Lets go of the functions. JS thread.
+    pub(crate) fn release(&self, js: Js) {
+        let all = [
+            &self.imports,
+            &self.initialize,
+            &self.save_state,
+            &self.restore_state,
+            &self.on_event,
+        ];
+        for reference in all.into_iter().filter_map(Cell::take) {
+            js.unreference(reference);
+        }
+    }
+}
+
 /// Somebody in JavaScript can still reach the manager. When the last one is collected, it is closed:
 /// the safety net for programs that forget to.
 pub(crate) struct Handle(pub(crate) Rc<ManagerSide>);
@@ -204,18 +220,7 @@ impl ManagerSide {
     /// The manager is closed and everything is answered: what the user gave is let go of.
     pub(crate) fn forget(&self, env: &EnvState) {
         env.managers.borrow_mut().remove(&self.id);
-        let js = env.js();
-        let hooks = &self.hooks;
-        let all = [
-            &hooks.imports,
-            &hooks.initialize,
-            &hooks.save_state,
-            &hooks.restore_state,
-            &hooks.on_event,
-        ];
-        for reference in all.into_iter().filter_map(Cell::take) {
-            js.unreference(reference);
-        }
+        self.hooks.release(env.js());
     }
 
     /// The environment goes: nothing of this manager may be used from JavaScript any more.

@@ -9,7 +9,7 @@ export const dprint: RealModule = {
   name: 'dprint-typescript',
   origin: 'Rust, 4.2 MB',
   path: resolve('@dprint/typescript/plugin.wasm'),
-  calls: 15,
+  calls: 8,
   open(guest) {
     const share = take(guest, 'clear_shared_bytes')
     const shared = take(guest, 'get_shared_bytes_ptr')

@@ -27,7 +27,7 @@ export const oniguruma: RealModule = {
   name: 'vscode-oniguruma',
   origin: 'C, 0.5 MB',
   path: resolve('vscode-oniguruma/release/onig.wasm'),
-  calls: 15,
+  calls: 8,
   imports(memory) {
     const nothing = () => 0
     return {

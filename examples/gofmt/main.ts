@@ -9,13 +9,7 @@ import { count, megabytes, paint, Screen, table } from './screen.ts'
 import type { Ending, News } from './workload.ts'
 
 const here = dirname(fileURLToPath(import.meta.url))
-const { values: flags } = parseArgs({
-  options: {
-    calls: { type: 'string', default: '50000' },
-    bound: { type: 'string', default: '128' },
-    out: { type: 'string', default: resolve(here, 'out', 'memory.svg') },
-  },
-})
+const flags = readFlags()
 const total = positive('calls')
 const boundMB = positive('bound')
 
@@ -104,9 +98,28 @@ function lane(title: string, color: string): Lane {
   return { ...nothing, title, color, history: [] }
 }
 
+function readFlags() {
+  try {
+    const { values } = parseArgs({
+      options: {
+        calls: { type: 'string', default: '50000' },
+        bound: { type: 'string', default: '128' },
+        out: { type: 'string', default: resolve(here, 'out', 'memory.svg') },
+      },
+    })
+    return values
+  } catch (error) {
+    return refuse((error as Error).message)
+  }
+}
+
 function positive(name: 'calls' | 'bound'): number {
   const value = Number(flags[name])
   if (Number.isInteger(value) && value > 0) return value
-  process.stderr.write(`--${name} must be a positive whole number, not "${flags[name]}"\n`)
+  return refuse(`--${name} must be a positive whole number, not "${flags[name]}"`)
+}
+
+function refuse(why: string): never {
+  process.stderr.write(`${why}\nnpm run demo [-- --calls N --bound MB --out FILE]\n`)
   process.exit(2)
 }

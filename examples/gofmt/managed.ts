@@ -16,7 +16,7 @@ await run({
     if (manager.stats().memoryBytes >= bound) await manager.reload({ reason: 'memory' })
     return format(wasm, source)
   },
-  memoryBytes: () => manager.stats().memoryBytes,
+  memoryBytes: () => manager.memory.byteLength,
   pausesMs,
 })
 

@@ -80,7 +80,7 @@ export function table(lanes: Lane[]): string {
     ['right answers', (lane) => count(lane.correct)],
     ['wrong answers', (lane) => count(lane.wrong)],
     ['failed calls', (lane) => count(lane.failed)],
-    ['first failure', (lane) => (lane.firstFailure ? `call ${count(lane.firstFailure.call)}` : 'none')],
+    ['first failure', failure],
     ['module memory, highest', (lane) => megabytes(peak(lane))],
     ['process memory, highest', (lane) => (lane.ending ? megabytes(lane.ending.rssBytesPeak) : '?')],
     ['reloads', (lane) => count(lane.reloads)],
@@ -113,6 +113,11 @@ export function paint(format: 'red' | 'green' | 'bold', text: string): string {
 
 function isDead(lane: Lane): boolean {
   return lane.failed > 0 || lane.lost !== undefined
+}
+
+function failure({ firstFailure, lost, calls }: Lane): string {
+  const call = firstFailure?.call ?? (lost ? calls + 1 : undefined)
+  return call === undefined ? 'none' : `call ${count(call)}`
 }
 
 function pauses({ ending }: Lane): string {

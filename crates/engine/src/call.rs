@@ -289,10 +289,10 @@ impl CallJob {
         }
         // The seat goes back before the answer: whoever gets the answer finds the instance free.
         // `settling` keeps a swap from overtaking the answer.
-        shared.settling_begins();
+        let settling = shared.settling();
         seat.give_back(&shared, replica);
         settle(outcome);
-        shared.settling_ends();
+        drop(settling);
     }
 }
 

@@ -15,6 +15,7 @@ struct Key {
     options: EngineOptions,
     stack_bytes: usize,
     cache: CacheChoice,
+    inlining: bool,
 }
 
 type Slot = Arc<OnceCell<Engine>>;
@@ -22,35 +23,53 @@ type Slot = Arc<OnceCell<Engine>>;
 static ENGINES: Lazy<Mutex<HashMap<Key, Slot>>> = Lazy::new(Mutex::default);
 
 /// A compiler and its settings.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub(crate) struct Engine {
     pub(crate) wasmtime: wasmtime::Engine,
     pub(crate) options: EngineOptions,
+    key: Arc<Key>,
 }
 
 impl Engine {
-    /// The engine for these options, made at most once per process.
+    /// The engine for these options, made at most once per process. It inlines.
     pub(crate) fn shared(
         options: &EngineOptions,
         stack_bytes: usize,
         cache: &CacheChoice,
     ) -> Result<Self> {
-        let key = Key {
+        Self::of(Key {
             options: options.clone(),
             stack_bytes,
             cache: cache.clone(),
-        };
+            inlining: true,
+        })
+    }
+
+    /// The engine for the same options that does not inline.
+    pub(crate) fn without_inlining(&self) -> Result<Self> {
+        Self::of(Key {
+            inlining: false,
+            ..Key::clone(&self.key)
+        })
+    }
+
+    fn of(key: Key) -> Result<Self> {
         let slot = ENGINES
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .entry(key)
+            .entry(key.clone())
             .or_default()
             .clone();
-        slot.get_or_try_init(|| Self::new(options, stack_bytes, cache))
-            .cloned()
+        slot.get_or_try_init(|| Self::new(key)).cloned()
     }
 
-    fn new(options: &EngineOptions, stack_bytes: usize, cache: &CacheChoice) -> Result<Self> {
+    fn new(key: Key) -> Result<Self> {
+        let Key {
+            ref options,
+            stack_bytes,
+            ref cache,
+            inlining,
+        } = key;
         let mut config = Config::new();
         memory::configure(
             &mut config,
@@ -79,6 +98,11 @@ impl Engine {
             .wasm_gc(true)
             .wasm_exceptions(true)
             .wasm_backtrace_max_frames(std::num::NonZeroUsize::new(64))
+            .compiler_inlining(if inlining {
+                wasmtime::Inlining::Yes
+            } else {
+                wasmtime::Inlining::No
+            })
             .cache(open_cache(cache)?);
         // V8 owns the Mach exception ports of a Node process.
         #[cfg(target_os = "macos")]
@@ -91,6 +115,7 @@ impl Engine {
         Ok(Self {
             wasmtime,
             options: options.clone(),
+            key: Arc::new(key),
         })
     }
 }

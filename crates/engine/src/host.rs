@@ -171,6 +171,17 @@ fn run(
         results,
     };
     host.call(&mut call)?;
+    // Compiled code takes what is there for what the signature says.
+    if !call
+        .results
+        .iter()
+        .map(Value::ty)
+        .eq(signature.results.iter().copied())
+    {
+        return Err(Error::internal(format_args!(
+            "a host function {signature} returned other results"
+        )));
+    }
     Ok(call.results)
 }
 

@@ -18,26 +18,34 @@
 //! So whatever a guest does, it reaches a poll soon, unless it sits in one bulk-memory operation or
 //! in the host.
 //!
-//! Sections are copied as they are; only the memory and code sections are touched. There is no
-//! validation here: what is not understood is refused as malformed, and the compiler validates the
-//! result.
+//! Sections are copied as they are; only the memory and code sections are touched. There is hardly
+//! any validation here: what is not understood is refused as malformed, and the compiler validates
+//! the result. But since the result has a memory more than the original, an original that names this
+//! memory would pass: so every mention of a memory is checked here.
 
 use std::borrow::Cow;
 use std::ops::Range;
 
 use wasm_encoder::{Encode, RawSection, Section};
 use wasmparser::{
-    BinaryReader, FunctionBody, KnownCustom, Name, Parser, Payload, TypeRef, WasmFeatures,
+    BinaryReader, DataKind, ExternalKind, FunctionBody, KnownCustom, Name, Parser, Payload,
+    TypeRef, WasmFeatures,
 };
 
+use inline::{Function, Inlining};
 use scan::{Site, Sites, scan};
 
+mod inline;
 mod scan;
 #[cfg(test)]
 mod tests;
 
 /// Bytes of code that calls may run one after the other without a poll: less than a millisecond.
 const MAX_WEIGHT: u64 = 1 << 20;
+/// See [`scan::Sites::values`].
+const VALUES_PER_POLL: u32 = 4;
+/// `i32.const 0, drop`.
+const PAD: [u8; 3] = [0x41, 0x00, 0x1a];
 /// What the validator allows (`wasmparser`'s own limits, which it does not export).
 const MAX_MEMORIES: usize = 100;
 const MAX_FUNCTION_BYTES: usize = 7_654_321;
@@ -47,6 +55,8 @@ const MAX_FUNCTION_BYTES: usize = 7_654_321;
 pub(crate) struct InstrumentOptions {
     /// Insert polls; otherwise the module is only looked through.
     pub(crate) polls: bool,
+    /// Prepare for a compiler that inlines, if that is safe; otherwise inlining is refused.
+    pub(crate) inlining: bool,
 }
 
 /// A module ready to compile, and what was seen in it.
@@ -62,6 +72,8 @@ pub(crate) struct Instrumented<'a> {
     /// Whether the poll memory was appended. Not if the module has no place that needs a poll: it
     /// always ends soon.
     pub(crate) has_poll_memory: bool,
+    /// Whether it may be compiled with inlining.
+    pub(crate) inlining: bool,
 }
 
 impl Instrumented<'_> {
@@ -154,6 +166,14 @@ impl From<wasmparser::Error> for InstrumentError {
     }
 }
 
+/// In the validator's words.
+fn unknown_memory(index: u32, offset: usize) -> InstrumentError {
+    InstrumentError::Malformed {
+        offset,
+        message: format!("unknown memory {index}"),
+    }
+}
+
 type Result<T> = std::result::Result<T, InstrumentError>;
 
 /// Looks a module through and, if asked, makes it interruptible.
@@ -168,8 +188,18 @@ pub(crate) fn instrument<'a>(
         seen.calls().poll();
     }
     let has_poll_memory = options.polls && seen.sites.found.iter().any(|site| site.is_polled());
-    let bytes = if has_poll_memory {
-        Cow::Owned(splice(&seen)?)
+    let inlining = if options.inlining {
+        inline::plan(&seen.functions(), &seen.sites, seen.imported_functions)
+    } else {
+        Inlining::Refused
+    };
+    let pads = inlining == Inlining::Padded;
+    let bytes = if has_poll_memory || pads {
+        let additions = Additions {
+            poll_memory: has_poll_memory,
+            pads,
+        };
+        Cow::Owned(splice(&seen, additions)?)
     } else {
         Cow::Borrowed(wasm)
     };
@@ -178,6 +208,7 @@ pub(crate) fn instrument<'a>(
         name: seen.name,
         memories: seen.memories,
         has_poll_memory,
+        inlining: inlining != Inlining::Refused,
     })
 }
 
@@ -205,6 +236,9 @@ struct Body<'a> {
     start: usize,
     /// Its part of what was found.
     sites: Range<usize>,
+    /// Its part of all calls.
+    calls: Range<usize>,
+    values: u32,
 }
 
 /// What one pass over a module finds.
@@ -244,7 +278,24 @@ impl<'a> Seen<'a> {
                     });
                     continue;
                 }
+                Payload::ExportSection(reader) => {
+                    for item in reader.into_iter_with_offsets() {
+                        let (offset, export) = item?;
+                        if matches!(export.kind, ExternalKind::Memory) {
+                            seen.names_memory(export.index, offset)?;
+                        }
+                    }
+                }
+                Payload::DataSection(reader) => {
+                    for item in reader.into_iter_with_offsets() {
+                        let (offset, data) = item?;
+                        if let DataKind::Active { memory_index, .. } = data.kind {
+                            seen.names_memory(memory_index, offset)?;
+                        }
+                    }
+                }
                 Payload::CodeSectionStart { .. } => {
+                    seen.sites.memories = seen.memories.len() as u32;
                     seen.pieces.push(Piece::Code);
                     continue;
                 }
@@ -282,6 +333,14 @@ impl<'a> Seen<'a> {
         }
     }
 
+    /// Refuses an index that is not of one of the module's own memories.
+    fn names_memory(&self, index: u32, offset: usize) -> Result<()> {
+        if index as usize >= self.memories.len() {
+            return Err(unknown_memory(index, offset));
+        }
+        Ok(())
+    }
+
     fn calls(&mut self) -> CallGraph<'_> {
         CallGraph {
             imported: self.imported_functions,
@@ -290,13 +349,33 @@ impl<'a> Seen<'a> {
         }
     }
 
+    fn functions(&self) -> Vec<Function> {
+        let polls = |body: &Body<'_>| {
+            let sites = self.sites.found.get(body.sites.clone());
+            sites.map_or(0, |sites| sites.iter().filter(|s| s.is_polled()).count())
+        };
+        self.bodies
+            .iter()
+            .map(|body| Function {
+                bytes: body.bytes.len(),
+                values: body
+                    .values
+                    .saturating_add(VALUES_PER_POLL * polls(body) as u32),
+                calls: body.calls.clone(),
+            })
+            .collect()
+    }
+
     fn body(&mut self, body: &FunctionBody<'a>) -> Result<()> {
         let before = self.sites.found.len();
+        let calls_before = self.sites.calls.len();
         scan(body, &mut self.sites)?;
         self.bodies.push(Body {
             bytes: body.as_bytes(),
             start: body.range().start,
             sites: before..self.sites.found.len(),
+            calls: calls_before..self.sites.calls.len(),
+            values: self.sites.values,
         });
         Ok(())
     }
@@ -428,16 +507,29 @@ impl CallGraph<'_> {
     }
 }
 
-/// Writes the module anew, with the poll memory and the polls.
-fn splice(seen: &Seen<'_>) -> Result<Vec<u8>> {
-    if seen.memories.len() >= MAX_MEMORIES {
+/// What to put into a module.
+#[derive(Clone, Copy)]
+struct Additions {
+    /// The poll memory and the polls.
+    poll_memory: bool,
+    /// See [`inline::pads`].
+    pads: bool,
+}
+
+/// Writes the module anew.
+fn splice(seen: &Seen<'_>, additions: Additions) -> Result<Vec<u8>> {
+    if additions.poll_memory && seen.memories.len() >= MAX_MEMORIES {
         return Err(InstrumentError::NoRoom {
             what: format!("it has {MAX_MEMORIES} memories"),
         });
     }
-    let poll = poll_code(seen.memories.len() as u32);
+    let poll = if additions.poll_memory {
+        poll_code(seen.memories.len() as u32)
+    } else {
+        Vec::new()
+    };
     let mut out = wasm_encoder::Module::HEADER.to_vec();
-    let mut has_memories = false;
+    let mut has_memories = !additions.poll_memory;
     for piece in &seen.pieces {
         match piece {
             // An extension point: exports of hidden globals go into section 7 here.
@@ -448,6 +540,12 @@ fn splice(seen: &Seen<'_>) -> Result<Vec<u8>> {
                 }
                 append_raw(&mut out, *id, data);
             }
+            Piece::Memories { count, data } if !additions.poll_memory => {
+                let mut items = Vec::with_capacity(data.len() + 5);
+                count.encode(&mut items);
+                items.extend_from_slice(data);
+                append_raw(&mut out, wasm_encoder::SectionId::Memory.into(), &items);
+            }
             Piece::Memories { count, data } => {
                 append_memories(&mut out, *count, data)?;
                 has_memories = true;
@@ -457,7 +555,7 @@ fn splice(seen: &Seen<'_>) -> Result<Vec<u8>> {
                     append_memories(&mut out, 0, &[])?;
                     has_memories = true;
                 }
-                append_code(&mut out, seen, &poll)?;
+                append_code(&mut out, seen, &poll, additions.pads)?;
             }
         }
     }
@@ -509,7 +607,7 @@ fn append_memories(out: &mut Vec<u8>, count: u32, items: &[u8]) -> Result<()> {
     Ok(())
 }
 
-fn append_code(out: &mut Vec<u8>, seen: &Seen<'_>, poll: &[u8]) -> Result<()> {
+fn append_code(out: &mut Vec<u8>, seen: &Seen<'_>, poll: &[u8], pads: bool) -> Result<()> {
     let polls = seen
         .sites
         .found
@@ -521,8 +619,14 @@ fn append_code(out: &mut Vec<u8>, seen: &Seen<'_>, poll: &[u8]) -> Result<()> {
     (seen.bodies.len() as u32).encode(&mut data);
     for body in &seen.bodies {
         let sites = seen.sites.found.get(body.sites.clone()).unwrap_or_default();
+        let entry = sites.first().map_or(body.start, |entry| entry.at);
         let sites = sites.iter().filter(|site| site.is_polled());
-        let size = body.bytes.len() + sites.clone().count() * poll.len();
+        let pads = if pads {
+            inline::pads(body.bytes.len())
+        } else {
+            0
+        };
+        let size = body.bytes.len() + sites.clone().count() * poll.len() + pads * PAD.len();
         if size > MAX_FUNCTION_BYTES && body.bytes.len() <= MAX_FUNCTION_BYTES {
             return Err(InstrumentError::NoRoom {
                 what: format!(
@@ -533,7 +637,9 @@ fn append_code(out: &mut Vec<u8>, seen: &Seen<'_>, poll: &[u8]) -> Result<()> {
             });
         }
         (size as u32).encode(&mut data);
-        let mut copied = body.start;
+        data.extend_from_slice(part(body, body.start, entry));
+        data.extend((0..pads).flat_map(|_| PAD));
+        let mut copied = entry;
         for site in sites {
             data.extend_from_slice(part(body, copied, site.at));
             data.extend_from_slice(poll);

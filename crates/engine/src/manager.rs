@@ -608,7 +608,7 @@ impl Shared {
             .unwrap_or_else(|| format!("function {index}"))
     }
 
-    fn state(&self) -> ManagerState {
+    pub(crate) fn state(&self) -> ManagerState {
         let index = usize::from(self.state.load(Ordering::Acquire));
         ManagerState::ALL
             .get(index)
@@ -690,19 +690,22 @@ impl Shared {
         }
     }
 
+    /// Tells the host. What it does with that is not our affair, not even if it panics.
+    fn tell(&self, event: Event) {
+        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.host.event(event)));
+    }
+
     /// Tells listeners of a trap; other failures are the caller's affair alone.
     pub(crate) fn tell_trap(&self, error: &Error) {
         if matches!(error, Error::Trap { .. }) {
-            self.host.event(Event::Trap(error.clone()));
+            self.tell(Event::Trap(error.clone()));
         }
     }
 
-    pub(crate) fn settling_begins(&self) {
+    /// A call is out of flight and its answer is not yet on its way, until the guard is dropped.
+    pub(crate) fn settling(&self) -> Settling<'_> {
         self.settling.fetch_add(1, Ordering::SeqCst);
-    }
-
-    pub(crate) fn settling_ends(&self) {
-        self.settling.fetch_sub(1, Ordering::SeqCst);
+        Settling(&self.settling)
     }
 
     /// Answers of calls that are out of flight are on their way: they come before the swap's own.
@@ -759,7 +762,10 @@ impl Shared {
             };
             // Answered only now: whoever gets the answer finds the control idle.
             if let Some(answer) = answer.take() {
-                answer();
+                let _ = guarded(|| {
+                    answer();
+                    Ok(())
+                });
             }
             let Some(op) = next else {
                 self.control_changed.notify_all();
@@ -793,7 +799,7 @@ impl Shared {
     // ------------------------------------------------------------------ start
 
     fn start(self: &Arc<Self>, source: &Source, is_sync: bool) -> Result<()> {
-        let outcome = self.bring_up_first(source, is_sync);
+        let outcome = guarded(|| self.bring_up_first(source, is_sync));
         if outcome.is_err() {
             self.set_state(ManagerState::Failed);
             for job in self.gate.cut() {
@@ -813,7 +819,7 @@ impl Shared {
         let module = Module::load(&engine, Some(&self.pool), source, options.name.as_deref())?;
         let _ = self.name.set(module.name().to_owned());
         let blueprint = Arc::new(Blueprint {
-            engine,
+            engine: module.engine.clone(),
             module,
             limits: options.limits.clone(),
         });
@@ -1006,11 +1012,11 @@ impl Shared {
         match outcome {
             Ok(report) => {
                 self.stats.paused(report.pause);
-                self.host.event(Event::Reload(Arc::clone(report)));
+                self.tell(Event::Reload(Arc::clone(report)));
             }
             Err(error) => {
                 self.stats.reload_failed();
-                self.host.event(Event::ReloadFailed(error.clone()));
+                self.tell(Event::ReloadFailed(error.clone()));
             }
         }
     }
@@ -1173,6 +1179,8 @@ impl Shared {
             return self.discard(vec![fresh], before);
         };
         let memory_bytes_before = old.memory_bytes();
+        let others = self.memory_bytes().saturating_sub(fresh.memory_bytes());
+        self.note_peak(memory_bytes_before + others);
         // SAFETY: the poisoned instance was retired by whoever held it, and its handles expired when
         // the fresh one was published.
         unsafe { old.release() };
@@ -1351,7 +1359,7 @@ impl Shared {
             let closing = std::mem::take(&mut shared.lock_control().closing);
             let is_closed = shared.state() == ManagerState::Closed;
             if is_closed && !closing.is_empty() {
-                shared.host.event(Event::Close);
+                shared.tell(Event::Close);
             }
             for done in closing {
                 done(outcome.clone());
@@ -1393,10 +1401,28 @@ impl Shared {
         }
     }
 
+    /// Linear memory of what serves.
+    fn memory_bytes(&self) -> usize {
+        self.lock_serving()
+            .replicas
+            .iter()
+            .map(|r| r.memory_bytes())
+            .sum()
+    }
+
     /// Notes what is held just before memory is given back, so that the peak is true.
     pub(crate) fn note_peak(&self, memory_bytes: usize) {
         self.memory_bytes_peak
             .fetch_max(memory_bytes, Ordering::Relaxed);
+    }
+}
+
+/// See [`Shared::settling`].
+pub(crate) struct Settling<'a>(&'a AtomicUsize);
+
+impl Drop for Settling<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

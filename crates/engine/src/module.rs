@@ -17,6 +17,8 @@ use crate::value::{Signature, ValueType};
 #[derive(Debug)]
 pub struct Module {
     name: String,
+    /// The engine that compiled it.
+    pub(crate) engine: Engine,
     pub(crate) compiled: wasmtime::Module,
     imports: Vec<Import>,
     functions: Vec<ExportedFunction>,
@@ -145,6 +147,7 @@ impl Module {
         let (bytes, file_stem) = read(source)?;
         let options = InstrumentOptions {
             polls: engine.options.uses_poll_page(),
+            inlining: true,
         };
         let spliced = instrument(&bytes, &options).map_err(|e| refuse_bytes(&e))?;
         let name = name
@@ -152,10 +155,15 @@ impl Module {
             .or_else(|| spliced.name.clone().filter(|n| !n.is_empty()))
             .or(file_stem)
             .unwrap_or_else(|| "wasm".into());
+        let engine = if spliced.inlining {
+            engine.clone()
+        } else {
+            engine.without_inlining()?
+        };
         let compile = || wasmtime::Module::new(&engine.wasmtime, &*spliced.bytes);
         let compiled = pool
             .map_or_else(compile, |pool| pool.install(compile))
-            .map_err(|e| refuse_module(&name, engine, &e))?;
+            .map_err(|e| refuse_module(&name, &engine, &e))?;
         let imports = compiled
             .imports()
             .map(|i| Import {
@@ -184,6 +192,7 @@ impl Module {
             .cloned();
         Ok(Arc::new(Self {
             name,
+            engine,
             imports,
             functions,
             main_memory,

@@ -505,6 +505,17 @@ impl Replica {
         func: &FuncHandle,
         args: Vec<Value>,
     ) -> Result<Vec<Value>> {
+        let given = || args.iter().map(Value::ty);
+        let ty = func.func.ty(&context);
+        if !given().eq(ty.params().map(|t| ValueType::from(&t))) {
+            let signature = Signature::of(&ty);
+            let types: Vec<_> = given().map(|ty| ty.to_string()).collect();
+            return Err(Error::invalid(format!(
+                "{}: a function {signature} was called with ({})",
+                self.module.name(),
+                types.join(", ")
+            )));
+        }
         if let Some(fuel) = self.fuel {
             self.refuel(&mut context, fuel);
         }
@@ -513,7 +524,6 @@ impl Replica {
             .filter(|v| matches!(v, Value::Extern(Some(_))))
             .count() as u64;
         let mut scope = RootScope::new(&mut context);
-        let ty = func.func.ty(&scope);
         let mut params = Vec::with_capacity(args.len());
         for arg in args {
             params.push(self.own(arg).into_val(self.id, &mut scope)?);

@@ -105,8 +105,14 @@ pub(crate) fn run(
     options: &ReloadOptions,
     is_sync: bool,
 ) -> Result<Arc<ReloadReport>> {
-    shared.set_state(ManagerState::Reloading);
     let blueprint = shared.blueprint()?;
+    // Whatever happens in here, a panic included, the state is not left behind.
+    let before = shared.state();
+    let mut restore = RestoreState {
+        shared,
+        to: Some(before),
+    };
+    shared.set_state(ManagerState::Reloading);
     let (old, previous) = {
         let serving = shared.lock_serving();
         (serving.replicas.clone(), serving.generation)
@@ -130,11 +136,11 @@ pub(crate) fn run(
     };
     let outcome = run_protocol(&mut swap, &SystemClock::default(), &plan);
     match outcome {
-        Ok(timings) => Ok(Arc::new(swap.finish(options, &timings))),
-        Err(failure) => {
-            shared.set_state(ManagerState::Ready);
-            Err(failed(shared, options, failure, is_sync))
+        Ok(timings) => {
+            restore.to = None;
+            Ok(Arc::new(swap.finish(options, &timings)))
         }
+        Err(failure) => Err(failed(shared, options, failure, is_sync)),
     }
 }
 
@@ -154,6 +160,20 @@ fn failed(
         Failure::Cancelled => shared.closed(),
         Failure::Step { .. } if shared.is_destroyed() => shared.closed(),
         Failure::Step { phase, cause } => shared.reload_failed("the reload", phase, cause),
+    }
+}
+
+/// Puts the manager's state back on the way out, unless the swap went through.
+struct RestoreState<'a> {
+    shared: &'a Shared,
+    to: Option<ManagerState>,
+}
+
+impl Drop for RestoreState<'_> {
+    fn drop(&mut self) {
+        if let Some(state) = self.to {
+            self.shared.set_state(state);
+        }
     }
 }
 
@@ -292,6 +312,7 @@ impl Backend for Swap<'_> {
                 serving.replicas.clone_from(&change.new);
             }
             shared.stats.reloaded(&reason);
+            shared.set_state(ManagerState::Ready);
             shared.host.replaced(&change);
             shared.gate.reinstate_all();
         };
@@ -311,7 +332,6 @@ impl Backend for Swap<'_> {
 
     fn open_gate(&mut self) -> usize {
         let queued = self.shared.gate.counts().queued;
-        self.shared.set_state(ManagerState::Ready);
         self.shared.gate.open();
         queued
     }

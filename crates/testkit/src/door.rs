@@ -62,7 +62,7 @@ impl Door {
             Some(Value::I32(arg)) => *arg,
             _ => 0,
         };
-        drop(self.arrive.send(arg));
+        let _ = self.arrive.send(arg);
         let never = crossbeam_channel::never();
         let stopped = if self.hears_stops { call.replica.interrupter().cancelled() } else { &never };
         let pass = select! {

@@ -123,7 +123,7 @@ impl HomeMail {
         let (done, is_done) = bounded::<()>(1);
         self.post(move || {
             run();
-            drop(done.send(()));
+            let _ = done.send(());
         })?;
         // No timeout: the engine relies on being told the truth. The test has its own.
         is_done

@@ -29,11 +29,10 @@ fn lock() -> MutexGuard<'static, Present> {
 }
 
 fn wait_while(condition: impl FnMut(&mut Present) -> bool) -> MutexGuard<'static, Present> {
-    let (present, timeout) = CHANGED
+    CHANGED
         .wait_timeout_while(lock(), PATIENCE, condition)
-        .unwrap_or_else(PoisonError::into_inner);
-    drop(timeout);
-    present
+        .unwrap_or_else(PoisonError::into_inner)
+        .0
 }
 
 /// This thread works; nobody measures meanwhile.

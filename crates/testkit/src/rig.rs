@@ -14,7 +14,7 @@ use crate::guests;
 use crate::home::{Desk, HomeThread};
 use crate::host::{Script, TestHost};
 use crate::quiet::{Working, work};
-use crate::wait::{Answer, answer};
+use crate::wait::{Answer, answer, hush_panics_on_purpose};
 
 /// How a call ended.
 pub type Ended = Result<Outcome>;
@@ -81,6 +81,7 @@ impl Setup {
     /// The same, or why not.
     pub fn try_create(self) -> Result<Rig> {
         let working = work();
+        hush_panics_on_purpose();
         let home = self.options.has_home.then(HomeThread::spawn);
         let host = Arc::new(TestHost::new(self.script, home.as_ref().map(HomeThread::mail)));
         let faults = Arc::new(Faults::new(Arc::<TestHost>::clone(&host)));

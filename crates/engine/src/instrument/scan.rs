@@ -3,11 +3,12 @@
 //! Modules have megabytes of code, and this happens at every start, even when the compiled code
 //! comes from a cache. So the instructions that real modules consist of are stepped over by a
 //! table; a body with anything else in it is read again, from its beginning, by `wasmparser`.
-//! Neither validates: that is done on what is spliced.
+//! Neither validates: that is done on what is spliced. Only memories are looked at here, since what
+//! is spliced has one more of them than the module may name.
 
-use wasmparser::{FunctionBody, Operator};
+use wasmparser::{FunctionBody, MemArg, Operator};
 
-use super::{InstrumentError, Result};
+use super::{InstrumentError, Result, unknown_memory};
 
 /// A place where a poll may go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +35,12 @@ impl Site {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Sites {
     pub(super) found: Vec<Site>,
+    /// How many memories the module has: code must name no other.
+    pub(super) memories: u32,
+    /// The indices of all functions called directly, loops or not.
+    pub(super) calls: Vec<u32>,
+    /// About how many SSA values the compiler makes of the body at hand.
+    pub(super) values: u32,
     /// For each open block of the body at hand, whether it is a loop.
     open: Vec<bool>,
     loops: usize,
@@ -43,6 +50,7 @@ impl Sites {
     fn begin(&mut self, entry: usize) {
         self.open.clear();
         self.loops = 0;
+        self.values = 0;
         self.found.push(Site {
             at: entry,
             callee: Site::ENTRY,
@@ -74,6 +82,11 @@ impl Sites {
         }
     }
 
+    fn direct_call(&mut self, at: usize, callee: u32) {
+        self.calls.push(callee);
+        self.call(at, callee);
+    }
+
     /// A call of who knows what, which may well lead back here.
     fn indirect_call(&mut self, at: usize) {
         self.call(at, Site::POLLED);
@@ -87,9 +100,10 @@ pub(super) fn scan(body: &FunctionBody<'_>, sites: &mut Sites) -> Result<()> {
         .as_bytes()
         .get(entry - body.range().start..)
         .unwrap_or_default();
-    let before = sites.found.len();
+    let (before, calls_before) = (sites.found.len(), sites.calls.len());
     if scan_common(code, entry, sites).is_none() {
         sites.found.truncate(before);
+        sites.calls.truncate(calls_before);
         scan_any(body, sites)?;
     }
     Ok(())
@@ -101,14 +115,18 @@ fn scan_any(body: &FunctionBody<'_>, sites: &mut Sites) -> Result<()> {
     sites.begin(operators.original_position());
     while !operators.eof() {
         let at = operators.original_position();
-        match operators.read()? {
+        let operator = operators.read()?;
+        check_memories(&operator, sites.memories, at)?;
+        let opcode = body.as_bytes().get(at - body.range().start);
+        sites.values += opcode.map_or(0, |opcode| u32::from(VALUES[usize::from(*opcode)]));
+        match operator {
             Operator::Loop { .. } => sites.enter_loop(operators.original_position()),
             Operator::Block { .. } | Operator::If { .. } | Operator::TryTable { .. } => {
                 sites.enter();
             }
             Operator::End => sites.leave(),
             Operator::Call { function_index } | Operator::ReturnCall { function_index } => {
-                sites.call(at, function_index);
+                sites.direct_call(at, function_index);
             }
             Operator::CallIndirect { .. }
             | Operator::ReturnCallIndirect { .. }
@@ -129,12 +147,59 @@ fn scan_any(body: &FunctionBody<'_>, sites: &mut Sites) -> Result<()> {
     Ok(())
 }
 
+/// The memory that an instruction's immediate of this name names.
+macro_rules! memory_of {
+    (memarg $value:ident) => {
+        Some(MemArg::clone($value).memory)
+    };
+    (mem $value:ident) => {
+        Some(*$value)
+    };
+    (dst_mem $value:ident) => {
+        Some(*$value)
+    };
+    (src_mem $value:ident) => {
+        Some(*$value)
+    };
+    ($other:ident $value:ident) => {{
+        let _ = $value;
+        None
+    }};
+}
+
+macro_rules! define_check_memories {
+    ($( @$proposal:ident $op:ident $({ $($arg:ident: $ty:ty),* })? => $visit:ident ($($ann:tt)*) )*) => {
+        /// Refuses an instruction that names a memory the module does not have.
+        fn check_memories(operator: &Operator<'_>, memories: u32, at: usize) -> Result<()> {
+            match operator {
+                $(Operator::$op $({ $($arg),* })? => {
+                    $($(
+                        let named: Option<u32> = memory_of!($arg $arg);
+                        if let Some(memory) = named && memory >= memories {
+                            return Err(unknown_memory(memory, at));
+                        }
+                    )*)?
+                })*
+                // A kind of instruction that is newer than this list of all of them.
+                _ => {}
+            }
+            Ok(())
+        }
+    };
+}
+
+wasmparser::for_each_operator!(define_check_memories);
+
 /// What follows an opcode.
 #[derive(Clone, Copy)]
 enum Immediate {
     None,
     /// That many LEB128 numbers of 32 bits.
     Indices(u8),
+    /// The indices of that many memories.
+    Memories(u8),
+    /// An index, and that of a memory.
+    IndexAndMemory,
     /// One LEB128 number of 64 bits.
     Long,
     /// That many bytes.
@@ -170,9 +235,11 @@ const IMMEDIATES: [Immediate; 256] = {
             0x00 | 0x01 | 0x05 | 0x0b | 0x0f | 0x1a | 0x1b | 0x45..=0xc4 | 0xd1 => Immediate::None,
             // block, loop, if
             0x02..=0x04 => Immediate::BlockType,
-            // br, br_if, call, return_call, local.*, global.*, table.get, table.set, memory.size,
-            // memory.grow, i32.const, ref.func
-            0x0c | 0x0d | 0x10 | 0x12 | 0x20..=0x26 | 0x3f..=0x41 | 0xd2 => Immediate::Indices(1),
+            // br, br_if, call, return_call, local.*, global.*, table.get, table.set, i32.const,
+            // ref.func
+            0x0c | 0x0d | 0x10 | 0x12 | 0x20..=0x26 | 0x41 | 0xd2 => Immediate::Indices(1),
+            // memory.size, memory.grow
+            0x3f | 0x40 => Immediate::Memories(1),
             0x0e => Immediate::BrTable,
             // call_indirect, return_call_indirect
             0x11 | 0x13 => Immediate::Indices(2),
@@ -190,12 +257,36 @@ const IMMEDIATES: [Immediate; 256] = {
     table
 };
 
+/// How many SSA values the compiler makes of an instruction before it optimises, about.
+const VALUES: [u8; 256] = {
+    let mut table = [0; 256];
+    let mut opcode = 0;
+    while opcode < table.len() {
+        table[opcode] = match opcode {
+            // Addresses are extended and added; so many are constants.
+            0x28..=0x35 => 4,
+            0x36..=0x3e => 3,
+            // Comparisons are widened.
+            0x45..=0x66 => 2,
+            0x23 | 0x24 => 2,
+            0x41..=0x44 | 0x67..=0xc4 | 0xd2 | 0xfc..=0xfe => 1,
+            _ => 0,
+        };
+        opcode += 1;
+    }
+    table
+};
+
 /// After `0xfc`: saturating conversions, bulk memory, tables.
 fn prefixed(opcode: u32) -> Immediate {
     match opcode {
         0..=7 => Immediate::None,
-        9 | 11 | 13 | 15..=17 => Immediate::Indices(1),
-        8 | 10 | 12 | 14 => Immediate::Indices(2),
+        9 | 13 | 15..=17 => Immediate::Indices(1),
+        12 | 14 => Immediate::Indices(2),
+        // memory.init, memory.copy, memory.fill
+        8 => Immediate::IndexAndMemory,
+        10 => Immediate::Memories(2),
+        11 => Immediate::Memories(1),
         _ => Immediate::Other,
     }
 }
@@ -214,17 +305,24 @@ fn simd(opcode: u32) -> Immediate {
     }
 }
 
-/// The instructions of ordinary modules. `None` where one is not: the sites are then incomplete.
+/// The instructions of ordinary modules. `None` where one is not, or names a memory that the module
+/// does not have: the sites are then incomplete.
 fn scan_common(code: &[u8], start: usize, sites: &mut Sites) -> Option<()> {
     sites.begin(start);
-    let mut cursor = Cursor { code, at: 0 };
+    let mut cursor = Cursor {
+        code,
+        at: 0,
+        memories: sites.memories,
+    };
+    let mut values = 0;
     while let Some(&opcode) = code.get(cursor.at) {
         let at = start + cursor.at;
         cursor.at += 1;
         if let CALL | RETURN_CALL = opcode {
-            sites.call(at, cursor.index()?);
+            sites.direct_call(at, cursor.index()?);
             continue;
         }
+        values += u32::from(*VALUES.get(usize::from(opcode))?);
         cursor.step_over(*IMMEDIATES.get(usize::from(opcode))?)?;
         match opcode {
             BLOCK | IF => sites.enter(),
@@ -234,6 +332,7 @@ fn scan_common(code: &[u8], start: usize, sites: &mut Sites) -> Option<()> {
             _ => {}
         }
     }
+    sites.values = values;
     // The last instruction must not have been cut off.
     (cursor.at == code.len()).then_some(())
 }
@@ -241,6 +340,7 @@ fn scan_common(code: &[u8], start: usize, sites: &mut Sites) -> Option<()> {
 struct Cursor<'a> {
     code: &'a [u8],
     at: usize,
+    memories: u32,
 }
 
 impl Cursor<'_> {
@@ -273,11 +373,16 @@ impl Cursor<'_> {
         None
     }
 
+    /// Steps over the index of a memory that there is.
+    fn memory(&mut self) -> Option<()> {
+        (self.index()? < self.memories).then_some(())
+    }
+
     fn mem_arg(&mut self) -> Option<()> {
         match self.byte()? {
-            0..0x40 => {}
+            0..0x40 if self.memories > 0 => {}
             // The index of a memory follows.
-            0x40..0x80 => self.skip(5)?,
+            0x40..0x80 => self.memory()?,
             _ => return None,
         }
         self.skip(10)
@@ -290,6 +395,15 @@ impl Cursor<'_> {
                 for _ in 0..count {
                     self.skip(5)?;
                 }
+            }
+            Immediate::Memories(count) => {
+                for _ in 0..count {
+                    self.memory()?;
+                }
+            }
+            Immediate::IndexAndMemory => {
+                self.skip(5)?;
+                self.memory()?;
             }
             Immediate::Long => self.skip(10)?,
             Immediate::Bytes(count) => self.at += usize::from(count),

@@ -11,13 +11,21 @@ fn body(code: &[u8]) -> Vec<u8> {
     bytes
 }
 
+/// For a module with two memories.
+fn none_yet() -> Sites {
+    Sites {
+        memories: 2,
+        ..Sites::default()
+    }
+}
+
 fn by_table(bytes: &[u8]) -> Option<Vec<Site>> {
-    let mut sites = Sites::default();
+    let mut sites = none_yet();
     scan_common(&bytes[1..], 1001, &mut sites).map(|()| sites.found)
 }
 
 fn by_parser(bytes: &[u8]) -> Result<Vec<Site>> {
-    let mut sites = Sites::default();
+    let mut sites = none_yet();
     let body = FunctionBody::new(BinaryReader::new(bytes, 1000));
     scan_any(&body, &mut sites).map(|()| sites.found)
 }
@@ -152,7 +160,7 @@ fn what_the_table_does_not_know_goes_to_the_parser() {
         let earlier = Site { at: 7, callee: 8 };
         let mut seen = Sites {
             found: vec![earlier],
-            ..Sites::default()
+            ..none_yet()
         };
         scan(
             &FunctionBody::new(BinaryReader::new(&bytes, 1000)),
@@ -174,7 +182,7 @@ fn calls_inside_loops_are_no_sites() {
         "if call 0 end loop (call_ref $f) select (result i32) end call 0",
     ] {
         let bytes = assemble(code);
-        let mut seen = Sites::default();
+        let mut seen = none_yet();
         scan(
             &FunctionBody::new(BinaryReader::new(&bytes, 1000)),
             &mut seen,

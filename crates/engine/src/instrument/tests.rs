@@ -4,7 +4,14 @@ use wasmparser::{Operator, Validator};
 
 use super::*;
 
-const POLLS: InstrumentOptions = InstrumentOptions { polls: true };
+const POLLS: InstrumentOptions = InstrumentOptions {
+    polls: true,
+    inlining: false,
+};
+const NOTHING: InstrumentOptions = InstrumentOptions {
+    polls: false,
+    inlining: false,
+};
 
 fn wasm(wat: &str) -> Vec<u8> {
     wat::parse_str(wat).unwrap()
@@ -222,7 +229,7 @@ fn the_types_of_memories_are_reported_as_declared() {
         plain,
     ];
     assert_eq!(spliced(&bytes).memories, expected);
-    let unpolled = instrument(&bytes, &InstrumentOptions { polls: false }).unwrap();
+    let unpolled = instrument(&bytes, &NOTHING).unwrap();
     assert_eq!(unpolled.memories, expected);
     assert!(!unpolled.has_poll_memory && matches!(unpolled.bytes, Cow::Borrowed(_)));
 }
@@ -313,10 +320,8 @@ fn legacy_exceptions_are_refused_with_the_remedy() {
             _ => vec![0x06, 0x40, 0x19, 0x09, 0x00, 0x0b, 0x0b],
         };
         let module = with_body(&bytes);
-        for polls in [true, false] {
-            let error = instrument(&module, &InstrumentOptions { polls })
-                .map(|_| ())
-                .unwrap_err();
+        for options in [POLLS, NOTHING] {
+            let error = instrument(&module, &options).map(|_| ()).unwrap_err();
             let at = module.len() - bytes.len();
             assert_eq!(
                 error,
@@ -364,6 +369,80 @@ fn limits_of_the_format_are_named() {
     spliced(&with_body(&code));
 }
 
+/// A module with so many memories, whose text is not checked by the assembler.
+fn with_memories(count: usize, rest: &str) -> Vec<u8> {
+    let memories = "(memory 1 1)".repeat(count);
+    wasm(&format!(r#"(module {memories} (data $d "x") {rest})"#))
+}
+
+#[test]
+fn no_part_of_a_module_can_name_the_poll_memory() {
+    const LOOP: &str = "(func loop end)";
+    let instructions = [
+        "(drop (i32.load M (i32.const 0)))",
+        "(i64.store32 M offset=9 (i32.const 0) (i64.const 0))",
+        "(drop (memory.size M))",
+        "(drop (memory.grow M (i32.const 0)))",
+        "(memory.fill M (i32.const 0) (i32.const 7) (i32.const 65536))",
+        "(memory.init M $d (i32.const 0) (i32.const 0) (i32.const 1))",
+        "(drop (v128.load M (i32.const 0)))",
+        "(drop (v128.load8x8_s M (i32.const 0)))",
+        "(v128.store32_lane M offset=300 3 (i32.const 0) (v128.const i64x2 0 0))",
+        "(drop (i32.atomic.rmw8.add_u M (i32.const 0) (i32.const 1)))",
+        "(drop (memory.atomic.notify M (i32.const 0) (i32.const 1)))",
+        "(drop (memory.atomic.wait32 M (i32.const 0) (i32.const 1) (i64.const 0)))",
+        // Read by the parser for another reason.
+        "(drop (ref.null func)) (drop (i32.load8_u M (i32.const 0)))",
+    ];
+    let refused_as = |bytes: &[u8], index: usize, what: &str| {
+        assert!(
+            Validator::new_with_features(WasmFeatures::all())
+                .validate_all(bytes)
+                .is_err(),
+            "{what}"
+        );
+        for options in [POLLS, NOTHING] {
+            match instrument(bytes, &options).map(|_| ()) {
+                Err(InstrumentError::Malformed { message, offset }) => {
+                    assert_eq!(message, format!("unknown memory {index}"), "{what}");
+                    assert!((8..bytes.len()).contains(&offset), "{what}");
+                }
+                other => panic!("{what}: {other:?}"),
+            }
+        }
+    };
+    for count in 0..3 {
+        let others = |text: &str| text.replace('M', &count.to_string());
+        for instruction in instructions {
+            let instruction = others(instruction);
+            let rest = format!("{LOOP} (func {instruction})");
+            refused_as(&with_memories(count, &rest), count, &instruction);
+            // With one more it is fine.
+            spliced(&with_memories(count + 1, &rest));
+        }
+        for rest in [
+            r#"(export "m" (memory M))"#,
+            r#"(data (memory M) (i32.const 0) "x")"#,
+        ] {
+            let rest = format!("{} {LOOP}", others(rest));
+            refused_as(&with_memories(count, &rest), count, &rest);
+            spliced(&with_memories(count + 1, &rest));
+        }
+    }
+    for (copy, unknown) in [("1 0", 1), ("0 1", 1), ("7 0", 7)] {
+        let rest =
+            format!("{LOOP} (func (memory.copy {copy} (i32.const 0) (i32.const 0) (i32.const 0)))");
+        refused_as(&with_memories(1, &rest), unknown, copy);
+    }
+    // Imported ones count.
+    let rest = r#"(import "" "" (memory 1)) (func loop (drop (i32.load 1 (i32.const 0))) end)"#;
+    refused_as(&wasm(&format!("(module {rest})")), 1, rest);
+    spliced(&wasm(&format!("(module {rest} (memory 1))")));
+    // memory.discard, which has no text.
+    let discard = [0x03, 0x40, 0x0b, 0xfc, 0x12, 0x00, 0x0b];
+    refused_as(&with_body(&discard), 0, "discard");
+}
+
 #[test]
 fn damaged_modules_are_refused_or_left_to_the_compiler_but_never_a_panic() {
     let bytes = wasm(
@@ -409,4 +488,66 @@ fn damaged_modules_are_refused_or_left_to_the_compiler_but_never_a_panic() {
         }
     }
     assert!(accepted > 1000, "{accepted}");
+}
+
+#[test]
+#[ignore]
+fn zz_corpus() {
+    let path = std::env::var("WASM").unwrap();
+    let bytes = std::fs::read(&path).unwrap();
+    let inl = std::env::var("INL").is_ok();
+    if let Ok(n) = std::env::var("SCAN") {
+        let n: u32 = n.parse().unwrap();
+        let mut best = f64::MAX;
+        for _ in 0..n {
+            let t = std::time::Instant::now();
+            let s = instrument(
+                &bytes,
+                &InstrumentOptions {
+                    polls: true,
+                    inlining: inl,
+                },
+            )
+            .unwrap();
+            std::hint::black_box(&s);
+            best = best.min(t.elapsed().as_secs_f64());
+        }
+        eprintln!("SCAN {path} {:.0} MB/s", bytes.len() as f64 / best / 1e6);
+        return;
+    }
+    let s = instrument(
+        &bytes,
+        &InstrumentOptions {
+            polls: true,
+            inlining: inl,
+        },
+    )
+    .unwrap();
+    eprintln!("inlining {}", s.inlining);
+    let mut c = wasmtime::Config::new();
+    c.wasm_function_references(true)
+        .wasm_gc(true)
+        .wasm_exceptions(true)
+        .wasm_multi_memory(true);
+    c.compiler_inlining(if inl {
+        wasmtime::Inlining::Yes
+    } else {
+        wasmtime::Inlining::No
+    });
+    let e = wasmtime::Engine::new(&c).unwrap();
+    let t = std::time::Instant::now();
+    let m = wasmtime::Module::new(&e, &s.bytes).unwrap();
+    let t = t.elapsed().as_secs_f64();
+    let hwm = std::fs::read_to_string("/proc/self/status")
+        .unwrap()
+        .lines()
+        .find(|l| l.starts_with("VmHWM"))
+        .unwrap()
+        .to_owned();
+    eprintln!(
+        "CORPUS {} inl={inl} {:.2}s text {} KB {hwm}",
+        path.rsplit('/').next().unwrap(),
+        t,
+        m.text().len() / 1024
+    );
 }

@@ -1,1 +1,12 @@
-//! The engine as an embedder sees it, over real instances.
+//! The engine as an embedder sees it: real instances, a host made of closures, a file per noun.
+//!
+//! Nothing sleeps. Calls meet the test at doors (host functions), hooks are held by faults, and every
+//! wait ends in an answer or in a failure that says what did not come.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod call;
+mod host;
+mod lease;
+mod load;
+mod memory;
+mod pool;

@@ -21,7 +21,14 @@ fn interruptible(engine: &Engine, wat: &str) -> Guest {
 
 fn interruptible_with(engine: &Engine, wat: &str, imports: &[Extern]) -> Guest {
     let wasm = wat::parse_str(wat).unwrap();
-    let spliced = instrument(&wasm, &InstrumentOptions { polls: true }).unwrap();
+    let spliced = instrument(
+        &wasm,
+        &InstrumentOptions {
+            polls: true,
+            inlining: true,
+        },
+    )
+    .unwrap();
     assert!(spliced.has_poll_memory);
     Guest::with_bytes(engine, &spliced.bytes, true, imports)
 }
@@ -262,7 +269,14 @@ fn a_loop_over_imported_memories_stops() {
                     (func (export "run") loop ({index}.store ({index}.const 0) ({index}.const 5)) br 0 end))"#
             );
             let wasm = wat::parse_str(&wat).unwrap();
-            let spliced = instrument(&wasm, &InstrumentOptions { polls: true }).unwrap();
+            let spliced = instrument(
+                &wasm,
+                &InstrumentOptions {
+                    polls: true,
+                    inlining: true,
+                },
+            )
+            .unwrap();
             let mut store = Store::new(&engine, ());
             let (memory, imported) = with_plan(
                 MemoryPlan {
@@ -393,7 +407,14 @@ fn two_instances_in_one_store_are_stopped_each_by_its_own_page() {
         let engine = engine(Platform::NATIVE, &FULL);
         let wat = r#"(module (memory 1) (func (export "run") loop br 0 end) (func (export "oob") (result i32) (i32.load (i32.const -1))))"#;
         let wasm = wat::parse_str(wat).unwrap();
-        let spliced = instrument(&wasm, &InstrumentOptions { polls: true }).unwrap();
+        let spliced = instrument(
+            &wasm,
+            &InstrumentOptions {
+                polls: true,
+                inlining: true,
+            },
+        )
+        .unwrap();
         let mut guest = Guest::with_bytes(&engine, &spliced.bytes, true, &[]);
         let module = Module::new(&engine, &spliced.bytes).unwrap();
         let (second, created) = with_plan(
@@ -424,7 +445,14 @@ fn imports_and_exports_stay_as_they_were() {
                 (global (export "g") i32 (i32.const 1)))"#,
         )
         .unwrap();
-        let spliced = instrument(&wasm, &InstrumentOptions { polls: true }).unwrap();
+        let spliced = instrument(
+            &wasm,
+            &InstrumentOptions {
+                polls: true,
+                inlining: true,
+            },
+        )
+        .unwrap();
         let (before, after) = (
             Module::new(&engine, &wasm).unwrap(),
             Module::new(&engine, &spliced.bytes).unwrap(),

@@ -1,0 +1,187 @@
+//! Whether a module may be compiled with inlining.
+//!
+//! wasmtime's inliner goes from the callees to their callers and takes in every call as long as
+//! caller and callee together have no more than [`MAX_VALUES`] SSA values. Recursion is left alone.
+//! The unit is blind to code that makes no values: 64 functions that each call the next one twice
+//! have none, and are unfolded into 2^64 calls, until memory ends. So this plays the same game
+//! beforehand, and gives every function values of its own where they are needed as a brake.
+
+use std::ops::Range;
+
+use super::scan::Sites;
+
+/// wasmtime's `inlining_sum_size_threshold`.
+const MAX_VALUES: u32 = 2000;
+/// A function gets a value more for so many bytes of it. They are constants that nobody uses, which
+/// the compiler removes after inlining.
+const BYTES_PER_PAD: usize = 16;
+
+/// Bytes of code that inlining may make of a module's: so many times what it was ...
+const MAX_GROWTH: u64 = 6;
+/// ... or this, if it is more ...
+const ALWAYS_ALLOWED: u64 = 64 << 10;
+/// ... but never more than this: the compiler has all functions in memory at once, which takes
+/// about 300 bytes for one.
+const MAX_CODE: u64 = 4 << 20;
+/// The same, if all estimates were wrong and only the values that functions are given did count:
+/// what a module made for this purpose can cost.
+const MAX_CODE_AT_WORST: u64 = 32 << 20;
+
+/// What to do about inlining.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Inlining {
+    /// Too much would come of it.
+    Refused,
+    /// It can do no harm, whatever the compiler does.
+    Harmless,
+    /// Every function must get [`pads`].
+    Padded,
+}
+
+/// Values that a function of so many bytes gets.
+pub(super) fn pads(bytes: usize) -> usize {
+    // With more it is not inlined and nothing into it, anyway.
+    let d: usize = std::env::var("PADDIV").map_or(BYTES_PER_PAD, |v| v.parse().unwrap());
+    if d == 0 {
+        return 0;
+    }
+    (1 + bytes / d).min(MAX_VALUES as usize)
+}
+
+/// A function as the inliner sees it.
+pub(super) struct Function {
+    pub(super) bytes: usize,
+    pub(super) values: u32,
+    /// Its part of [`Sites::calls`].
+    pub(super) calls: Range<usize>,
+}
+
+/// Code and values of a function after inlining.
+#[derive(Clone, Copy, Default)]
+struct Inlined {
+    values: u32,
+    /// As estimated, if only values put in are counted, and if everything is inlined.
+    bytes: u64,
+    at_worst: u64,
+    if_all: u64,
+}
+
+/// Looks through the calls of a module whose first defined function has the index `imported`.
+pub(super) fn plan(functions: &[Function], sites: &Sites, imported: usize) -> Inlining {
+    let calls = |function: usize| {
+        let range = functions[function].calls.clone();
+        let calls = sites.calls.get(range).unwrap_or_default();
+        calls.iter().filter_map(|callee| {
+            let callee = (*callee as usize).checked_sub(imported)?;
+            (callee < functions.len()).then_some(callee)
+        })
+    };
+    let original: u64 = functions.iter().map(|f| f.bytes as u64).sum();
+    if original > MAX_CODE {
+        return Inlining::Refused;
+    }
+    let (order, component) = components(functions.len(), calls);
+    let mut inlined = vec![Inlined::default(); functions.len()];
+    let (mut bytes, mut at_worst, mut if_all) = (0_u64, 0_u64, 0_u64);
+    for function in order {
+        let own = &functions[function];
+        let pads = pads(own.bytes) as u32;
+        let mut sum = Inlined {
+            values: own.values.saturating_add(pads),
+            bytes: own.bytes as u64,
+            at_worst: own.bytes as u64,
+            if_all: own.bytes as u64,
+        };
+        for callee in calls(function) {
+            if component[callee] == component[function] {
+                continue;
+            }
+            let callee = inlined[callee];
+            sum.if_all = sum.if_all.saturating_add(callee.if_all);
+            sum.at_worst = sum.at_worst.saturating_add(callee.at_worst);
+            let values = sum.values.saturating_add(callee.values);
+            if values <= MAX_VALUES {
+                sum.values = values;
+                sum.bytes = sum.bytes.saturating_add(callee.bytes);
+            }
+        }
+        let room = u64::from(MAX_VALUES.saturating_sub(pads)) * BYTES_PER_PAD as u64;
+        sum.at_worst = sum.at_worst.min(own.bytes as u64 + room);
+        inlined[function] = sum;
+        bytes = bytes.saturating_add(sum.bytes);
+        at_worst = at_worst.saturating_add(sum.at_worst);
+        if_all = if_all.saturating_add(sum.if_all);
+    }
+    let allowed = (original * MAX_GROWTH).clamp(ALWAYS_ALLOWED, MAX_CODE);
+    #[cfg(test)]
+    if std::env::var("WASM").is_ok() {
+        eprintln!(
+            "PLAN orig {original} est {bytes} worst {at_worst} all {if_all} n {}",
+            functions.len()
+        );
+    }
+    if if_all <= allowed {
+        Inlining::Harmless
+    } else if std::env::var("NOINL").is_ok() {
+        Inlining::Refused
+    } else if bytes <= allowed && at_worst <= MAX_CODE_AT_WORST {
+        Inlining::Padded
+    } else {
+        Inlining::Refused
+    }
+}
+
+/// The functions with callees before callers, and for each by position which strongly connected
+/// component it is in (Tarjan's algorithm, without recursion).
+fn components<I: Iterator<Item = usize>>(
+    count: usize,
+    calls: impl Fn(usize) -> I,
+) -> (Vec<usize>, Vec<u32>) {
+    const NONE: u32 = u32::MAX;
+    let mut order = Vec::with_capacity(count);
+    let mut component = vec![NONE; count];
+    let mut index = vec![NONE; count];
+    let mut low = vec![NONE; count];
+    let mut pending = Vec::new();
+    let mut open = Vec::new();
+    let (mut next_index, mut next_component) = (0, 0);
+    for root in 0..count {
+        if index[root] != NONE {
+            continue;
+        }
+        open.push((root, None));
+        while let Some((function, rest)) = open.last_mut() {
+            let function = *function;
+            let rest = rest.get_or_insert_with(|| {
+                index[function] = next_index;
+                low[function] = next_index;
+                next_index += 1;
+                pending.push(function);
+                calls(function)
+            });
+            if let Some(callee) = rest.next() {
+                if index[callee] == NONE {
+                    open.push((callee, None));
+                } else if component[callee] == NONE {
+                    low[function] = low[function].min(index[callee]);
+                }
+                continue;
+            }
+            open.pop();
+            if let Some((caller, _)) = open.last() {
+                low[*caller] = low[*caller].min(low[function]);
+            }
+            if low[function] == index[function] {
+                while let Some(member) = pending.pop() {
+                    component[member] = next_component;
+                    order.push(member);
+                    if member == function {
+                        break;
+                    }
+                }
+                next_component += 1;
+            }
+        }
+    }
+    (order, component)
+}
