@@ -318,23 +318,24 @@ test(
 test('leases and calls wait in one queue, in the order of their coming', LIMIT, async (t) => {
   const { manager } = await bench(t)
   const first = await manager.acquire()
-  const order: string[] = []
+  // Each takes the next number from the guest: that is the order in which they had it.
   const waiting = [
-    manager.call('count').then(() => order.push('call 1')),
-    manager.use(() => void order.push('use 2')),
-    manager.call('count').then(() => order.push('call 3')),
+    manager.call('count'),
+    manager.use((lease) => lease.exports.count?.()),
+    manager.call('count'),
     manager.acquire().then((lease) => {
-      order.push('acquire 4')
+      const number = lease.exports.count?.()
       lease.release()
+      return number
     }),
-    manager.call('count').then(() => order.push('call 5')),
+    manager.use((lease) => lease.call('count')),
+    manager.call('count'),
   ]
   await turns()
-  assert.deepEqual(order, [])
-  assert.equal(manager.stats().queued, 5)
+  assert.equal(manager.stats().queued, 6)
+  assert.equal(first.exports.peek?.(), 0)
   first.release()
-  await Promise.all(waiting)
-  assert.deepEqual(order, ['call 1', 'use 2', 'call 3', 'acquire 4', 'call 5'])
+  assert.deepEqual(await Promise.all(waiting), [1, 2, 3, 4, 5, 6])
 })
 
 test('leases count against maxQueue, and one too many rejects with ERR_WASM_QUEUE_FULL', LIMIT, async (t) => {

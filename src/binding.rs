@@ -63,10 +63,17 @@ pub(crate) const FUNCTIONS: &[(&str, Native)] = &[
     ("memoryWrite", memory_write),
     // Measured against by the benchmarks: an empty Node-API function.
     ("__noop", noop),
+    // The tests': a panic of ours must become ERR_WASM_INTERNAL.
+    ("__panic", panic_on_purpose),
 ];
 
 fn noop(js: Js, _args: &[Val]) -> JsResult<Val> {
     Ok(js.undefined())
+}
+
+#[expect(clippy::panic, reason = "that is what it is for")]
+fn panic_on_purpose(_js: Js, _args: &[Val]) -> JsResult<Val> {
+    panic!("on purpose")
 }
 
 fn arg(args: &[Val], index: usize) -> Val {

@@ -186,16 +186,16 @@ impl EnvState {
 
     /// One look; tells whether another one should follow.
     pub(crate) fn look(&self) -> bool {
-        let was_busy = self.busy.get();
-        self.drain();
+        if self.drain() {
+            self.look_luck.set(Luck::default());
+            self.look_until.set(Some(Instant::now() + LOOK_FOR));
+        }
         let busy = self.busy.get();
         let is_in_time = self
             .look_until
             .get()
             .is_some_and(|until| Instant::now() < until);
-        if busy < was_busy {
-            self.look_luck.set(Luck::default());
-        } else if !is_in_time {
+        if busy > 0 && !is_in_time {
             self.look_luck.set(self.look_luck.get().worse());
         }
         if busy == 0 || !is_in_time {
@@ -289,12 +289,16 @@ impl EnvState {
 
     // ------------------------------------------------------------------ the inbox
 
-    fn drain(&self) {
+    /// Runs what is queued; tells whether there was anything.
+    fn drain(&self) -> bool {
         let js = self.js();
         self.sweep();
-        for task in self.inbox.take() {
+        let tasks = self.inbox.take();
+        let was_any = !tasks.is_empty();
+        for task in tasks {
             js.scoped(|| self.run_task(task));
         }
+        was_any
     }
 
     fn run_task(&self, task: Task) {
@@ -394,7 +398,10 @@ unsafe extern "C" fn woken(
         return;
     }
     if let Some(state) = find(env) {
-        state.drain();
+        // Whoever has just been answered may well be back soon: a guest with one import after another.
+        if state.drain() && state.busy.get() > 0 {
+            state.js().scoped(|| state.expect_answer());
+        }
     }
 }
 

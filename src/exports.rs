@@ -422,8 +422,12 @@ impl Record {
             self.leave(entry, &side);
             return Err(self.throw(&not_started()));
         };
-        // SAFETY: `entry` is the right to be inside, and the function is that instance's.
-        let call = || unsafe { side.replica.call(&func, args) };
+        let call = || match self.which {
+            // SAFETY: `entry` is the right to be inside.
+            Which::Export(index) => unsafe { side.replica.call_export(index, args) },
+            // SAFETY: as above; the function is that instance's.
+            Which::Handle(_) => unsafe { side.replica.call(&func, args) },
+        };
         let (values, error) = match self.timed(&entry, &side, call) {
             Ok(values) => (values, None),
             Err(error) => (Vec::new(), Some(error)),

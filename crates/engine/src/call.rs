@@ -339,13 +339,12 @@ fn run_guest(shared: &Shared, replica: &Replica, work: Work) -> Result<Outcome> 
     let missing = || Error::internal("a function that the module does not have");
     match work {
         Work::Call { function, args } => {
-            let func = replica.function(function).ok_or_else(missing)?;
-            // SAFETY: the caller of `CallJob::run` holds the replica; the function is its own.
-            unsafe { replica.call(&func, args) }.map(Outcome::Values)
+            // SAFETY: the caller of `CallJob::run` holds the replica.
+            unsafe { replica.call_export(function, args) }.map(Outcome::Values)
         }
         Work::Invoke { function, input } => {
             let func = replica.function(function).ok_or_else(missing)?;
-            // SAFETY: as above.
+            // SAFETY: the caller of `CallJob::run` holds the replica; the function is its own.
             unsafe { invoke::run(replica, &shared.options.abi, &func, function, &input) }
                 .map(Outcome::Bytes)
         }

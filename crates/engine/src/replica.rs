@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
+use smallvec::SmallVec;
 use wasm_molt_lifecycle::Generation;
 use wasmtime::{
     AsContextMut, Caller, Extern, ExternType, Instance, RootScope, Store, StoreContextMut, Val,
@@ -23,7 +24,7 @@ use wasmtime::{
 use crate::deadline::Deadline;
 use crate::engine::Engine;
 use crate::error::{Error, ErrorCode, Result};
-use crate::host::{Host, ImportValue, host_function, number_from_raw};
+use crate::host::{Host, ImportValue, host_function, number_from_raw, number_to_raw};
 use crate::interrupt::{Interrupter, Stop};
 use crate::limits::{Limiter, Limits};
 use crate::memory::{MemoryPlan, MemoryRecord, new_memory, with_plan, with_plan_and_poll};
@@ -497,6 +498,42 @@ impl Replica {
         let run = |context: StoreContextMut<'_, Guest>| self.call_values(context, func, args);
         // SAFETY: contract of this function.
         unsafe { self.with_context(run) }.unwrap_or_else(|| Err(self.stale()))
+    }
+
+    /// Calls the export at that position of [`Module::functions`]: numbers take the raw way, which
+    /// need not ask the engine for the function's type.
+    ///
+    /// # Safety
+    /// The calling thread holds the replica (see the module's text).
+    ///
+    /// # Errors
+    /// As [`Self::call`].
+    pub unsafe fn call_export(&self, index: usize, args: Vec<Value>) -> Result<Vec<Value>> {
+        let (Some(func), Some(export)) = (self.function(index), self.module.functions().get(index))
+        else {
+            return Err(Error::internal("a function that the module does not have"));
+        };
+        let signature = &export.signature;
+        let fits = args
+            .iter()
+            .map(Value::ty)
+            .eq(signature.params.iter().copied());
+        if !fits || !signature.is_numeric() {
+            // SAFETY: contract of this function.
+            return unsafe { self.call(&func, args) };
+        }
+        let mut raw: SmallVec<[RawValue; 4]> = args
+            .iter()
+            .map(|value| RawValue(number_to_raw(value)))
+            .collect();
+        raw.resize(raw.len().max(signature.results.len()), RawValue::i32(0));
+        // SAFETY: contract of this function; the values fit the signature, as was just compared.
+        unsafe { self.call_raw(&func, &mut raw) }?;
+        Ok(raw
+            .iter()
+            .zip(&*signature.results)
+            .map(|(raw, ty)| raw.to_value(*ty))
+            .collect())
     }
 
     fn call_values(

@@ -6,6 +6,8 @@
 
 mod call;
 mod host;
+mod interrupt;
+mod invoke;
 mod lease;
 mod load;
 mod memory;
