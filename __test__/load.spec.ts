@@ -279,6 +279,25 @@ const refusals: [string, () => unknown, WasmErrorCode, RegExp[], ManagerOptions?
     'ERR_WASM_COMPILE',
     [/type mismatch|expected/i],
   ],
+  // One memory further is where the engine keeps its own.
+  [
+    'a module that names a memory it does not have',
+    () => wat('(module (memory 1) (func (export "f") (loop (memory.fill 1 (i32.const 0) (i32.const 7) (i32.const 65536)) (br 0))))'),
+    'ERR_WASM_COMPILE',
+    [/unknown memory 1/],
+  ],
+  [
+    'a module that loads without a memory',
+    () => wat('(module (func (export "f") (loop (drop (i32.load (i32.const 0))) (br 0))))'),
+    'ERR_WASM_COMPILE',
+    [/unknown memory 0/],
+  ],
+  [
+    'a module that exports a memory it does not have',
+    () => wat('(module (memory 1) (func loop end) (export "m" (memory 1)))'),
+    'ERR_WASM_COMPILE',
+    [/unknown memory 1/],
+  ],
   [
     'text with a mistake',
     () => file('(module\n  (func (i32.addd)))', 'typo.wat'),

@@ -279,8 +279,8 @@ test(
     const waits = manager.call('add', [1, 2])
     gate.open()
     await reload
-    assert.equal(manager.exports.add?.(1, 2), 3)
     assert.equal(await waits, 3)
+    assert.equal(manager.exports.add?.(1, 2), 3)
   },
 )
 

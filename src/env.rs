@@ -280,6 +280,13 @@ impl EnvState {
         Ok(())
     }
 
+    /// For a promise that nobody here will wait for: its rejection must not count as unhandled.
+    pub(crate) fn ignore(&self, promise: Val) {
+        if self.follow(promise, Box::new(|_, _| {})).is_err() {
+            self.js().take_exception();
+        }
+    }
+
     pub(crate) fn settle_host(&self, id: u32, outcome: Result<Val, Val>) {
         let then = self.settled.borrow_mut().remove(&id);
         if let Some(then) = then {

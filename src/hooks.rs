@@ -5,6 +5,7 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crossbeam_channel::{Receiver, Sender, bounded, never, select};
 use wasm_molt_engine::{
@@ -27,7 +28,12 @@ pub(crate) struct JsHost {
     /// The environment's address, to find its state on its own thread.
     env: usize,
     destroyed: std::sync::OnceLock<Receiver<()>>,
+    /// Trap events that have not been delivered yet.
+    traps_due: Arc<AtomicUsize>,
 }
+
+/// A synchronous loop of traps never comes by the inbox; beyond these its events are not kept.
+const MOST_TRAPS_DUE: usize = 256;
 
 /// Which hook of the user.
 #[derive(Clone)]
@@ -57,6 +63,7 @@ impl JsHost {
             manager,
             env: env.js().raw() as usize,
             destroyed: std::sync::OnceLock::new(),
+            traps_due: Arc::default(),
         }
     }
 
@@ -170,8 +177,17 @@ impl Host for JsHost {
 
     fn event(&self, event: Event) {
         let (manager, address) = (self.manager, self.env);
+        let is_trap = matches!(event, Event::Trap(_));
+        let traps_due = Arc::clone(&self.traps_due);
+        if is_trap && traps_due.fetch_add(1, Ordering::Relaxed) >= MOST_TRAPS_DUE {
+            traps_due.fetch_sub(1, Ordering::Relaxed);
+            return;
+        }
         // No environment, no listeners.
         let _ = self.inbox.post(Box::new(move |_| {
+            if is_trap {
+                traps_due.fetch_sub(1, Ordering::Relaxed);
+            }
             let Some(env) = EnvState::at(address) else {
                 return;
             };
@@ -269,6 +285,7 @@ fn run_sync(
         return Ok(None);
     };
     if env.js().is_promise(value).unwrap_or(false) {
+        env.ignore(value);
         return Err(Error::new(
             ErrorCode::AsyncImport,
             format!(

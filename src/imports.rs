@@ -105,6 +105,7 @@ impl JsImport {
             bound.manager.pop_frame(&bound.side);
             let returned = returned.map_err(|Pending| bound.env.take_thrown())?;
             if is_promise(js, returned, call.signature) {
+                bound.env.ignore(returned);
                 return Err(self.async_import());
             }
             convert(&bound.env, returned, call.signature, &mut call.results)
@@ -291,6 +292,7 @@ impl JsEnd {
         let bound = import.bound.get().ok_or_else(gone)?;
         let returned = run_request(bound, request, self)?;
         if is_promise(bound.env.js(), returned, &request.signature) {
+            bound.env.ignore(returned);
             return Err(import.async_import());
         }
         converted(&bound.env, returned, &request.signature)

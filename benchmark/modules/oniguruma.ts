@@ -15,6 +15,8 @@ const patterns = [
   String.raw`=>|\+\+|--|&&|\|\||\?\?|[=!]==?|[<>]=?|[-+*/%&|^~?:]`,
 ]
 const captureGroups = 256
+/** Where OnigSyntaxDefault lies in this build: what the module registers as ONIG_SYNTAX_DEFAULT. */
+const defaultSyntax = 284_768
 const encoder = new TextEncoder()
 const lines = new TextDecoder()
   .decode(sample)
@@ -74,6 +76,7 @@ export const oniguruma: RealModule = {
           position = Math.max(end, position + 1)
         }
       }
+      if (tokens === 0) throw new Error('oniguruma found nothing')
       return `${tokens} tokens, ${checksum}`
     }
   },
@@ -93,7 +96,13 @@ function createScanner(guest: Guest): number {
     return at
   }
   const lengths = texts.map((text) => text.length)
-  const scanner = take(guest, 'createOnigScanner')(words(pointers), words(lengths), texts.length, captureGroups, 0)
+  const scanner = take(guest, 'createOnigScanner')(
+    words(pointers),
+    words(lengths),
+    texts.length,
+    captureGroups,
+    defaultSyntax,
+  )
   if (scanner === 0) throw new Error('oniguruma refused a pattern')
   return scanner
 }

@@ -87,7 +87,8 @@ pub(crate) enum Queue {
 enum State {
     Waiting(Option<Queue>),
     Running(Arc<Interrupter>, RunId),
-    Stopped(Stop),
+    /// Before it ran; and where it was to wait, if that was known.
+    Stopped(Stop, Option<Queue>),
     Done,
 }
 
@@ -139,8 +140,9 @@ impl CallControl {
 
     pub(crate) fn waits_in(&self, queue: Queue) {
         let mut state = self.lock();
-        if matches!(*state, State::Waiting(None)) {
-            *state = State::Waiting(Some(queue));
+        match &mut *state {
+            State::Waiting(known @ None) | State::Stopped(_, known @ None) => *known = Some(queue),
+            _ => {}
         }
     }
 
@@ -150,7 +152,7 @@ impl CallControl {
         match &*state {
             State::Waiting(queue) => {
                 let queue = queue.clone();
-                *state = State::Stopped(stop);
+                *state = State::Stopped(stop, queue.clone());
                 drop(state);
                 if let Some(job) = queue.and_then(Queue::take) {
                     job.refuse_stopped();
@@ -161,7 +163,24 @@ impl CallControl {
             State::Running(interrupter, run) => {
                 interrupter.stop(*run, stop);
             }
-            State::Stopped(_) | State::Done => {}
+            State::Stopped(..) | State::Done => {}
+        }
+    }
+
+    /// The call is in its queue now. A stop that came before takes it out again.
+    pub(crate) fn queued(&self) {
+        let Some((_, Some(queue))) = self.stopped_in() else {
+            return;
+        };
+        if let Some(job) = queue.take() {
+            job.refuse_stopped();
+        }
+    }
+
+    fn stopped_in(&self) -> Option<(Stop, Option<Queue>)> {
+        match &*self.lock() {
+            State::Stopped(stop, queue) => Some((stop.clone(), queue.clone())),
+            _ => None,
         }
     }
 
@@ -193,7 +212,7 @@ impl CallControl {
     /// The call gets its instance. `Err`: it was stopped while it waited.
     fn start(&self, interrupter: &Arc<Interrupter>, run: RunId) -> Result<(), Stop> {
         let mut state = self.lock();
-        if let State::Stopped(stop) = &*state {
+        if let State::Stopped(stop, _) = &*state {
             return Err(stop.clone());
         }
         *state = State::Running(Arc::clone(interrupter), run);
@@ -211,10 +230,7 @@ impl CallControl {
     }
 
     fn stopped(&self) -> Option<Stop> {
-        match &*self.lock() {
-            State::Stopped(stop) => Some(stop.clone()),
-            _ => None,
-        }
+        self.stopped_in().map(|(stop, _)| stop)
     }
 }
 

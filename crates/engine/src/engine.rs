@@ -31,7 +31,7 @@ pub(crate) struct Engine {
 }
 
 impl Engine {
-    /// The engine for these options, made at most once per process. It inlines.
+    /// The engine for these options, made at most once per process. It does not inline.
     pub(crate) fn shared(
         options: &EngineOptions,
         stack_bytes: usize,
@@ -41,14 +41,15 @@ impl Engine {
             options: options.clone(),
             stack_bytes,
             cache: cache.clone(),
-            inlining: true,
+            inlining: false,
         })
     }
 
-    /// The engine for the same options that does not inline.
-    pub(crate) fn without_inlining(&self) -> Result<Self> {
+    /// The engine for the same options that inlines: only for modules that `instrument` has
+    /// prepared for it.
+    pub(crate) fn with_inlining(&self) -> Result<Self> {
         Self::of(Key {
-            inlining: false,
+            inlining: true,
             ..Key::clone(&self.key)
         })
     }

@@ -124,7 +124,13 @@ impl Guest<'_> {
             BufferReturns::OutPointer => {
                 let cell = self.allocate(POINTER_BYTES)?;
                 let mut values = [ptr_in, len_in, RawValue::i32(cell as i32)];
-                self.call(func, &mut values)?;
+                if let Err(error) = self.call(func, &mut values) {
+                    // What an import threw leaves the guest usable: it gets its cell back.
+                    if !self.replica.is_poisoned() {
+                        self.free(cell, POINTER_BYTES)?;
+                    }
+                    return Err(error);
+                }
                 let mut bytes = [0; 4];
                 self.memory
                     .read(u64::from(cell), &mut bytes)

@@ -164,9 +164,14 @@ impl Lease {
         if let Some(control) = &job.control {
             control.waits_in(Queue::Lease(Arc::downgrade(self), id));
         }
+        let control = job.control.clone();
         state.waiting.push_back((id, job));
         self.has_waiting.store(true, Ordering::Relaxed);
         self.pump(state);
+        // A stop that came before the call was in the queue has found nothing there.
+        if let Some(control) = control {
+            control.queued();
+        }
     }
 
     /// Starts the next call, or gives the instance back, or leaves it idle.

@@ -476,13 +476,23 @@ impl Manager {
         {
             control.waits_in(Queue::Gate(Arc::downgrade(shared), id));
         }
+        let control = match &job {
+            Job::Call(call) => call.control.clone(),
+            Job::Lease(_) => None,
+        };
         let admitted = match home {
             Some(home) => home.admit_as(id, job),
             None => shared.gate.admit_as(id, job),
         };
         match admitted {
             Ok(Admission::Started) => {}
-            Ok(Admission::Queued(_)) => shared.repair_retired(),
+            Ok(Admission::Queued(_)) => {
+                shared.repair_retired();
+                // A stop that came before the call was in the queue has found nothing there.
+                if let Some(control) = control {
+                    control.queued();
+                }
+            }
             Err(Refused { waiter, refusal }) => waiter.refuse(match refusal {
                 Refusal::QueueFull { max_queue } => shared.queue_full(max_queue),
                 Refusal::Shut => shared.closed(),
@@ -618,8 +628,12 @@ impl Shared {
 
     /// Once closing, only the end itself may change the state.
     pub(crate) fn set_state(&self, state: ManagerState) {
-        let is_end = matches!(state, ManagerState::Closing | ManagerState::Closed);
-        if is_end || !self.is_over() {
+        let may = match self.state() {
+            ManagerState::Closed => false,
+            ManagerState::Closing => state == ManagerState::Closed,
+            _ => true,
+        };
+        if may {
             self.state.store(state as u8, Ordering::Release);
         }
     }
@@ -1244,20 +1258,24 @@ impl Shared {
     // ------------------------------------------------------------------ the end
 
     fn close(self: &Arc<Self>, drain_timeout: Option<Duration>, done: Done<()>) {
-        if self.state() == ManagerState::Closed {
-            done(Ok(()));
-            return;
-        }
-        self.set_state(ManagerState::Closing);
-        let is_first = {
-            let mut control = self.lock_control();
-            control.closing.push(done);
-            control.closing.len() == 1
-        };
-        if is_first {
+        if self.begin_closing(done) {
             self.gate.shut();
             self.push(Op::Close { drain_timeout });
         }
+    }
+
+    /// Notes who waits for the end; tells whether that is the first one. One lock with the end itself
+    /// (`finish_closing`), so that nobody comes just after it and waits for ever.
+    fn begin_closing(&self, done: Done<()>) -> bool {
+        let mut control = self.lock_control();
+        if self.state() == ManagerState::Closed {
+            drop(control);
+            done(Ok(()));
+            return false;
+        }
+        self.set_state(ManagerState::Closing);
+        control.closing.push(done);
+        control.closing.len() == 1
     }
 
     fn run_close(self: &Arc<Self>, drain_timeout: Option<Duration>) -> Result<()> {
@@ -1285,12 +1303,10 @@ impl Shared {
     }
 
     fn destroy(self: &Arc<Self>, done: Done<()>) {
+        self.begin_closing(done);
         if self.state() == ManagerState::Closed {
-            done(Ok(()));
             return;
         }
-        self.set_state(ManagerState::Closing);
-        self.lock_control().closing.push(done);
         if self.is_destroyed.swap(true, Ordering::AcqRel) {
             return;
         }
@@ -1350,14 +1366,21 @@ impl Shared {
         // The home may be gone (its environment ends): releasing does not depend on it.
         let _ = self.discard(replicas, generation);
         self.pool.end();
-        self.set_state(ManagerState::Closed);
     }
 
     fn finish_closing(self: &Arc<Self>, outcome: Result<()>) -> Answer {
         let shared = Arc::clone(self);
+        let (closing, is_closed) = {
+            let mut control = self.lock_control();
+            if outcome.is_ok() || self.is_destroyed() {
+                self.set_state(ManagerState::Closed);
+            }
+            (
+                std::mem::take(&mut control.closing),
+                self.state() == ManagerState::Closed,
+            )
+        };
         Box::new(move || {
-            let closing = std::mem::take(&mut shared.lock_control().closing);
-            let is_closed = shared.state() == ManagerState::Closed;
             if is_closed && !closing.is_empty() {
                 shared.tell(Event::Close);
             }

@@ -149,16 +149,17 @@ impl Module {
             polls: engine.options.uses_poll_page(),
             inlining: true,
         };
-        let spliced = instrument(&bytes, &options).map_err(|e| refuse_bytes(&e))?;
+        let spliced = instrument(&bytes, &options)
+            .map_err(|e| refuse_bytes(&called(source, name), &bytes, &e))?;
         let name = name
             .map(ToOwned::to_owned)
             .or_else(|| spliced.name.clone().filter(|n| !n.is_empty()))
             .or(file_stem)
             .unwrap_or_else(|| "wasm".into());
         let engine = if spliced.inlining {
-            engine.clone()
+            engine.with_inlining()?
         } else {
-            engine.without_inlining()?
+            engine.clone()
         };
         let compile = || wasmtime::Module::new(&engine.wasmtime, &*spliced.bytes);
         let compiled = pool
@@ -296,8 +297,34 @@ fn assemble(path: &Path, text: &[u8]) -> Result<Vec<u8>> {
     })
 }
 
-fn refuse_bytes(error: &InstrumentError) -> Error {
-    Error::new(ErrorCode::Compile, error.to_string())
+/// How an error calls a module that has no name yet.
+fn called(source: &Source, name: Option<&str>) -> String {
+    match (name, source) {
+        (Some(name), _) => name.to_owned(),
+        (None, Source::File(path)) => format!("'{}'", path.display()),
+        (None, Source::Bytes(_)) => "the module".to_owned(),
+    }
+}
+
+fn refuse_bytes(what: &str, bytes: &[u8], error: &InstrumentError) -> Error {
+    let is_text = bytes.trim_ascii_start().starts_with(b"(module")
+        || bytes.trim_ascii_start().starts_with(b";;");
+    let message = match error {
+        InstrumentError::NotWasm { .. } if is_text => {
+            format!("{what} is WebAssembly text; give it as a .wat file, or assemble it")
+        }
+        InstrumentError::NotWasm { .. } => {
+            format!("{what}: {error}; give the path of a .wasm or .wat file, or a module's bytes")
+        }
+        InstrumentError::Component => format!(
+            "{what}: {error}; components are not run yet, give the core module that it was made of"
+        ),
+        InstrumentError::Malformed { message, .. } if message.contains("end-of-file") => {
+            format!("{what} is truncated: {error}; it is not complete, get it or build it again")
+        }
+        _ => format!("{what}: {error}"),
+    };
+    Error::new(ErrorCode::Compile, message)
 }
 
 fn refuse_module(name: &str, engine: &Engine, error: &wasmtime::Error) -> Error {

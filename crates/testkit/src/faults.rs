@@ -37,7 +37,7 @@ impl Point {
 enum Fault {
     Fail(Error),
     Panic,
-    Block { reached: Latch, go_on: Receiver<()> },
+    Block { reached: Latch, go_on: Receiver<()>, then: Result<()> },
     Destroy(Box<dyn FnOnce(Result<()>) + Send>),
     Close(Box<dyn FnOnce(Result<()>) + Send>),
 }
@@ -122,9 +122,18 @@ impl Faults {
 
     /// The hook blocks until it is released, or the manager is destroyed, as a host should.
     pub fn hold(&self, point: Point, skip: usize) -> Held {
+        self.block(point, skip, Ok(()))
+    }
+
+    /// The same, and then it fails.
+    pub fn hold_then_fail(&self, point: Point, skip: usize, error: Error) -> Held {
+        self.block(point, skip, Err(error))
+    }
+
+    fn block(&self, point: Point, skip: usize, then: Result<()>) -> Held {
         let reached = Latch::new(format!("the hook {point:?} is reached"));
         let (go_on, released) = bounded(0);
-        self.plan(point, skip, Fault::Block { reached: reached.clone(), go_on: released });
+        self.plan(point, skip, Fault::Block { reached: reached.clone(), go_on: released, then });
         Held { reached, go_on }
     }
 
@@ -162,13 +171,13 @@ impl Faults {
         match fault {
             Fault::Fail(error) => Err(error),
             Fault::Panic => panic!("on purpose, in {point:?}"),
-            Fault::Block { reached, go_on } => {
+            Fault::Block { reached, go_on, then } => {
                 reached.open();
                 let Some(manager) = self.manager() else {
                     panic!("a hook is held, and no manager is attached")
                 };
                 select! {
-                    recv(go_on) -> _ => Ok(()),
+                    recv(go_on) -> _ => then,
                     recv(manager.destroyed()) -> _ => {
                         Err(Error::new(ErrorCode::Closed, "the manager was destroyed meanwhile"))
                     }

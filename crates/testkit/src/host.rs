@@ -187,6 +187,24 @@ impl TestHost {
         self.log().changes.clone()
     }
 
+    /// What must be true of every life that has ended: each instance that came has gone, and no
+    /// number of a generation was used twice.
+    #[track_caller]
+    pub fn assert_consistent(&self) {
+        let changes = self.changes();
+        for (index, change) in changes.iter().enumerate() {
+            for id in &change.new {
+                let rest = changes.get(index + 1..).unwrap_or_default();
+                let has_gone = rest.iter().any(|later| later.old.contains(id));
+                assert!(has_gone, "instance {id} came and never went: {changes:?}");
+            }
+        }
+        let came = changes.iter().filter(|change| !change.new.is_empty());
+        let generations: Vec<_> = came.map(|change| change.generation).collect();
+        let is_increasing = generations.windows(2).all(|pair| pair[0] < pair[1]);
+        assert!(is_increasing, "generations were used twice: {generations:?}");
+    }
+
     /// How often the host was told that it is not needed any more.
     pub fn released_count(&self) -> usize {
         self.log().released

@@ -42,15 +42,30 @@ fn modules_that_would_explode_stay_small() {
         (300, "call N call N call N"),
         (1000, "call N call N"),
         // Looks like many values, but none of it is compiled.
-        (64, &("call N call N return ".to_owned() + &"i32.const 1 drop ".repeat(500))),
-        (64, &("call N call N unreachable ".to_owned() + &"i32.const 1 drop ".repeat(10))),
-        (64, &("block br 0 ".to_owned() + &"i32.const 1 drop ".repeat(900) + "end call N call N")),
+        (
+            64,
+            &("call N call N return ".to_owned() + &"i32.const 1 drop ".repeat(500)),
+        ),
+        (
+            64,
+            &("call N call N unreachable ".to_owned() + &"i32.const 1 drop ".repeat(10)),
+        ),
+        (
+            64,
+            &("block br 0 ".to_owned() + &"i32.const 1 drop ".repeat(900) + "end call N call N"),
+        ),
         (64, "return_call N"),
     ] {
         for polls in [true, false] {
             let wasm = wat::parse_str(chain(depth, body)).unwrap();
             let begin = Instant::now();
-            let instrumented = instrument(&wasm, &InstrumentOptions { polls, inlining: true });
+            let instrumented = instrument(
+                &wasm,
+                &InstrumentOptions {
+                    polls,
+                    inlining: true,
+                },
+            );
             let bytes = code_bytes(&instrumented.unwrap());
             let what = body.get(..30).unwrap_or(body);
             assert!(bytes < 8 << 20, "{depth} {what}: {bytes}");
@@ -60,22 +75,35 @@ fn modules_that_would_explode_stay_small() {
 }
 
 #[test]
-fn small_modules_are_inlined_as_they_are_and_larger_ones_with_pads() {
+fn small_modules_keep_their_frames_and_middling_ones_get_pads() {
     let wasm = wat::parse_str("(module (func call 1) (func call 2) (func))").unwrap();
     let plain = instrument(&wasm, &BOTH).unwrap();
-    assert!(plain.inlining && matches!(plain.bytes, std::borrow::Cow::Borrowed(_)));
-    let wasm = wat::parse_str(chain(64, "call N call N")).unwrap();
+    assert!(!plain.inlining && matches!(plain.bytes, std::borrow::Cow::Borrowed(_)));
+    let wasm = wat::parse_str(chain(14, "loop call N call N end")).unwrap();
     for polls in [true, false] {
-        let options = InstrumentOptions { polls, inlining: true };
+        let options = InstrumentOptions {
+            polls,
+            inlining: true,
+        };
         let padded = instrument(&wasm, &options).unwrap();
         wasmparser::Validator::new_with_features(wasmparser::WasmFeatures::all())
             .validate_all(&padded.bytes)
             .unwrap();
-        let padding = 65 * super::super::PAD.len();
+        let padding = 15 * super::super::PAD.len();
         assert!(padded.inlining && padded.bytes.len() > wasm.len() + padding);
-        let refused = instrument(&wasm, &InstrumentOptions { polls, inlining: false }).unwrap();
+        let refused = instrument(
+            &wasm,
+            &InstrumentOptions {
+                polls,
+                inlining: false,
+            },
+        )
+        .unwrap();
         assert!(!refused.inlining && refused.bytes.len() < padded.bytes.len());
+        assert_eq!(padded.has_poll_memory, polls);
     }
+    let wasm = wat::parse_str(chain(1000, "call N call N")).unwrap();
+    assert!(!instrument(&wasm, &BOTH).unwrap().inlining);
     let large = "i32.const 1 drop ".repeat(1 << 19);
     let wasm = wat::parse_str(format!("(module (func {large}))")).unwrap();
     assert!(!instrument(&wasm, &BOTH).unwrap().inlining);

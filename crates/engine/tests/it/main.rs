@@ -12,3 +12,5 @@ mod lease;
 mod load;
 mod memory;
 mod pool;
+mod reload;
+mod repair;

@@ -1,0 +1,155 @@
+// Everything at once, from fixed seeds: nothing may crash, hang, be lost or be answered twice.
+import assert from 'node:assert/strict'
+import { test } from 'node:test'
+import { workbench } from './guests.ts'
+import { child, reported } from './support.ts'
+
+const env = { WORKBENCH: workbench }
+
+const PROGRAM = `
+  const seed = Number(process.env.SEED), options = JSON.parse(process.env.OPTIONS), operations = Number(process.env.OPERATIONS)
+  let state = seed >>> 0
+  const random = (below) => {
+    state = (state + 0x6d2b79f5) >>> 0
+    let t = Math.imul(state ^ (state >>> 15), state | 1)
+    t ^= t + Math.imul(t ^ (t >>> 7), t | 61)
+    return ((t ^ (t >>> 14)) >>> 0) % below
+  }
+  const allowed = new Set([
+    'ERR_WASM_TRAP', 'ERR_WASM_TIMEOUT', 'ERR_WASM_BUSY', 'ERR_WASM_RELOADING', 'ERR_WASM_RELOAD_FAILED',
+    'ERR_WASM_DRAIN_TIMEOUT', 'ERR_WASM_INTERRUPTED', 'ERR_WASM_STALE_HANDLE', 'ERR_WASM_ASYNC_IMPORT', 'aborted',
+  ])
+  const endings = {}
+  const note = (kind, error) => {
+    const how = error === undefined ? 'ok' : error === 'aborted' ? 'aborted' : error.code ?? String(error?.stack ?? error)
+    if (how !== 'ok' && !allowed.has(how)) throw new Error(kind + ': ' + how + ' ' + error?.message, { cause: error })
+    endings[how] = (endings[how] ?? 0) + 1
+  }
+  let isBroken = false
+  const manager = await WasmModuleManager.create(process.env.WORKBENCH, {
+    cache: false, maxQueue: 100000, ...options,
+    imports: (instance) => ({ env: {
+      entered() {},
+      hold(key) {
+        switch (random(6)) {
+          case 0: return new Promise((resolve) => setImmediate(resolve, key))
+          case 1: return instance.exports.add(key, 0)
+          case 2: { instance.memory.write(100, 'abc'); instance.exports.grow(1); return key }
+          case 3: { const buffer = instance.memory.buffer; new Uint8Array(buffer)[0] = 1; return key }
+          case 4: return (async () => { await null; return instance.exports.add(key, 0) })()
+          default: return key
+        }
+      },
+    } }),
+    initialize: async (instance) => { if (random(20) === 0) await instance.call('add', [1, 2]) },
+    saveState: async (instance) => {
+      if (random(10) === 0) throw 'aborted'
+      if (random(15) === 0) instance.exports.boom()
+      return random(2) ? instance.exports.peek() : await instance.call('peek')
+    },
+    restoreState: (instance, value) => { if (random(15) === 0) throw 'aborted'; instance.exports.set(value) },
+  })
+  const open = new Set()
+  let answers = 0, asked = 0
+  const follow = (kind, promise, check) => {
+    asked += 1
+    let times = 0
+    const done = promise.then(
+      (value) => { times += 1; check?.(value); note(kind) },
+      (error) => { times += 1; note(kind, error) },
+    ).then(() => { if (times !== 1) throw new Error(kind + ' was answered ' + times + ' times'); answers += 1; open.delete(done) })
+    open.add(done)
+  }
+  const sync = (kind, run) => { try { run(); note(kind) } catch (error) { note(kind, error) } }
+  const same = (expected) => (value) => { if (value !== expected) throw new Error(value + ' instead of ' + expected) }
+  const kept = []
+  const step = (i) => {
+    switch (random(24)) {
+      case 0: case 1: case 2: case 3: return follow('call', manager.call('add', [i, 1]), same(i + 1))
+      case 4: case 5: return follow('hold', manager.call('hold', [i]), same(i))
+      case 6: return follow('boom', manager.call('boom'))
+      case 7: return follow('timeout', manager.call('burn', [1 + random(3000000)], { timeoutMs: 1 + random(4) }))
+      case 8: {
+        const controller = new AbortController()
+        follow('abort', manager.call(random(2) ? 'spin' : 'hold', [i], { signal: controller.signal, timeoutMs: 200 }))
+        if (random(2)) controller.abort('aborted'); else setTimeout(() => controller.abort('aborted'), random(4))
+        return
+      }
+      case 9: case 10: return sync('exports', () => same(i + 2)(manager.exports.add(i, 2)))
+      case 11: return sync('sync boom', () => manager.exports.boom())
+      case 12: return sync('sync hold', () => same(i)(manager.callSync('hold', [i])))
+      case 13: case 14: return follow('use', manager.use(async (instance) => {
+        const number = instance.exports.count()
+        if (random(3) === 0) await null
+        if (random(3) === 0) same(number + 1)(await instance.call('count')); else same(number + 1)(instance.exports.count())
+        if (random(20) === 0) instance.exports.boom()
+        if (random(10) === 0) kept.push(instance)
+        return number
+      }))
+      case 15: return follow('acquire', manager.acquire().then(async (lease) => {
+        for (let k = random(3); k > 0; k -= 1) await new Promise((resolve) => setImmediate(resolve))
+        const call = random(2) ? lease.call('hold', [i]) : null
+        lease.release()
+        if (call) same(i)(await call)
+      }))
+      case 16: return follow('reload', manager.reload({ reason: 'r' + random(3) }))
+      case 17: return follow('reload, interrupting', manager.reload({ drainTimeoutMs: random(3), onDrainTimeout: random(2) ? 'interrupt' : 'abort' }))
+      case 18: return sync('reloadSync', () => manager.reloadSync({ skipSave: random(2) === 0 }))
+      case 19: { kept.push(new Uint8Array(manager.memory.buffer)); return sync('grow', () => manager.exports.grow(random(3))) }
+      case 20: {
+        for (const thing of kept.splice(0, 5)) {
+          if (thing instanceof Uint8Array) thing[0] = 1
+          else sync('kept', () => thing.exports.add(1, 1))
+        }
+        return
+      }
+      case 21: { global.gc(); return }
+      case 22: { const stats = manager.stats(); if (stats.inFlight > stats.instances.total) throw new Error(JSON.stringify(stats)); return }
+      default: return follow('lease abort', (() => {
+        const controller = new AbortController()
+        const promise = manager.acquire({ signal: controller.signal }).then((lease) => lease.release())
+        if (random(2)) controller.abort('aborted')
+        return promise
+      })())
+    }
+  }
+  for (let i = 0; i < operations; i += 1) {
+    // A closed door is part of it: the memory of a manager between two instances may say so.
+    try { step(i) } catch (error) { if (!allowed.has(error.code)) throw error }
+    if (random(4) === 0) await new Promise((resolve) => setImmediate(resolve))
+    if (open.size > 40) await Promise.race(open)
+  }
+  await Promise.all(open)
+  // Whatever happened: it serves, nothing is in flight, and nothing waits.
+  assert.equal(await manager.call('add', [20, 3]), 23)
+  assert.equal(answers, asked)
+  await manager.use((instance) => instance.exports.add(1, 1))
+  const { inFlight, queued, instances } = manager.stats()
+  assert.deepEqual([inFlight, queued, instances.busy], [0, 0, 0])
+  assert.equal(manager.state, 'ready')
+  await manager.close()
+  report({ endings, asked })
+`
+
+for (const [what, options] of [
+  ['one replica', {}],
+  ['one replica and limits.timeoutMs', { limits: { timeoutMs: 100 } }],
+  ['three replicas on two threads', { instances: 3, threads: 2 }],
+  ['two replicas, explicit bounds checks', { instances: 2, threads: 2, engine: { signalsBasedTraps: false } }],
+] as const) {
+  for (const seed of [1, 2, 3]) {
+    test(`calls, traps, timeouts, signals, leases and reloads at once, seed ${seed}: ${what}`, { timeout: 60_000 }, async () => {
+      const ended = await child(PROGRAM, {
+        env: { ...env, SEED: String(seed), OPTIONS: JSON.stringify(options), OPERATIONS: '600' },
+        flags: ['--expose-gc'],
+        timeoutMs: 40_000,
+      })
+      const { endings, asked } = reported<{ endings: Record<string, number>; asked: number }>(ended)
+      assert.ok(asked > 200)
+      // The run met what it was made for.
+      for (const how of ['ok', 'ERR_WASM_TRAP', 'ERR_WASM_RELOAD_FAILED', 'aborted']) {
+        assert.ok((endings[how] ?? 0) > 0, `${how} never happened: ${JSON.stringify(endings)}`)
+      }
+    })
+  }
+}
