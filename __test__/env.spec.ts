@@ -320,3 +320,56 @@ test('a worker that ends while its manager is idle takes its memory and threads 
   assert.ok(grown.threads <= 1, `${grown.threads} more threads after eight workers`)
   assert.ok(grown.gigabytes <= 4, `${grown.gigabytes} GiB more address space after eight workers`)
 })
+
+for (const [what, call] of [
+  ['its own thread is inside an endless guest loop', `setImmediate(() => manager.exports.spin())`],
+  [
+    'a pool call of it spins in a nested call that its own thread waits for',
+    `nested = (instance) => instance.exports.spin(); void manager.call('entered')`,
+  ],
+  [
+    'its own thread is inside an endless import of a synchronous call',
+    `nested = () => { for (;;) {} }; setImmediate(() => manager.exports.entered())`,
+  ],
+  [
+    'its own thread is inside an endless import of a pool call',
+    `nested = () => { for (;;) {} }; void manager.call('entered')`,
+  ],
+] as const) {
+  for (const [end, code] of [
+    ['terminate()', 'await worker.terminate(); report("ended")'],
+    ['process.exit()', 'report("ended"); process.exit(0)'],
+  ] as const) {
+    test(`${end} of a worker while ${what} neither crashes nor hangs`, LIMIT, async () => {
+      const ended = await child(
+        `
+        import { Worker } from 'node:worker_threads'
+        const worker = new Worker(new URL('data:text/javascript,' + encodeURIComponent(process.env.BODY)))
+        await new Promise((resolve) => worker.once('message', resolve))
+        // The worker says so before it goes in; a moment later it is inside.
+        await new Promise((resolve) => setTimeout(resolve, 50))
+        ${code}
+        `,
+        {
+          env: {
+            ...env,
+            BODY: `
+              import { parentPort } from 'node:worker_threads'
+              import { WasmModuleManager } from ${JSON.stringify(INDEX_URL)}
+              let nested
+              const manager = await WasmModuleManager.create(${JSON.stringify(workbench)}, {
+                cache: false,
+                imports: (instance) => ({ env: { hold: (key) => key, entered: () => { nested?.(instance) } } }),
+              })
+              parentPort.postMessage('going in')
+              ${call}
+              setInterval(() => {}, 1000)
+            `,
+          },
+          timeoutMs: 8_000,
+        },
+      )
+      assert.equal(reported(ended), 'ended')
+    })
+  }
+}

@@ -9,6 +9,7 @@ import {
   bench,
   child,
   hasCode,
+  INDEX_URL,
   LIMIT,
   managed,
   managedSync,
@@ -366,7 +367,7 @@ for (const [path, run] of HERE) {
 }
 
 test(
-  'a rejected promise that a synchronous call could not wait for is still the program to handle',
+  'a rejected promise that a synchronous call could not wait for does not end the process later',
   LIMIT,
   async () => {
     const ended = await child(
@@ -383,7 +384,7 @@ test(
     `,
       { env: { SIMPLE } },
     )
-    assert.deepEqual(reported(ended), { code: 'ERR_WASM_ASYNC_IMPORT', unhandled: ['lost'] })
+    assert.deepEqual(reported(ended), { code: 'ERR_WASM_ASYNC_IMPORT', unhandled: [] })
   },
 )
 
@@ -725,3 +726,77 @@ test('the workbench holds a call at a promise for as long as the test likes', LI
   release(1, 123)
   assert.equal(await call, 123)
 })
+
+test(
+  'an import may create, use, reload and close other managers, synchronously and not, on both paths',
+  LIMIT,
+  async (t) => {
+    const others: Manager[] = []
+    const manager = await managed(t, SIMPLE, {
+      imports: {
+        env: {
+          f: (n: number) => {
+            const other = managedSync(
+              t,
+              SIMPLE,
+              simple((m) => m * 2),
+            )
+            others.push(other)
+            const result = other.exports.run?.(n) as number
+            other.reloadSync()
+            assert.equal(other.exports.run?.(n), result)
+            void other.close()
+            return result
+          },
+        },
+      },
+    })
+    assert.equal(manager.exports.run?.(5), 12)
+    assert.equal(await manager.call('run', [5]), 12)
+    await Promise.all(others.map((other) => other.close()))
+    assert.deepEqual(
+      others.map((other) => other.state),
+      ['closed', 'closed'],
+    )
+  },
+)
+
+test(
+  'an import that recurses into the guest without end is a stack overflow, not a crash, on every path and thread',
+  LIMIT,
+  async () => {
+    const body = `
+    const manager = await WasmModuleManager.create(process.env.SIMPLE, {
+      cache: false, imports: (instance) => ({ env: { f: (n) => instance.exports.run(n + 1) } }),
+    })
+    const seen = []
+    for (let i = 0; i < 3; i += 1) {
+      try { manager.exports.run(0) } catch (error) { seen.push(error.trap ?? error.name) }
+      await manager.call('run', [0]).catch((error) => seen.push(error.trap ?? error.name))
+      await manager.use((lease) => lease.exports.run(0)).catch((error) => seen.push(error.trap ?? error.name))
+    }
+    seen.push(manager.exports.inc())
+  `
+    const ended = await child(
+      `
+    import { Worker } from 'node:worker_threads'
+    ${body}
+    const worker = new Worker(new URL('data:text/javascript,' + encodeURIComponent(process.env.BODY)))
+    const there = await new Promise((resolve, reject) => { worker.once('message', resolve); worker.once('error', reject) })
+    report([...seen, ...there])
+    `,
+      {
+        env: {
+          SIMPLE,
+          BODY: `import { parentPort } from 'node:worker_threads'
+          import { WasmModuleManager } from ${JSON.stringify(INDEX_URL)}
+          ${body}
+          parentPort.postMessage(seen)`,
+        },
+      },
+    )
+    const seen = reported<(string | number)[]>(ended)
+    assert.equal(seen.length, 20)
+    for (const how of seen) assert.ok(['stack-overflow', 'RangeError', 1].includes(how), String(how))
+  },
+)

@@ -632,3 +632,62 @@ test(
     assert.ok('error' in (await spin))
   },
 )
+
+for (const [what, text] of [
+  ['without a memory', '(func (export "spin") (loop (br 0)))'],
+  [
+    'with a 64-bit memory',
+    '(memory i64 1) (func (export "spin") (loop (i64.store (i64.const 0) (i64.const 1)) (br 0)))',
+  ],
+  [
+    'with two memories',
+    '(memory 1) (memory 1) (func (export "spin") (loop (i32.store 1 (i32.const 0) (i32.const 1)) (br 0)))',
+  ],
+  [
+    'with a shared memory',
+    '(memory 1 1 shared) (func (export "spin") (loop (drop (i32.atomic.rmw.add (i32.const 0) (i32.const 1))) (br 0)))',
+  ],
+  ['with an empty memory', '(memory 0) (func (export "spin") (loop (br 0)))'],
+  [
+    'with a loop that takes and gives values',
+    '(func (export "spin") (i32.const 0) (loop (param i32) (i32.const 1) (i32.add) (br 0)))',
+  ],
+  ['with a loop in a loop in dead code', '(func (export "spin") (loop (br 0) (loop (br 0))))'],
+  [
+    'with exceptions thrown round and round',
+    '(tag $e) (func (export "spin") (loop $again (block $caught (try_table (catch $e $caught) (throw $e))) (br $again)))',
+  ],
+] as const) {
+  test(`a guest ${what} is stopped, and its neighbour in the same module runs on`, LIMIT, async (t) => {
+    const source = wat(`(module ${text} (func (export "ok") (result i32) (i32.const 1)))`)
+    const manager = await managed(t, source, { instances: 2, threads: 2 })
+    for (let round = 0; round < 3; round += 1) {
+      const spin = outcome(manager.call('spin', [], { timeoutMs: 15 }))
+      assert.equal(await manager.call('ok'), 1)
+      const end = await spin
+      assert.ok('error' in end)
+      hasCode('ERR_WASM_TIMEOUT')(end.error)
+    }
+    assert.deepEqual(await Promise.all([manager.call('ok'), manager.call('ok')]), [1, 1])
+  })
+}
+
+test('a guest that waits for a notification nobody will send can be stopped', LIMIT, async () => {
+  const ended = await child(
+    `
+    const manager = await WasmModuleManager.create(process.env.WAITS, { cache: false })
+    const code = await manager.call('wait', [], { timeoutMs: 30 }).then(() => 'it ended', (error) => error.code)
+    report({ code, ok: await manager.call('ok') })
+    process.exit(0)
+    `,
+    {
+      env: {
+        WAITS: wat(`(module (memory 1 1 shared)
+          (func (export "wait") (result i32) (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const -1)))
+          (func (export "ok") (result i32) (i32.const 1)))`),
+      },
+      timeoutMs: 10_000,
+    },
+  )
+  assert.deepEqual(reported(ended), { code: 'ERR_WASM_TIMEOUT', ok: 1 })
+})

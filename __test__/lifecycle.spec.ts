@@ -702,3 +702,44 @@ test('once works on managers as on any EventEmitter', LIMIT, async (t) => {
   const report = await manager.reload({ reason: 'emitter' })
   assert.deepEqual(await seen, [report])
 })
+
+test('close serves what was admitted even if a trap came before it', LIMIT, async (t) => {
+  for (const instances of [1, 2]) {
+    const { manager } = await bench(t, { instances, threads: instances })
+    const ends = [
+      outcome(manager.call('boom')),
+      outcome(manager.call('boom')),
+      outcome(manager.call('add', [1, 2])),
+      outcome(manager.use((instance) => instance.exports.add?.(3, 4))),
+      outcome(manager.close()),
+    ]
+    const [first, second, ...rest] = await Promise.all(ends)
+    assert.ok(first && second && 'error' in first && 'error' in second)
+    assert.deepEqual(rest, [{ value: 3 }, { value: 7 }, { value: undefined }])
+    assert.equal(manager.state, 'closed')
+  }
+})
+
+test('close right after a synchronous trap ends', LIMIT, async (t) => {
+  const { manager } = await bench(t)
+  assert.throws(() => manager.exports.boom?.(), hasCode('ERR_WASM_TRAP'))
+  await manager.close()
+  assert.equal(manager.state, 'closed')
+})
+
+test('close and reload asked for together both end', LIMIT, async (t) => {
+  for (const order of ['reload first', 'close first'] as const) {
+    const { manager, close, arrived, release } = await bench(t)
+    close(1)
+    const held = manager.call('hold', [1])
+    await arrived(1)
+    const ends =
+      order === 'reload first'
+        ? [outcome(manager.reload()), outcome(manager.close())]
+        : [outcome(manager.close()), outcome(manager.reload())]
+    release(1)
+    assert.equal(await held, 1)
+    await Promise.all(ends)
+    assert.equal(manager.state, 'closed')
+  }
+})

@@ -282,7 +282,10 @@ const refusals: [string, () => unknown, WasmErrorCode, RegExp[], ManagerOptions?
   // One memory further is where the engine keeps its own.
   [
     'a module that names a memory it does not have',
-    () => wat('(module (memory 1) (func (export "f") (loop (memory.fill 1 (i32.const 0) (i32.const 7) (i32.const 65536)) (br 0))))'),
+    () =>
+      wat(
+        '(module (memory 1) (func (export "f") (loop (memory.fill 1 (i32.const 0) (i32.const 7) (i32.const 65536)) (br 0))))',
+      ),
     'ERR_WASM_COMPILE',
     [/unknown memory 1/],
   ],

@@ -573,3 +573,79 @@ test('createSync gives the same views', LIMIT, (t) => {
   assert.equal(before.byteLength, 0)
   assert.equal(manager.memory.buffer.byteLength, 2 * PAGE)
 })
+
+test('write copies rightly when its source is a view of the same memory, overlapping both ways', LIMIT, async (t) => {
+  const { manager } = await bench(t)
+  const { memory } = manager
+  const letters = 'abcdefghijklmnopqrstuvwxyz'
+  memory.write(100, letters)
+  memory.write(105, new Uint8Array(memory.buffer, 100, 26))
+  assert.equal(memory.readString(105, 26), letters)
+  memory.write(102, new Uint8Array(memory.buffer, 105, 26))
+  assert.equal(memory.readString(102, 26), letters)
+})
+
+test(
+  'views whose buffer is gone are nothing to write, load or send: an error or no bytes, never a crash',
+  LIMIT,
+  async () => {
+    const ended = await child(
+      `
+    const imports = { env: { entered() {}, hold: (key) => key } }
+    const manager = await WasmModuleManager.create(process.env.WORKBENCH, { cache: false, imports })
+    const gone = () => { const view = new Uint8Array(100000).fill(1); structuredClone(view.buffer, { transfer: [view.buffer] }); return view }
+    const results = []
+    const attempt = async (run) => {
+      try { const value = await run(); results.push(typeof value) } catch (error) { results.push(error.code ?? error.name) }
+    }
+    await attempt(() => manager.memory.write(0, gone()))
+    await attempt(() => manager.invoke('add', gone()))
+    await attempt(() => WasmModuleManager.create(gone(), { cache: false }))
+    await attempt(async () => WasmModuleManager.createSync(gone().buffer, { cache: false }))
+    const old = new Uint8Array(manager.memory.buffer)
+    await manager.reload()
+    await attempt(() => manager.memory.write(0, old))
+    await attempt(() => manager.invoke('add', old))
+    // Shared bytes may change while they are copied; they must not be trusted twice.
+    await attempt(() => manager.memory.write(0, new Uint8Array(new SharedArrayBuffer(16))))
+    report(results)
+    `,
+      { env },
+    )
+    const results = reported<string[]>(ended)
+    assert.equal(results.length, 7)
+    for (const result of results) {
+      assert.ok(['number', 'TypeError', 'RangeError'].includes(result) || result.startsWith('ERR_WASM_'), result)
+    }
+  },
+)
+
+test('a 64-bit memory is shown, read and written like any other', LIMIT, async (t) => {
+  const source = wat(`(module
+    (memory (export "memory") i64 1 10)
+    (func (export "load") (param i64) (result i32) (i32.load8_u (local.get 0)))
+    (func (export "grow") (param i64) (result i64) (memory.grow (local.get 0))))`)
+  const manager = await managed(t, source)
+  const before = manager.memory.buffer
+  assert.equal(manager.memory.write(60_000, 'far'), 3)
+  assert.equal(manager.exports.load?.(60_001n), 'a'.charCodeAt(0))
+  assert.equal(manager.exports.grow?.(2n), 1n)
+  assert.equal(before.byteLength, 0)
+  assert.equal(manager.memory.byteLength, 3 * PAGE)
+  assert.equal(manager.memory.readString(60_000, 3), 'far')
+  assert.throws(() => manager.exports.load?.(2n ** 40n), hasCode('ERR_WASM_TRAP'))
+})
+
+test('a memory of several hundred megabytes is read, written and given back whole', LIMIT, async (t) => {
+  const { manager } = await bench(t)
+  assert.equal(manager.exports.grow?.(8191), 1)
+  const end = 8192 * PAGE
+  assert.equal(manager.memory.byteLength, end)
+  assert.equal(manager.memory.buffer.byteLength, end)
+  manager.memory.write(end - 3, 'end')
+  assert.equal(manager.memory.readString(end - 3, 3), 'end')
+  assert.equal(new Uint8Array(manager.memory.buffer)[end - 1], 'd'.charCodeAt(0))
+  assert.throws(() => manager.memory.read(end - 2, 3), RangeError)
+  manager.reloadSync()
+  assert.equal(manager.memory.byteLength, PAGE)
+})

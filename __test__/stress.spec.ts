@@ -138,7 +138,9 @@ for (const [what, options] of [
   ['two replicas, explicit bounds checks', { instances: 2, threads: 2, engine: { signalsBasedTraps: false } }],
 ] as const) {
   for (const seed of [1, 2, 3]) {
-    test(`calls, traps, timeouts, signals, leases and reloads at once, seed ${seed}: ${what}`, { timeout: 60_000 }, async () => {
+    test(`calls, traps, timeouts, signals, leases and reloads at once, seed ${seed}: ${what}`, {
+      timeout: 60_000,
+    }, async () => {
       const ended = await child(PROGRAM, {
         env: { ...env, SEED: String(seed), OPTIONS: JSON.stringify(options), OPERATIONS: '600' },
         flags: ['--expose-gc'],

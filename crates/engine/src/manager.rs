@@ -798,14 +798,14 @@ impl Shared {
             Op::Reload(pending) => self.run_reload(pending),
             Op::Close { drain_timeout } => {
                 let outcome = guarded(|| self.run_close(drain_timeout));
-                self.finish_closing(outcome)
+                self.finish_closing(outcome, false)
             }
             Op::Destroy => {
                 let outcome = guarded(|| {
                     self.run_destroy();
                     Ok(())
                 });
-                self.finish_closing(outcome)
+                self.finish_closing(outcome, true)
             }
         }
     }
@@ -1128,8 +1128,8 @@ impl Shared {
             shared.control_changed.notify_all();
             match outcome {
                 Err(error) => shared.repair_failed(&error),
-                // The slot may have been repaired by somebody else and have trapped again meanwhile.
-                Ok(()) if shared.gate.counts().queued > 0 => shared.repair_retired(),
+                // The fresh instance may have trapped already, while this repair still counted as going on.
+                Ok(()) if shared.repairable(slot).is_some() => shared.request_repair(slot),
                 Ok(()) => {}
             }
         });
@@ -1303,11 +1303,9 @@ impl Shared {
     }
 
     fn destroy(self: &Arc<Self>, done: Done<()>) {
+        let was_destroyed = self.is_destroyed.swap(true, Ordering::AcqRel);
         self.begin_closing(done);
-        if self.state() == ManagerState::Closed {
-            return;
-        }
-        if self.is_destroyed.swap(true, Ordering::AcqRel) {
+        if was_destroyed || self.state() == ManagerState::Closed {
             return;
         }
         drop(
@@ -1368,17 +1366,22 @@ impl Shared {
         self.pool.end();
     }
 
-    fn finish_closing(self: &Arc<Self>, outcome: Result<()>) -> Answer {
+    fn finish_closing(self: &Arc<Self>, outcome: Result<()>, is_destroy: bool) -> Answer {
         let shared = Arc::clone(self);
         let (closing, is_closed) = {
             let mut control = self.lock_control();
-            if outcome.is_ok() || self.is_destroyed() {
+            if outcome.is_ok() {
                 self.set_state(ManagerState::Closed);
             }
-            (
-                std::mem::take(&mut control.closing),
-                self.state() == ManagerState::Closed,
-            )
+            let is_closed = self.state() == ManagerState::Closed;
+            // A close that gave up leaves everybody to the destroy that is waiting behind it.
+            let is_last = is_closed || is_destroy || !self.is_destroyed();
+            let closing = if is_last {
+                std::mem::take(&mut control.closing)
+            } else {
+                Vec::new()
+            };
+            (closing, is_closed)
         };
         Box::new(move || {
             if is_closed && !closing.is_empty() {

@@ -13,6 +13,10 @@ use crate::options::Source;
 use crate::pool::Pool;
 use crate::value::{Signature, ValueType};
 
+/// Smaller modules are compiled without inlining: they gain little, and what is inlined is missing
+/// among the frames of a trap.
+const INLINING_FROM_BYTES: usize = 64 << 10;
+
 /// Compiled code and what is known about it. Immutable, shared by every instance.
 #[derive(Debug)]
 pub struct Module {
@@ -147,7 +151,7 @@ impl Module {
         let (bytes, file_stem) = read(source)?;
         let options = InstrumentOptions {
             polls: engine.options.uses_poll_page(),
-            inlining: true,
+            inlining: bytes.len() >= INLINING_FROM_BYTES,
         };
         let spliced = instrument(&bytes, &options)
             .map_err(|e| refuse_bytes(&called(source, name), &bytes, &e))?;
