@@ -686,7 +686,7 @@ test('a guest that waits for a notification nobody will send can be stopped', LI
           (func (export "wait") (result i32) (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const -1)))
           (func (export "ok") (result i32) (i32.const 1)))`),
       },
-      timeoutMs: 10_000,
+      timeoutMs: 5_000,
     },
   )
   assert.deepEqual(reported(ended), { code: 'ERR_WASM_TIMEOUT', ok: 1 })

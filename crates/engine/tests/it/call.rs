@@ -167,7 +167,8 @@ fn a_funcref_goes_out_and_comes_back_with_its_identity() {
         (rig.number("apply", &[0]), rig.number("apply", &[1])),
         (1, 2)
     );
-    let export = Value::Export(rig.function("one"));
+    let module = rig.manager.module().unwrap().id();
+    let export = Value::Export { module, index: rig.function("one") };
     values(rig.call("set", &[Value::I32(2), export]).get());
     assert_eq!(rig.number("apply", &[2]), 1);
 }
@@ -175,9 +176,15 @@ fn a_funcref_goes_out_and_comes_back_with_its_identity() {
 #[test]
 fn a_funcref_of_another_instance_is_refused_and_does_no_harm() {
     let (rig, other) = (references().start(), references().start());
-    let foreign = values(other.call("pick", &[Value::I32(0)]).get()).remove(0);
-    let refused = rig.call("set", &[Value::I32(0), foreign]).get();
-    assert_eq!(code(refused), ErrorCode::StaleHandle);
+    let module = other.manager.module().unwrap().id();
+    let foreign = [
+        values(other.call("pick", &[Value::I32(0)]).get()).remove(0),
+        Value::Export { module, index: other.function("one") },
+    ];
+    for foreign in foreign {
+        let refused = rig.call("set", &[Value::I32(0), foreign]).get();
+        assert_eq!(code(refused), ErrorCode::StaleHandle);
+    }
 
     let own = values(rig.call("pick", &[Value::I32(0)]).get()).remove(0);
     rig.reload("a new instance");

@@ -93,7 +93,8 @@ fn references_cross_to_the_host_and_back() {
             let called = call_handle(call, &func, Vec::new())?;
             assert_eq!(i32_of(&called[0]), 2);
             let index = call.replica.module().function_index("one")?;
-            call.results[0] = Value::Export(index);
+            let module = call.replica.module().id();
+            call.results[0] = Value::Export { module, index };
             Ok(())
         });
     let rig = Setup::new(&guests::references()).script(script).start();

@@ -184,7 +184,7 @@ fn each_replacement_has_a_generation_of_its_own() {
         rig.faults.hold(Point::Initialize, 0),
     ];
     let calls = [rig.call("trap", &[]), rig.call("trap", &[])];
-    calls.map(|call| assert_eq!(trap(call.get()), "unreachable"));
+    calls.into_iter().for_each(|call| assert_eq!(trap(call.get()), "unreachable"));
     // Both are under way before either is done.
     held.iter().for_each(wasm_molt_testkit::faults::Held::wait);
     drop(held);
@@ -316,7 +316,7 @@ fn one_slot_that_cannot_be_repaired_leaves_the_others_in_service() {
         "both are inside at once"
     );
     door.open();
-    calls.map(|call| drop(call.get().unwrap()));
+    calls.into_iter().for_each(|call| drop(call.get().unwrap()));
     assert_eq!(rig.stats().gate.retired, 0);
 }
 
