@@ -358,7 +358,7 @@ export interface Limits {
    * During a reload old and new instances exist side by side.
    */
   memoryBytes?: number
-  /** Elements that a table may reach; table.grow beyond it fails in the guest. Default: what the module declares. */
+  /** Elements that a table may reach; table.grow beyond it fails in the guest. Default: 10 000 000, at most what the module declares. */
   tableElements?: number
   /**
    * Milliseconds that one call may run, waiting for imports included, waiting for a replica not; synchronous calls too. Default: none. From 1.
@@ -398,7 +398,10 @@ export interface EngineOptions {
   simd?: boolean
   /** Default true; needs `simd`. */
   relaxedSimd?: boolean
-  /** Atomics and shared memories in guests. Does not start threads. Default true. */
+  /**
+   * Atomics and shared memories in guests. Does not start threads.
+   * Default false in this version: a guest inside `memory.atomic.wait` hears no timeout, signal or `destroy()` yet.
+   */
   threads?: boolean
   /**
    * Bytes of address space reserved per memory. Default 4 GiB; lower it where virtual memory is capped.

@@ -228,17 +228,21 @@ const FEATURES: [keyof EngineOptions, string, number][] = [
 ]
 
 for (const [feature, text, expected] of FEATURES) {
-  test(`${feature} is on by default and works; off, it refuses the module with the option to set`, LIMIT, async (t) => {
+  const byDefault = feature !== 'threads'
+  const usual = byDefault ? 'on' : 'off'
+  test(`${feature} is ${usual} by default; on it works, off it refuses the module with the option to set`, LIMIT, async (t) => {
     const source = wat(text)
-    for (const engine of [{}, { [feature]: true }]) {
+    for (const engine of byDefault ? [{}, { [feature]: true }] : [{ [feature]: true }]) {
       const manager = await managed(t, source, { engine })
       assert.equal(manager.exports.f?.(), expected)
       assert.equal(await manager.call('f'), expected)
     }
-    await assert.rejects(
-      WasmModuleManager.create(source, { cache: false, engine: { [feature]: false } }),
-      hasCode('ERR_WASM_COMPILE', new RegExp(`engine\\.${feature}: true`)),
-    )
+    for (const engine of byDefault ? [{ [feature]: false }] : [{}, { [feature]: false }]) {
+      await assert.rejects(
+        WasmModuleManager.create(source, { cache: false, engine }),
+        hasCode('ERR_WASM_COMPILE', new RegExp(`engine\\.${feature}: true`)),
+      )
+    }
     // What does not use it is not disturbed.
     const plain = await managed(t, workbench, { imports: idleImports, engine: { [feature]: false } })
     assert.equal(plain.exports.add?.(1, 2), 3)
@@ -251,7 +255,7 @@ test('shared memories work with threads on: the module sees its own', LIMIT, asy
     (func (export "add") (param i32) (result i32) (i32.atomic.rmw.add (i32.const 8) (local.get 0)))
     (func (export "grow") (param i32) (result i32) (memory.grow (local.get 0)))
     (func (export "size") (result i32) (memory.size)))`)
-  const manager = await managed(t, source)
+  const manager = await managed(t, source, { engine: { threads: true } })
   assert.equal(manager.exports.add?.(5), 0)
   assert.equal(await manager.call('add', [1]), 5)
   assert.equal(manager.exports.grow?.(1), 1)

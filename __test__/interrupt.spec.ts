@@ -660,7 +660,7 @@ for (const [what, text] of [
 ] as const) {
   test(`a guest ${what} is stopped, and its neighbour in the same module runs on`, LIMIT, async (t) => {
     const source = wat(`(module ${text} (func (export "ok") (result i32) (i32.const 1)))`)
-    const manager = await managed(t, source, { instances: 2, threads: 2 })
+    const manager = await managed(t, source, { instances: 2, threads: 2, engine: { threads: true } })
     for (let round = 0; round < 3; round += 1) {
       const spin = outcome(manager.call('spin', [], { timeoutMs: 15 }))
       assert.equal(await manager.call('ok'), 1)
@@ -671,23 +671,3 @@ for (const [what, text] of [
     assert.deepEqual(await Promise.all([manager.call('ok'), manager.call('ok')]), [1, 1])
   })
 }
-
-test('a guest that waits for a notification nobody will send can be stopped', LIMIT, async () => {
-  const ended = await child(
-    `
-    const manager = await WasmModuleManager.create(process.env.WAITS, { cache: false })
-    const code = await manager.call('wait', [], { timeoutMs: 30 }).then(() => 'it ended', (error) => error.code)
-    report({ code, ok: await manager.call('ok') })
-    process.exit(0)
-    `,
-    {
-      env: {
-        WAITS: wat(`(module (memory 1 1 shared)
-          (func (export "wait") (result i32) (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const -1)))
-          (func (export "ok") (result i32) (i32.const 1)))`),
-      },
-      timeoutMs: 5_000,
-    },
-  )
-  assert.deepEqual(reported(ended), { code: 'ERR_WASM_TIMEOUT', ok: 1 })
-})

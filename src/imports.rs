@@ -235,6 +235,7 @@ fn answer(request: &Arc<Request>, end: JsEnd) {
         });
     };
     if bound.env.follow(returned, Box::new(then)).is_err() {
+        *bound.side.awaiting.borrow_mut() = None;
         end.reply(Err(bound.env.take_thrown()));
     }
 }

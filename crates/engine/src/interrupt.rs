@@ -54,6 +54,8 @@ struct State {
     current: u64,
     last: u64,
     stop: Option<Stop>,
+    /// The stop holds for every run there may still be.
+    is_for_good: bool,
 }
 
 /// Stops the runs of one instance.
@@ -108,6 +110,9 @@ impl Interrupter {
             return None;
         }
         state.current = 0;
+        if state.is_for_good {
+            return state.stop.clone();
+        }
         let stop = state.stop.take()?;
         self.flag.store(false, Ordering::Release);
         if let Some(poll) = self.poll.get() {
@@ -140,6 +145,7 @@ impl Interrupter {
     /// For instances that will not serve again.
     pub(crate) fn stop_for_good(&self, stop: Stop) {
         let mut state = self.lock();
+        state.is_for_good = true;
         if state.stop.is_none() {
             state.stop = Some(stop);
         }

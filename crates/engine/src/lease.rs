@@ -187,6 +187,7 @@ impl Lease {
             }
             state = self.lock();
         }
+        let is_hook = state.ticket.is_none();
         if let Some((_, job)) = state.waiting.pop_front() {
             state.is_running = true;
             if !state.is_released {
@@ -194,10 +195,16 @@ impl Lease {
             }
             drop(state);
             let lease = Arc::clone(self);
-            self.shared.pool.spawn(move || {
+            let run = move || {
                 let replica = Arc::clone(&lease.replica);
                 job.run(&replica, Seat::Lease(&lease));
-            });
+            };
+            if is_hook {
+                // The pool may be taken by calls that wait for the very swap that waits for this hook.
+                self.shared.spawn("hook", move |_| run());
+            } else {
+                self.shared.pool.spawn(run);
+            }
             return;
         }
         self.has_waiting.store(false, Ordering::Relaxed);

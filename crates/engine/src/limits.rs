@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 pub struct Limits {
     /// Bytes of one linear memory. Default: what the module declares.
     pub memory_bytes: Option<u64>,
-    /// Elements of one table. Default: what the module declares.
+    /// Elements of one table. Default [`Limits::DEFAULT_TABLE_ELEMENTS`].
     pub table_elements: Option<u64>,
     /// Milliseconds a call may run. Default: none.
     pub timeout_ms: Option<u64>,
@@ -20,6 +20,8 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// What the engines of browsers and of Node allow (WebAssembly JS API, implementation limits).
+    pub const DEFAULT_TABLE_ELEMENTS: u64 = 10_000_000;
     /// 512 KiB, wasmtime's own default.
     pub const DEFAULT_STACK_BYTES: usize = 512 << 10;
     const STACK_BYTES_RANGE: std::ops::RangeInclusive<usize> = (64 << 10)..=(256 << 20);
@@ -79,7 +81,11 @@ pub(crate) struct Limiter {
 impl Limiter {
     pub(crate) fn new(limits: &Limits) -> Self {
         Self {
-            table_elements: cap(limits.table_elements),
+            table_elements: cap(Some(
+                limits
+                    .table_elements
+                    .unwrap_or(Limits::DEFAULT_TABLE_ELEMENTS),
+            )),
             refused: None,
         }
     }

@@ -742,7 +742,11 @@ impl Shared {
         self.spawn("ctl", Self::run_control);
     }
 
-    fn spawn(self: &Arc<Self>, role: &str, body: impl FnOnce(&Arc<Self>) + Send + 'static) {
+    pub(crate) fn spawn(
+        self: &Arc<Self>,
+        role: &str,
+        body: impl FnOnce(&Arc<Self>) + Send + 'static,
+    ) {
         let shared = Arc::clone(self);
         let stack = self.options.limits.stack_bytes() + (2 << 20);
         let name = format!("{}-{role}", thread_name(self.name()));
@@ -1226,6 +1230,7 @@ impl Shared {
                 .filter(|r| Arc::ptr_eq(r, old))?;
             *place = Arc::clone(&fresh);
             serving.generation = serving.generation.next();
+            fresh.number(serving.generation);
             Replaced {
                 old: vec![Arc::clone(old)],
                 new: vec![fresh],
@@ -1384,13 +1389,14 @@ impl Shared {
             (closing, is_closed)
         };
         Box::new(move || {
-            if is_closed && !closing.is_empty() {
+            let is_end = is_closed && !closing.is_empty();
+            if is_end {
                 shared.tell(Event::Close);
             }
             for done in closing {
                 done(outcome.clone());
             }
-            if is_closed {
+            if is_end {
                 shared.host.released();
             }
         })

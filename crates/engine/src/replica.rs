@@ -69,7 +69,8 @@ struct Live {
 pub struct Replica {
     id: u64,
     slot: usize,
-    generation: Generation,
+    /// Its number; settled when it is published.
+    generation: AtomicU64,
     module: Arc<Module>,
     interrupter: Arc<Interrupter>,
     is_poisoned: AtomicBool,
@@ -99,7 +100,7 @@ impl fmt::Debug for Replica {
         f.debug_struct("Replica")
             .field("module", &self.module.name())
             .field("slot", &self.slot)
-            .field("generation", &self.generation)
+            .field("generation", &self.generation())
             .finish_non_exhaustive()
     }
 }
@@ -151,7 +152,7 @@ impl Blueprint {
         let replica = Arc::new(Replica {
             id,
             slot,
-            generation,
+            generation: AtomicU64::new(generation.get()),
             module: Arc::clone(&self.module),
             interrupter,
             is_poisoned: AtomicBool::new(false),
@@ -189,7 +190,12 @@ impl Replica {
 
     /// The generation it was made for.
     pub fn generation(&self) -> Generation {
-        self.generation
+        Generation::new(self.generation.load(Ordering::Relaxed))
+    }
+
+    /// Gives it the number under which it is published.
+    pub(crate) fn number(&self, generation: Generation) {
+        self.generation.store(generation.get(), Ordering::Relaxed);
     }
 
     /// The code it runs.
@@ -676,7 +682,7 @@ impl Replica {
             ErrorCode::StaleHandle,
             format!(
                 "this handle belongs to generation {} of {}, which is gone; take it again from the manager",
-                self.generation,
+                self.generation(),
                 self.module.name()
             ),
         )

@@ -128,6 +128,7 @@ pub(crate) fn run(
         next: Vec::new(),
         old,
         memory_bytes_before: 0,
+        is_homeless: false,
     };
     let plan = Plan {
         drain_timeout: options.drain_timeout,
@@ -188,6 +189,8 @@ struct Swap<'a> {
     next: Vec<Arc<Replica>>,
     old: Vec<Arc<Replica>>,
     memory_bytes_before: usize,
+    /// The home is gone: there is nobody to publish to.
+    is_homeless: bool,
 }
 
 impl Swap<'_> {
@@ -236,11 +239,12 @@ impl Backend for Swap<'_> {
         let count = Arc::clone(&in_flight);
         let shared = Arc::clone(self.shared);
         // If the home is gone there is nobody to call, and the next step finds the swap cancelled.
-        let _ = self.shared.host.at_home(Box::new(move |home| {
+        let told = self.shared.host.at_home(Box::new(move |home| {
             let n = home.map_or_else(|| shared.gate.close(), Home::close);
             shared.set_state(ManagerState::Draining);
             count.store(n, Ordering::Release);
         }));
+        self.is_homeless = told.is_err();
         in_flight.load(Ordering::Acquire)
     }
 
@@ -292,6 +296,10 @@ impl Backend for Swap<'_> {
             self.shared.with_lease(replica, self.is_sync, |lease| {
                 self.shared.host.restore_state(lease, state, slot)
             })?;
+            // A hook that goes on after a trap leaves an instance that must not serve.
+            if let Some(trap) = replica.last_trap() {
+                return Err(trap);
+            }
         }
         Ok(())
     }
@@ -337,6 +345,6 @@ impl Backend for Swap<'_> {
     }
 
     fn is_cancelled(&self) -> bool {
-        self.shared.is_destroyed()
+        self.is_homeless || self.shared.is_destroyed()
     }
 }

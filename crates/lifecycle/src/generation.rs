@@ -12,6 +12,11 @@ impl Generation {
     /// The generation that the first load builds.
     pub const FIRST: Self = Self(1);
 
+    /// The generation of that number.
+    pub const fn new(number: u64) -> Self {
+        Self(number)
+    }
+
     /// The generation after this one.
     #[must_use]
     pub const fn next(self) -> Self {

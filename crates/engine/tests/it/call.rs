@@ -168,7 +168,10 @@ fn a_funcref_goes_out_and_comes_back_with_its_identity() {
         (1, 2)
     );
     let module = rig.manager.module().unwrap().id();
-    let export = Value::Export { module, index: rig.function("one") };
+    let export = Value::Export {
+        module,
+        index: rig.function("one"),
+    };
     values(rig.call("set", &[Value::I32(2), export]).get());
     assert_eq!(rig.number("apply", &[2]), 1);
 }
@@ -179,7 +182,10 @@ fn a_funcref_of_another_instance_is_refused_and_does_no_harm() {
     let module = other.manager.module().unwrap().id();
     let foreign = [
         values(other.call("pick", &[Value::I32(0)]).get()).remove(0),
-        Value::Export { module, index: other.function("one") },
+        Value::Export {
+            module,
+            index: other.function("one"),
+        },
     ];
     for foreign in foreign {
         let refused = rig.call("set", &[Value::I32(0), foreign]).get();

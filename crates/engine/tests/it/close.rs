@@ -57,12 +57,20 @@ fn close_waits_for_what_runs_and_for_what_waits() {
         let old = rig.replica(0);
         let running = rig.call("run", &[Value::I32(1)]);
         door.arrived();
-        let waiting: Vec<_> = (0..10).map(|n| rig.call("twice", &[Value::I32(n)])).collect();
+        let waiting: Vec<_> = (0..10)
+            .map(|n| rig.call("twice", &[Value::I32(n)]))
+            .collect();
         let closed = rig.close(None);
         assert_eq!(rig.manager.state(), ManagerState::Closing);
-        assert_eq!(code(rig.call("twice", &[Value::I32(1)]).get()), ErrorCode::Closed);
+        assert_eq!(
+            code(rig.call("twice", &[Value::I32(1)]).get()),
+            ErrorCode::Closed
+        );
         assert_eq!(code(rig.ask_lease().0.get()), ErrorCode::Closed);
-        assert_eq!(code(rig.ask_reload(because("too late")).get()), ErrorCode::Closed);
+        assert_eq!(
+            code(rig.ask_reload(because("too late")).get()),
+            ErrorCode::Closed
+        );
         assert_eq!(code(rig.reload_now(because("too late"))), ErrorCode::Closed);
         assert!(closed.is_open());
         door.go();
@@ -102,11 +110,16 @@ fn a_close_that_takes_too_long_can_be_repeated_or_forced() {
         door.arrived();
         for timeout in [Duration::ZERO, Duration::from_millis(5)] {
             let error = rig.close(Some(timeout)).get().unwrap_err();
-            let Error::DrainTimeout { in_flight, .. } = error else { panic!("{error:?}") };
+            let Error::DrainTimeout { in_flight, .. } = error else {
+                panic!("{error:?}")
+            };
             assert_eq!(in_flight, 1);
             assert_eq!(rig.manager.state(), ManagerState::Closing);
         }
-        assert_eq!(code(rig.call("twice", &[Value::I32(1)]).get()), ErrorCode::Closed);
+        assert_eq!(
+            code(rig.call("twice", &[Value::I32(1)]).get()),
+            ErrorCode::Closed
+        );
         if force == 0 {
             rig.destroy().get().unwrap();
             assert_eq!(code(held.get()), ErrorCode::Interrupted);
@@ -133,10 +146,16 @@ fn destroy_stops_what_runs_and_refuses_what_waits() {
             let lease = rig.ask_lease().0;
             let destroyed = [rig.destroy(), rig.destroy()];
             let closed = rig.close(None);
-            running.into_iter().for_each(|call| assert_eq!(code(call.get()), ErrorCode::Interrupted));
-            waiting.into_iter().for_each(|call| assert_eq!(code(call.get()), ErrorCode::Closed));
+            running
+                .into_iter()
+                .for_each(|call| assert_eq!(code(call.get()), ErrorCode::Interrupted));
+            waiting
+                .into_iter()
+                .for_each(|call| assert_eq!(code(call.get()), ErrorCode::Closed));
             assert_eq!(code(lease.get()), ErrorCode::Closed);
-            destroyed.into_iter().for_each(|destroyed| destroyed.get().unwrap());
+            destroyed
+                .into_iter()
+                .for_each(|destroyed| destroyed.get().unwrap());
             closed.get().unwrap();
             assert_over(&rig);
         }
@@ -187,7 +206,10 @@ fn destroy_stops_every_call_of_a_lease() {
         rig.destroy().get().unwrap();
         for call in calls {
             let code = code(call.get());
-            assert!(matches!(code, ErrorCode::Interrupted | ErrorCode::StaleHandle), "{code}");
+            assert!(
+                matches!(code, ErrorCode::Interrupted | ErrorCode::StaleHandle),
+                "{code}"
+            );
         }
         assert_over(&rig);
     }
@@ -228,9 +250,14 @@ fn destroy_does_not_wait_for_a_close_that_waits_for_a_lease() {
 fn destroy_does_not_wait_for_a_reload_that_waits_for_a_lease() {
     for rig in both(counter) {
         let lease = rig.lease();
-        let options = ReloadOptions { drain_timeout: None, ..because("waits for a lease") };
+        let options = ReloadOptions {
+            drain_timeout: None,
+            ..because("waits for a lease")
+        };
         let reload = rig.ask_reload(options);
-        eventually("the gate is closed", || !rig.manager.stats(None).gate.is_open);
+        eventually("the gate is closed", || {
+            !rig.manager.stats(None).gate.is_open
+        });
         let waiting = rig.call("increment", &[]);
         let destroyed = rig.destroy();
         assert_eq!(code(waiting.get()), ErrorCode::Closed);
@@ -253,7 +280,9 @@ fn destroy_does_not_wait_for_a_reload_that_waits_for_a_call() {
             ..because("waits for a call")
         };
         let reload = rig.ask_reload(options);
-        eventually("the gate is closed", || !rig.manager.stats(None).gate.is_open);
+        eventually("the gate is closed", || {
+            !rig.manager.stats(None).gate.is_open
+        });
         rig.destroy().get().unwrap();
         assert_eq!(code(held.get()), ErrorCode::Interrupted);
         assert_eq!(code(reload.get()), ErrorCode::Closed);
@@ -315,11 +344,20 @@ fn destroy_from_outside_during_a_repair() {
 
 #[test]
 fn destroy_from_inside_each_hook_of_the_start() {
-    for point in [Point::Imports, Point::Initialize, Point::AtHome, Point::Replaced] {
+    for point in [
+        Point::Imports,
+        Point::Initialize,
+        Point::AtHome,
+        Point::Replaced,
+    ] {
         for is_sync in [false, true] {
             for rig in both_new(carrying) {
                 let destroyed = rig.faults.destroy(point, 0);
-                let started = if is_sync { rig.start_now() } else { rig.start().get() };
+                let started = if is_sync {
+                    rig.start_now()
+                } else {
+                    rig.start().get()
+                };
                 // Late enough, the start may be said to have happened.
                 if let Err(error) = started {
                     assert_eq!(error.code(), Some(ErrorCode::Closed), "{point:?}: {error}");
@@ -380,7 +418,11 @@ fn close_from_inside_a_hook_of_the_start_ends_it() {
         for is_sync in [false, true] {
             for rig in both_new(carrying) {
                 let closed = rig.faults.close(point, 0);
-                let started = if is_sync { rig.start_now() } else { rig.start().get() };
+                let started = if is_sync {
+                    rig.start_now()
+                } else {
+                    rig.start().get()
+                };
                 assert_eq!(code(started), ErrorCode::Closed);
                 closed.get().unwrap();
                 assert_over(&rig);
@@ -409,7 +451,11 @@ fn the_end_from_inside_a_host_function() {
                 Ok(())
             });
             let setup = Setup::new(&guests::importer()).script(script);
-            let rig = if home { setup.at_home().start() } else { setup.start() };
+            let rig = if home {
+                setup.at_home().start()
+            } else {
+                setup.start()
+            };
             *handed.lock().unwrap() = Some(rig.manager.clone());
             if home {
                 drop(rig.call_sync("run", &[Value::I32(1)]));
@@ -435,14 +481,19 @@ fn the_end_from_inside_an_answer() {
                     manager.destroy(Box::new(done));
                 }
             };
-            let work = Work::Call { function: rig.function("increment"), args: Vec::new() };
+            let work = Work::Call {
+                function: rig.function("increment"),
+                args: Vec::new(),
+            };
             if rig.manager.options().has_home {
                 rig.home().at_desk(move |desk| {
                     let limits = CallLimits::default();
-                    desk.manager().call(Some(desk.home()), work, limits, Box::new(settle));
+                    desk.manager()
+                        .call(Some(desk.home()), work, limits, Box::new(settle));
                 });
             } else {
-                rig.manager.call(None, work, CallLimits::default(), Box::new(settle));
+                rig.manager
+                    .call(None, work, CallLimits::default(), Box::new(settle));
             }
             ended.get().unwrap();
             assert_over(&rig);
@@ -455,7 +506,10 @@ fn the_end_from_inside_the_answer_of_a_reload() {
     let rig = counter().start();
     let (done, ended) = answer("destroy() in the answer of a reload");
     let manager = rig.manager.clone();
-    rig.manager.reload(because("last"), Box::new(move |_| manager.destroy(Box::new(done))));
+    rig.manager.reload(
+        because("last"),
+        Box::new(move |_| manager.destroy(Box::new(done))),
+    );
     ended.get().unwrap();
     assert_over(&rig);
 }
@@ -466,8 +520,12 @@ fn what_never_started_ends_too() {
         for rig in both_new(counter) {
             let early = {
                 let (settle, early) = answer("a call before the start");
-                let work = Work::Call { function: 0, args: Vec::new() };
-                rig.manager.call(None, work, CallLimits::default(), Box::new(settle));
+                let work = Work::Call {
+                    function: 0,
+                    args: Vec::new(),
+                };
+                rig.manager
+                    .call(None, work, CallLimits::default(), Box::new(settle));
                 early
             };
             if is_close {
@@ -481,7 +539,11 @@ fn what_never_started_ends_too() {
         }
         for rig in both_new(|| Setup::of(wasm_molt_engine::Source::Bytes(Vec::new()))) {
             assert_eq!(code(rig.start().get()), ErrorCode::Compile);
-            let ended = if is_close { rig.close(None) } else { rig.destroy() };
+            let ended = if is_close {
+                rig.close(None)
+            } else {
+                rig.destroy()
+            };
             ended.get().unwrap();
             assert_over(&rig);
         }
@@ -493,7 +555,9 @@ fn a_manager_that_failed_can_be_closed() {
     for rig in both(counter) {
         rig.faults.fail(Point::Imports, 0, Error::invalid("no"));
         assert_eq!(trap(rig.call("trap", &[]).get()), "unreachable");
-        eventually("the manager has failed", || rig.manager.state() == ManagerState::Failed);
+        eventually("the manager has failed", || {
+            rig.manager.state() == ManagerState::Failed
+        });
         rig.close(None).get().unwrap();
         assert_over(&rig);
     }
@@ -514,7 +578,8 @@ fn many_ends_at_once_are_all_answered() {
                     together.wait();
                     // Some come while it ends, some just after.
                     for n in 0..20 {
-                        let (done, ended) = answer(format!("end {n} of thread {thread}, round {round}"));
+                        let (done, ended) =
+                            answer(format!("end {n} of thread {thread}, round {round}"));
                         if (thread + n) % 2 == 0 {
                             manager.destroy(Box::new(done));
                         } else {
@@ -548,7 +613,10 @@ fn calls_that_race_with_the_end_are_all_answered() {
                         let mut answers = Vec::new();
                         for n in 0..40 {
                             let (settle, ended) = answer(format!("call {n}"));
-                            let work = Work::Call { function, args: Vec::new() };
+                            let work = Work::Call {
+                                function,
+                                args: Vec::new(),
+                            };
                             manager.call(None, work, CallLimits::default(), Box::new(settle));
                             answers.push(ended);
                         }
@@ -557,7 +625,11 @@ fn calls_that_race_with_the_end_are_all_answered() {
                 })
                 .collect();
             together.wait();
-            let ended = if round % 2 == 0 { rig.destroy() } else { rig.close(None) };
+            let ended = if round % 2 == 0 {
+                rig.destroy()
+            } else {
+                rig.close(None)
+            };
             ended.get().unwrap();
             for caller in callers {
                 for call in caller.join().unwrap() {
@@ -578,7 +650,9 @@ fn calls_that_race_with_the_end_are_all_answered() {
 fn reloads_and_leases_that_race_with_the_end_are_all_answered() {
     for round in 0..100 {
         let rig = counter().instances(2).start();
-        let reloads: Vec<_> = (0..3).map(|n| rig.ask_reload(because(&format!("r{n}")))).collect();
+        let reloads: Vec<_> = (0..3)
+            .map(|n| rig.ask_reload(because(&format!("r{n}"))))
+            .collect();
         let leases: Vec<_> = (0..4).map(|_| rig.ask_lease().0).collect();
         let trapping = rig.call("trap", &[]);
         if round % 3 == 0 {
@@ -659,14 +733,24 @@ fn a_manager_that_is_forgotten_is_released() {
         cache: CacheChoice::Off,
         ..ManagerOptions::default()
     };
-    let (manager, home) = Manager::new(options, Arc::<TestHost>::clone(&host) as Arc<dyn Host>).unwrap();
+    let (manager, home) =
+        Manager::new(options, Arc::<TestHost>::clone(&host) as Arc<dyn Host>).unwrap();
     assert!(home.is_none());
-    manager.start_now(&guests::source(&guests::counter())).unwrap();
+    manager
+        .start_now(&guests::source(&guests::counter()))
+        .unwrap();
     let replica = Arc::downgrade(&manager.replica(0).unwrap());
     let memory = Arc::clone(manager.replica(0).unwrap().memory().unwrap());
     let (settle, ended) = answer("increment");
-    let function = manager.module().unwrap().function_index("increment").unwrap();
-    let work = Work::Call { function, args: Vec::new() };
+    let function = manager
+        .module()
+        .unwrap()
+        .function_index("increment")
+        .unwrap();
+    let work = Work::Call {
+        function,
+        args: Vec::new(),
+    };
     manager.call(None, work, CallLimits::default(), Box::new(settle));
     drop(manager);
     assert_eq!(number(ended.get()), 1, "a call in flight keeps it alive");

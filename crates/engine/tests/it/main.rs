@@ -6,6 +6,7 @@
 
 mod call;
 mod close;
+mod exactly_once;
 mod host;
 mod interrupt;
 mod invoke;
@@ -15,3 +16,4 @@ mod memory;
 mod pool;
 mod reload;
 mod repair;
+mod stress;

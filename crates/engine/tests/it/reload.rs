@@ -263,8 +263,12 @@ fn a_panic_in_any_phase_rolls_back_too() {
             rig.number("increment", &[]);
             rig.faults.panic(point, 0);
             let error = rig.ask_reload(because("panics")).get().unwrap_err();
+            let cause = match &error {
+                Error::ReloadFailed { cause, .. } => cause,
+                other => other,
+            };
             assert_eq!(
-                error.code(),
+                cause.code(),
                 Some(ErrorCode::Internal),
                 "{point:?}: {error}"
             );

@@ -184,7 +184,9 @@ fn each_replacement_has_a_generation_of_its_own() {
         rig.faults.hold(Point::Initialize, 0),
     ];
     let calls = [rig.call("trap", &[]), rig.call("trap", &[])];
-    calls.into_iter().for_each(|call| assert_eq!(trap(call.get()), "unreachable"));
+    calls
+        .into_iter()
+        .for_each(|call| assert_eq!(trap(call.get()), "unreachable"));
     // Both are under way before either is done.
     held.iter().for_each(wasm_molt_testkit::faults::Held::wait);
     drop(held);

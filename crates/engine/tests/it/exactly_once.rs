@@ -1,0 +1,696 @@
+//! Random histories: whatever happens, each call is answered once and has run at most once.
+//!
+//! One thread makes up a history of calls, leases, stops, reloads, failures and an end, while pool,
+//! control and timer threads do what they do. There is no telling which of them comes first, so the
+//! model does not say how each call ends: it says how it *may* end, given what was done to it, and
+//! whether its code has then run.
+//!
+//! The seed of a run is printed; `WASM_MOLT_SEED=<number>` repeats it, as far as threads repeat.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use proptest::prelude::*;
+use proptest::sample::Index;
+use proptest::test_runner::{RngAlgorithm, TestError, TestRng, TestRunner};
+use wasm_molt_engine::{
+    CallControl, CallLimits, Error, ErrorCode, HostRef, Lease, ManagerState, OnDrainTimeout,
+    Outcome, ReloadOptions, ReloadReport, Stop, Value, WaitId,
+};
+use wasm_molt_testkit::door::Door;
+use wasm_molt_testkit::faults::Point;
+use wasm_molt_testkit::host::Script;
+use wasm_molt_testkit::rig::{Ended, Rig, Setup};
+use wasm_molt_testkit::wait::Answer;
+
+/// Every function first notes that it runs.
+const LEDGER: &str = r#"(module $ledger
+    (import "env" "note" (func $note (param i32)))
+    (import "env" "hold" (func $hold (param i32) (result i32)))
+    (import "env" "throw" (func $throw (param i32)))
+    (import "env" "panic" (func $panic (param i32)))
+    (memory (export "memory") 1)
+    (func (export "plain") (param i32) (result i32) (call $note (local.get 0)) (local.get 0))
+    (func (export "held") (param i32) (result i32)
+        (call $note (local.get 0)) (call $hold (local.get 0)))
+    (func (export "thrown") (param i32) (result i32)
+        (call $note (local.get 0)) (call $throw (local.get 0)) (local.get 0))
+    (func (export "panicked") (param i32) (result i32)
+        (call $note (local.get 0)) (call $panic (local.get 0)) (local.get 0))
+    (func (export "trapped") (param i32) (result i32) (call $note (local.get 0)) unreachable)
+    (func (export "endless") (param i32) (result i32)
+        (call $note (local.get 0)) (loop $again (br $again)) unreachable))"#;
+
+/// What a call does once it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Plain,
+    Held,
+    Thrown,
+    Panicked,
+    Trapped,
+    Endless,
+}
+
+impl Kind {
+    fn export(self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::Held => "held",
+            Self::Thrown => "thrown",
+            Self::Panicked => "panicked",
+            Self::Trapped => "trapped",
+            Self::Endless => "endless",
+        }
+    }
+}
+
+/// How it may be stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Bound {
+    None,
+    Signal,
+    Timeout(u64),
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Call(Kind, Bound),
+    CallInLease(Index, Kind, Bound),
+    CallSync(Kind),
+    Abort(Index),
+    LetThrough,
+    Lease,
+    CancelLease(Index),
+    Release(Index),
+    Reload {
+        reason: u8,
+        drain_ms: Option<u64>,
+        interrupts: bool,
+        skip_save: bool,
+    },
+    /// The next hook of that kind fails.
+    Fail(Point),
+    Breathe(u8),
+}
+
+#[derive(Debug, Clone, Copy)]
+struct World {
+    instances: usize,
+    threads: usize,
+    max_queue: usize,
+    home: bool,
+    signals: bool,
+    ends_with_close: bool,
+}
+
+fn kind() -> impl Strategy<Value = Kind> {
+    prop_oneof![
+        8 => Just(Kind::Plain),
+        4 => Just(Kind::Held),
+        1 => Just(Kind::Thrown),
+        1 => Just(Kind::Panicked),
+        2 => Just(Kind::Trapped),
+        2 => Just(Kind::Endless),
+    ]
+}
+
+fn bound() -> impl Strategy<Value = Bound> {
+    prop_oneof![
+        4 => Just(Bound::None),
+        2 => Just(Bound::Signal),
+        2 => (0..3u64).prop_map(Bound::Timeout),
+    ]
+}
+
+/// A call that never ends by itself can always be stopped.
+fn call() -> impl Strategy<Value = (Kind, Bound)> {
+    (kind(), bound()).prop_map(|(kind, bound)| match (kind, bound) {
+        (Kind::Endless, Bound::None) => (kind, Bound::Signal),
+        other => other,
+    })
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let reload = (
+        0..2u8,
+        prop::option::of(0..5u64),
+        any::<bool>(),
+        any::<bool>(),
+    );
+    prop_oneof![
+        20 => call().prop_map(|(kind, bound)| Op::Call(kind, bound)),
+        8 => (any::<Index>(), call()).prop_map(|(i, (kind, bound))| Op::CallInLease(i, kind, bound)),
+        3 => prop_oneof![Just(Kind::Plain), Just(Kind::Trapped), Just(Kind::Thrown)]
+            .prop_map(Op::CallSync),
+        6 => any::<Index>().prop_map(Op::Abort),
+        8 => Just(Op::LetThrough),
+        4 => Just(Op::Lease),
+        1 => any::<Index>().prop_map(Op::CancelLease),
+        4 => any::<Index>().prop_map(Op::Release),
+        4 => reload.prop_map(|(reason, drain_ms, interrupts, skip_save)| {
+            Op::Reload { reason, drain_ms, interrupts, skip_save }
+        }),
+        1 => prop_oneof![
+            Just(Point::Imports),
+            Just(Point::Initialize),
+            Just(Point::Save),
+            Just(Point::Restore)
+        ]
+        .prop_map(Op::Fail),
+        5 => any::<u8>().prop_map(Op::Breathe),
+    ]
+}
+
+fn world() -> impl Strategy<Value = World> {
+    let queues = prop_oneof![Just(0usize), Just(2), Just(1024)];
+    (
+        1..4usize,
+        1..4usize,
+        queues,
+        any::<bool>(),
+        any::<bool>(),
+        any::<bool>(),
+    )
+        .prop_map(
+            |(instances, threads, max_queue, home, signals, ends_with_close)| World {
+                instances,
+                threads,
+                max_queue,
+                home,
+                signals,
+                ends_with_close,
+            },
+        )
+}
+
+/// How often each end was seen, so that the test can tell whether it tests anything.
+type Tally = Mutex<BTreeMap<String, usize>>;
+
+fn count(tally: &Tally, what: &str, end: &str) {
+    *tally
+        .lock()
+        .unwrap()
+        .entry(format!("{what}: {end}"))
+        .or_default() += 1;
+}
+
+/// The end of something, in a word.
+fn word<T>(ended: &wasm_molt_engine::Result<T>) -> String {
+    match ended {
+        Ok(_) => "done".into(),
+        Err(Error::Thrown(_)) => "thrown".into(),
+        Err(Error::Aborted(_)) => "aborted".into(),
+        Err(error) => error.code().map_or("?", ErrorCode::as_str).into(),
+    }
+}
+
+/// What was done to one call.
+struct Call {
+    tag: i32,
+    kind: Kind,
+    bound: Bound,
+    ended: Answer<Ended>,
+    control: Option<Arc<CallControl>>,
+    is_aborted: bool,
+    lease: Option<u64>,
+}
+
+struct History {
+    world: World,
+    rig: Rig,
+    door: Door,
+    notes: Arc<Mutex<Vec<i32>>>,
+    calls: Vec<Call>,
+    /// Synchronous calls, with their outcome.
+    sync: Vec<(i32, Kind, wasm_molt_engine::Result<Vec<Value>>)>,
+    asked_leases: Vec<(Answer<wasm_molt_engine::Result<Arc<Lease>>>, WaitId)>,
+    leases: Vec<Arc<Lease>>,
+    reloads: Vec<Answer<wasm_molt_engine::Result<Arc<ReloadReport>>>>,
+    next_tag: i32,
+    may_interrupt: bool,
+    may_fail: bool,
+}
+
+impl History {
+    fn begin(world: World) -> Self {
+        let (door, notes) = (Door::new(), Arc::new(Mutex::new(Vec::new())));
+        let log = Arc::clone(&notes);
+        let script = Script::new()
+            .function("note", move |call| {
+                let Value::I32(tag) = call.args[0] else {
+                    panic!("{:?}", call.args)
+                };
+                log.lock().unwrap().push(tag);
+                Ok(())
+            })
+            .function("hold", door.function())
+            .function("throw", |call| {
+                Err(Error::Thrown(HostRef::new(call.args[0].clone())))
+            })
+            .function("panic", |_| panic!("on purpose, in a host function"))
+            .save(|_, _| Ok(Some(HostRef::new(()))))
+            .restore(|_, _, _| Ok(()));
+        let setup = Setup::new(LEDGER).script(script).options(|o| {
+            o.instances = world.instances;
+            o.threads = Some(world.threads);
+            o.max_queue = world.max_queue;
+            o.engine.signals_based_traps = world.signals;
+        });
+        let rig = if world.home {
+            setup.at_home().start()
+        } else {
+            setup.start()
+        };
+        Self {
+            world,
+            rig,
+            door,
+            notes,
+            calls: Vec::new(),
+            sync: Vec::new(),
+            asked_leases: Vec::new(),
+            leases: Vec::new(),
+            reloads: Vec::new(),
+            next_tag: 0,
+            may_interrupt: false,
+            may_fail: false,
+        }
+    }
+
+    fn tag(&mut self) -> i32 {
+        self.next_tag += 1;
+        self.next_tag
+    }
+
+    fn call(&mut self, lease: Option<&Arc<Lease>>, kind: Kind, bound: Bound) {
+        let tag = self.tag();
+        let limits = match bound {
+            Bound::None => CallLimits::default(),
+            Bound::Signal => CallLimits {
+                timeout_ms: None,
+                can_abort: true,
+            },
+            Bound::Timeout(ms) => CallLimits {
+                timeout_ms: Some(ms),
+                can_abort: false,
+            },
+        };
+        let args = [Value::I32(tag)];
+        let (ended, control) = match lease {
+            Some(lease) => self.rig.call_in_with(lease, kind.export(), &args, limits),
+            None => self.rig.call_with(kind.export(), &args, limits),
+        };
+        let lease = lease.map(|lease| lease.replica().id());
+        self.calls.push(Call {
+            tag,
+            kind,
+            bound,
+            ended,
+            control,
+            is_aborted: false,
+            lease,
+        });
+    }
+
+    /// Leases that have been granted meanwhile.
+    fn take_leases(&mut self) {
+        let asked = std::mem::take(&mut self.asked_leases);
+        for (answer, id) in asked {
+            match answer.try_get() {
+                Some(Ok(lease)) => self.leases.push(lease),
+                Some(Err(error)) => self.check_lease_refused(&error),
+                None => self.asked_leases.push((answer, id)),
+            }
+        }
+    }
+
+    fn check_lease_refused(&self, error: &Error) {
+        match error.code() {
+            // What `cancel_lease` said.
+            None => {}
+            Some(ErrorCode::QueueFull) => assert!(self.world.max_queue < 1024, "{error}"),
+            Some(ErrorCode::ReloadFailed) => assert!(self.may_fail, "{error}"),
+            Some(ErrorCode::Closed) => assert!(self.rig.manager.state() == ManagerState::Closed),
+            Some(_) => panic!("a lease was refused with {error}"),
+        }
+    }
+
+    fn abort(call: &mut Call) {
+        if let (Some(control), Bound::Signal) = (&call.control, call.bound) {
+            call.is_aborted = true;
+            control.stop(Stop::Aborted(HostRef::new(call.tag)));
+        }
+    }
+
+    fn step(&mut self, op: &Op) {
+        self.take_leases();
+        match op {
+            Op::Call(kind, bound) => self.call(None, *kind, *bound),
+            Op::CallInLease(index, kind, bound) => {
+                if !self.leases.is_empty() {
+                    let lease = Arc::clone(index.get(&self.leases));
+                    self.call(Some(&lease), *kind, *bound);
+                }
+            }
+            Op::CallSync(kind) => {
+                if self.world.home {
+                    let tag = self.tag();
+                    let outcome = self.rig.call_sync(kind.export(), &[Value::I32(tag)]);
+                    self.sync.push((tag, *kind, outcome));
+                }
+            }
+            Op::Abort(index) => {
+                if !self.calls.is_empty() {
+                    let index = index.index(self.calls.len());
+                    Self::abort(&mut self.calls[index]);
+                }
+            }
+            Op::LetThrough => self.door.go(),
+            Op::Lease => {
+                let asked = self.rig.ask_lease();
+                self.asked_leases.push(asked);
+            }
+            Op::CancelLease(index) => {
+                if !self.asked_leases.is_empty() {
+                    let (_, id) = index.get(&self.asked_leases);
+                    let error = Error::Aborted(HostRef::new("cancelled"));
+                    self.rig.manager.cancel_lease(*id, error);
+                }
+            }
+            Op::Release(index) => {
+                if !self.leases.is_empty() {
+                    let lease = self.leases.swap_remove(index.index(self.leases.len()));
+                    self.rig.release(&lease);
+                }
+            }
+            Op::Reload {
+                reason,
+                drain_ms,
+                interrupts,
+                skip_save,
+            } => {
+                self.may_interrupt |= interrupts;
+                let reload = self.rig.ask_reload(ReloadOptions {
+                    reason: format!("reason {reason}"),
+                    drain_timeout: drain_ms.map(Duration::from_millis),
+                    on_drain_timeout: if *interrupts {
+                        OnDrainTimeout::Interrupt
+                    } else {
+                        OnDrainTimeout::Abort
+                    },
+                    skip_save: *skip_save,
+                });
+                self.reloads.push(reload);
+            }
+            Op::Fail(point) => {
+                self.may_fail = true;
+                self.rig
+                    .faults
+                    .fail(*point, 0, Error::Thrown(HostRef::new("a hook")));
+            }
+            Op::Breathe(times) => (0..*times).for_each(|_| thread::yield_now()),
+        }
+    }
+
+    /// Ends it and checks everything.
+    fn end(mut self, tally: &Tally) {
+        if self.world.ends_with_close {
+            self.end_gracefully();
+        } else {
+            self.rig.destroy().get().unwrap();
+        }
+        assert_eq!(self.rig.manager.state(), ManagerState::Closed);
+        for (answer, _) in std::mem::take(&mut self.asked_leases) {
+            match answer.get() {
+                Ok(lease) => assert!(lease.enter().is_err(), "a lease after the end"),
+                Err(error) => self.check_lease_refused(&error),
+            }
+        }
+        self.check_reloads(tally);
+        let notes = std::mem::take(&mut *self.notes.lock().unwrap());
+        let stats = self.rig.stats();
+        let answered = (self.calls.len() + self.sync_that_ran()) as u64;
+        let c = stats.calls;
+        let counted = c.completed + c.failed + c.trapped + c.interrupted + c.rejected;
+        assert_eq!(counted, answered, "{c:?}");
+        let replaced: u64 = stats.reloads.values().sum();
+        assert_eq!(stats.generation, replaced + 1, "{:?}", stats.reloads);
+        let mut ran: HashMap<i32, usize> = HashMap::new();
+        notes
+            .iter()
+            .for_each(|tag| *ran.entry(*tag).or_default() += 1);
+        self.check_order(&notes);
+        for call in std::mem::take(&mut self.calls) {
+            let times = ran.get(&call.tag).copied().unwrap_or_default();
+            self.check_call(call, times, tally);
+        }
+        for (tag, kind, outcome) in std::mem::take(&mut self.sync) {
+            count(tally, "at home", &word(&outcome));
+            check_sync(kind, &outcome, ran.get(&tag).copied().unwrap_or_default());
+        }
+    }
+
+    /// Synchronous calls that got inside: only those are counted.
+    fn sync_that_ran(&self) -> usize {
+        let is_counted = |outcome: &wasm_molt_engine::Result<Vec<Value>>| match outcome {
+            Ok(_) | Err(Error::Thrown(_) | Error::Trap { .. }) => true,
+            Err(_) => false,
+        };
+        self.sync
+            .iter()
+            .filter(|(_, _, outcome)| is_counted(outcome))
+            .count()
+    }
+
+    /// Everything is let go, so that everything ends by itself, and then close() has nothing to cut.
+    fn end_gracefully(&mut self) {
+        self.door.open();
+        self.calls.iter_mut().for_each(Self::abort);
+        for lease in std::mem::take(&mut self.leases) {
+            self.rig.release(&lease);
+        }
+        for (answer, _) in std::mem::take(&mut self.asked_leases) {
+            match answer.get() {
+                Ok(lease) => self.rig.release(&lease),
+                Err(error) => self.check_lease_refused(&error),
+            }
+        }
+        self.rig.close(None).get().unwrap();
+    }
+
+    fn check_reloads(&mut self, tally: &Tally) {
+        let mut generations = Vec::new();
+        for reload in std::mem::take(&mut self.reloads) {
+            let reload = reload.get();
+            count(tally, "reload", &word(&reload));
+            match reload {
+                Ok(report) => generations.push(report.generation.get()),
+                Err(error) => match error.code() {
+                    Some(ErrorCode::DrainTimeout) => {}
+                    Some(ErrorCode::ReloadFailed) => assert!(self.may_fail, "{error}"),
+                    Some(ErrorCode::Closed) => assert!(!self.world.ends_with_close, "{error}"),
+                    _ => panic!("a reload ended with {error}"),
+                },
+            }
+        }
+        let last = self.rig.manager.generation().get();
+        assert!(
+            generations
+                .iter()
+                .all(|generation| (2..=last).contains(generation))
+        );
+    }
+
+    /// One instance runs its calls in the order in which they came; so does one lease.
+    fn check_order(&self, notes: &[i32]) {
+        let is_sync = |tag: &i32| self.sync.iter().any(|(sync, _, _)| sync == tag);
+        let mut orders: HashMap<Option<u64>, Vec<i32>> = HashMap::new();
+        for tag in notes.iter().filter(|tag| !is_sync(tag)) {
+            let call = self.calls.iter().find(|call| call.tag == *tag).unwrap();
+            orders.entry(call.lease).or_default().push(*tag);
+        }
+        for (lease, order) in orders {
+            if lease.is_some() || self.world.instances == 1 {
+                assert!(order.is_sorted(), "{lease:?}: {order:?}");
+            }
+        }
+    }
+
+    /// Whether the answer is one of those that this call may have, and fits to whether it ran.
+    fn check_call(&self, call: Call, times: usize, tally: &Tally) {
+        let Call {
+            tag,
+            kind,
+            bound,
+            ended,
+            is_aborted,
+            lease,
+            ..
+        } = call;
+        assert!(times <= 1, "call {tag} ran {times} times");
+        let ended = ended.get();
+        let place = if lease.is_some() {
+            "in a lease"
+        } else {
+            "call"
+        };
+        count(tally, place, &word(&ended));
+        let what = || format!("call {tag}, {kind:?}, {bound:?}, ran {times} times: {ended:?}");
+        let must_have_run = match &ended {
+            Ok(Outcome::Values(values)) => {
+                assert!(matches!(kind, Kind::Plain | Kind::Held), "{}", what());
+                assert!(
+                    matches!(values.as_slice(), [Value::I32(v)] if *v == tag),
+                    "{}",
+                    what()
+                );
+                Some(true)
+            }
+            Ok(Outcome::Bytes(_)) => panic!("{}", what()),
+            Err(Error::Trap { .. }) => {
+                assert_eq!(kind, Kind::Trapped, "{}", what());
+                Some(true)
+            }
+            Err(Error::Thrown(thrown)) => {
+                let thrown = thrown.downcast_ref::<Value>();
+                assert!(
+                    matches!(thrown, Some(Value::I32(v)) if *v == tag),
+                    "{}",
+                    what()
+                );
+                Some(true)
+            }
+            Err(Error::Aborted(reason)) => {
+                assert!(is_aborted, "{}", what());
+                assert_eq!(reason.downcast_ref(), Some(&tag), "{}", what());
+                None
+            }
+            Err(error) => match error.code() {
+                Some(ErrorCode::Internal) => {
+                    assert_eq!(kind, Kind::Panicked, "{}", what());
+                    Some(true)
+                }
+                Some(ErrorCode::Timeout) => {
+                    assert!(matches!(bound, Bound::Timeout(_)), "{}", what());
+                    None
+                }
+                Some(ErrorCode::Interrupted) => {
+                    assert!(
+                        self.may_interrupt || !self.world.ends_with_close,
+                        "{}",
+                        what()
+                    );
+                    None
+                }
+                Some(ErrorCode::QueueFull) => {
+                    assert!(self.world.max_queue < 1024, "{}", what());
+                    Some(false)
+                }
+                Some(ErrorCode::StaleHandle) => {
+                    assert!(lease.is_some(), "{}", what());
+                    Some(false)
+                }
+                Some(ErrorCode::ReloadFailed) => {
+                    assert!(self.may_fail, "{}", what());
+                    Some(false)
+                }
+                Some(ErrorCode::Closed) => {
+                    assert!(!self.world.ends_with_close, "{}", what());
+                    Some(false)
+                }
+                _ => panic!("{}", what()),
+            },
+        };
+        if let Some(must_have_run) = must_have_run {
+            assert_eq!(times == 1, must_have_run, "{}", what());
+        }
+    }
+}
+
+fn check_sync(kind: Kind, outcome: &wasm_molt_engine::Result<Vec<Value>>, times: usize) {
+    let (is_expected, must_have_run) = match outcome {
+        Ok(_) => (kind == Kind::Plain, true),
+        Err(Error::Trap { .. }) => (kind == Kind::Trapped, true),
+        Err(Error::Thrown(_)) => (kind == Kind::Thrown, true),
+        Err(error) => {
+            let code = error.code();
+            let refusals = [
+                ErrorCode::Busy,
+                ErrorCode::Reloading,
+                ErrorCode::ReloadFailed,
+            ];
+            (code.is_some_and(|code| refusals.contains(&code)), false)
+        }
+    };
+    assert!(
+        is_expected && times == usize::from(must_have_run),
+        "{kind:?}, {times}: {outcome:?}"
+    );
+}
+
+/// What a run must have come across to be worth anything.
+const ENDS: [&str; 13] = [
+    "call: done",
+    "call: thrown",
+    "call: aborted",
+    "call: ERR_WASM_TRAP",
+    "call: ERR_WASM_TIMEOUT",
+    "call: ERR_WASM_INTERRUPTED",
+    "call: ERR_WASM_QUEUE_FULL",
+    "call: ERR_WASM_CLOSED",
+    "in a lease: done",
+    "in a lease: ERR_WASM_STALE_HANDLE",
+    "at home: done",
+    "reload: done",
+    "reload: ERR_WASM_DRAIN_TIMEOUT",
+];
+
+fn seed() -> u64 {
+    let given = std::env::var("WASM_MOLT_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok());
+    given.unwrap_or_else(|| {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        now.as_nanos() as u64
+    })
+}
+
+#[test]
+fn every_call_is_answered_once_and_has_run_at_most_once() {
+    let seed = seed();
+    println!("WASM_MOLT_SEED={seed}");
+    let mut bytes = [0; 32];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    let config = ProptestConfig {
+        cases: 400,
+        failure_persistence: None,
+        // A history that hangs takes its patience each time.
+        max_shrink_time: 60_000,
+        ..ProptestConfig::default()
+    };
+    let tally = Tally::default();
+    let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
+    let histories = (world(), prop::collection::vec(op(), 1..80));
+    let outcome = TestRunner::new_with_rng(config, rng).run(&histories, |(world, ops)| {
+        let mut history = History::begin(world);
+        ops.iter().for_each(|op| history.step(op));
+        history.end(&tally);
+        Ok(())
+    });
+    match outcome {
+        Ok(()) => {
+            let tally = tally.into_inner().unwrap();
+            println!("{tally:#?}");
+            for end in ENDS {
+                assert!(tally.contains_key(end), "'{end}' never came up: {tally:#?}");
+            }
+        }
+        Err(TestError::Fail(reason, history)) => {
+            panic!("WASM_MOLT_SEED={seed}\n{reason}\n{history:#?}")
+        }
+        Err(error) => panic!("WASM_MOLT_SEED={seed}\n{error}"),
+    }
+}
