@@ -230,23 +230,27 @@ const FEATURES: [keyof EngineOptions, string, number][] = [
 for (const [feature, text, expected] of FEATURES) {
   const byDefault = feature !== 'threads'
   const usual = byDefault ? 'on' : 'off'
-  test(`${feature} is ${usual} by default; on it works, off it refuses the module with the option to set`, LIMIT, async (t) => {
-    const source = wat(text)
-    for (const engine of byDefault ? [{}, { [feature]: true }] : [{ [feature]: true }]) {
-      const manager = await managed(t, source, { engine })
-      assert.equal(manager.exports.f?.(), expected)
-      assert.equal(await manager.call('f'), expected)
-    }
-    for (const engine of byDefault ? [{ [feature]: false }] : [{}, { [feature]: false }]) {
-      await assert.rejects(
-        WasmModuleManager.create(source, { cache: false, engine }),
-        hasCode('ERR_WASM_COMPILE', new RegExp(`engine\\.${feature}: true`)),
-      )
-    }
-    // What does not use it is not disturbed.
-    const plain = await managed(t, workbench, { imports: idleImports, engine: { [feature]: false } })
-    assert.equal(plain.exports.add?.(1, 2), 3)
-  })
+  test(
+    `${feature} is ${usual} by default; on it works, off it refuses the module with the option to set`,
+    LIMIT,
+    async (t) => {
+      const source = wat(text)
+      for (const engine of byDefault ? [{}, { [feature]: true }] : [{ [feature]: true }]) {
+        const manager = await managed(t, source, { engine })
+        assert.equal(manager.exports.f?.(), expected)
+        assert.equal(await manager.call('f'), expected)
+      }
+      for (const engine of byDefault ? [{ [feature]: false }] : [{}, { [feature]: false }]) {
+        await assert.rejects(
+          WasmModuleManager.create(source, { cache: false, engine }),
+          hasCode('ERR_WASM_COMPILE', new RegExp(`engine\\.${feature}: true`)),
+        )
+      }
+      // What does not use it is not disturbed.
+      const plain = await managed(t, workbench, { imports: idleImports, engine: { [feature]: false } })
+      assert.equal(plain.exports.add?.(1, 2), 3)
+    },
+  )
 }
 
 test('shared memories work with threads on: the module sees its own', LIMIT, async (t) => {

@@ -332,7 +332,9 @@ impl Backend for Swap<'_> {
         let next = std::mem::take(&mut self.next);
         let _ = self.shared.discard(next, self.previous.next());
         // A hook may have trapped the old guest while it saved: it must not serve like that.
-        for replica in self.old.iter().filter(|r| r.is_poisoned()) {
+        let retired = self.shared.gate.retired_slots();
+        let trapped = |r: &&Arc<Replica>| r.is_poisoned() && !retired.contains(&r.slot());
+        for replica in self.old.iter().filter(trapped) {
             self.shared.gate.retire(replica.slot());
             self.shared.request_repair(replica.slot());
         }

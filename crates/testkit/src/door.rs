@@ -43,12 +43,21 @@ impl Door {
     pub fn new() -> Self {
         let (arrive, arrived) = unbounded();
         let (passes, pass) = unbounded();
-        Self { arrive, arrived, passes: Arc::new(Mutex::new(Some(passes))), pass, hears_stops: true }
+        Self {
+            arrive,
+            arrived,
+            passes: Arc::new(Mutex::new(Some(passes))),
+            pass,
+            hears_stops: true,
+        }
     }
 
     /// A closed door at which nobody listens for stops: a host that does not cooperate.
     pub fn deaf() -> Self {
-        Self { hears_stops: false, ..Self::new() }
+        Self {
+            hears_stops: false,
+            ..Self::new()
+        }
     }
 
     /// The host function: `(i32) -> i32`, `() -> ()` and the like.
@@ -64,7 +73,11 @@ impl Door {
         };
         let _ = self.arrive.send(arg);
         let never = crossbeam_channel::never();
-        let stopped = if self.hears_stops { call.replica.interrupter().cancelled() } else { &never };
+        let stopped = if self.hears_stops {
+            call.replica.interrupter().cancelled()
+        } else {
+            &never
+        };
         let pass = select! {
             recv(self.pass) -> pass => pass.unwrap_or(Pass::Go),
             recv(stopped) -> _ => return Err(call.replica.interrupted()),
@@ -111,6 +124,9 @@ impl Door {
 
     /// From now on nobody waits.
     pub fn open(&self) {
-        self.passes.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.passes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
     }
 }

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 use wasm_molt_engine::{
-    Error, ErrorCode, Event, HomeStep, Host, HostRef, ImportValue, Lease, Manager, Module, Replaced,
-    Replica, Result,
+    Error, ErrorCode, Event, HomeStep, Host, HostRef, ImportValue, Lease, Manager, Module,
+    Replaced, Replica, Result,
 };
 
 use crate::wait::{Answer, Latch, PATIENCE, answer};
@@ -37,7 +37,11 @@ impl Point {
 enum Fault {
     Fail(Error),
     Panic,
-    Block { reached: Latch, go_on: Receiver<()>, then: Result<()> },
+    Block {
+        reached: Latch,
+        go_on: Receiver<()>,
+        then: Result<()>,
+    },
     Destroy(Box<dyn FnOnce(Result<()>) + Send>),
     Close(Box<dyn FnOnce(Result<()>) + Send>),
 }
@@ -57,7 +61,9 @@ pub struct Faults {
 
 impl std::fmt::Debug for Faults {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Faults").field("planned", &self.planned().len()).finish_non_exhaustive()
+        f.debug_struct("Faults")
+            .field("planned", &self.planned().len())
+            .finish_non_exhaustive()
     }
 }
 
@@ -89,7 +95,11 @@ impl Held {
 impl Faults {
     /// No faults yet.
     pub fn new(inner: Arc<dyn Host>) -> Self {
-        Self { inner, planned: Mutex::default(), manager: Mutex::default() }
+        Self {
+            inner,
+            planned: Mutex::default(),
+            manager: Mutex::default(),
+        }
     }
 
     /// The manager that is to be destroyed. Taken back with `None`, for the two hold each other.
@@ -133,7 +143,15 @@ impl Faults {
     fn block(&self, point: Point, skip: usize, then: Result<()>) -> Held {
         let reached = Latch::new(format!("the hook {point:?} is reached"));
         let (go_on, released) = bounded(0);
-        self.plan(point, skip, Fault::Block { reached: reached.clone(), go_on: released, then });
+        self.plan(
+            point,
+            skip,
+            Fault::Block {
+                reached: reached.clone(),
+                go_on: released,
+                then,
+            },
+        );
         Held { reached, go_on }
     }
 
@@ -152,7 +170,10 @@ impl Faults {
     }
 
     fn manager(&self) -> Option<Manager> {
-        self.manager.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.manager
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     fn pass(&self, point: Point) -> Result<()> {
@@ -161,7 +182,9 @@ impl Faults {
             let Some(index) = planned.iter().position(|p| p.point == point) else {
                 return Ok(());
             };
-            let Some(first) = planned.get_mut(index) else { return Ok(()) };
+            let Some(first) = planned.get_mut(index) else {
+                return Ok(());
+            };
             if first.skip > 0 {
                 first.skip -= 1;
                 return Ok(());
@@ -171,7 +194,11 @@ impl Faults {
         match fault {
             Fault::Fail(error) => Err(error),
             Fault::Panic => panic!("on purpose, in {point:?}"),
-            Fault::Block { reached, go_on, then } => {
+            Fault::Block {
+                reached,
+                go_on,
+                then,
+            } => {
                 reached.open();
                 let Some(manager) = self.manager() else {
                     panic!("a hook is held, and no manager is attached")

@@ -6,9 +6,7 @@ use std::rc::Rc;
 use std::thread::{self, JoinHandle, ThreadId};
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
-use wasm_molt_engine::{
-    Away, Error, ErrorCode, Home, HomeStep, Job, Manager, Result, Value,
-};
+use wasm_molt_engine::{Away, Error, ErrorCode, Home, HomeStep, Job, Manager, Result, Value};
 
 use crate::inside;
 use crate::wait::PATIENCE;
@@ -34,7 +32,9 @@ fn desk() -> Option<Rc<Desk>> {
 
 impl std::fmt::Debug for Desk {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Desk").field("manager", &self.manager).finish_non_exhaustive()
+        f.debug_struct("Desk")
+            .field("manager", &self.manager)
+            .finish_non_exhaustive()
     }
 }
 
@@ -98,7 +98,9 @@ pub struct HomeMail {
 
 impl std::fmt::Debug for HomeMail {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("HomeMail").field("thread", &self.thread).finish_non_exhaustive()
+        f.debug_struct("HomeMail")
+            .field("thread", &self.thread)
+            .finish_non_exhaustive()
     }
 }
 
@@ -143,12 +145,21 @@ impl HomeThread {
     /// Starts it, with an empty desk.
     pub fn spawn() -> Self {
         let (tasks, inbox) = unbounded();
-        let handle = match thread::Builder::new().name("home".into()).spawn(move || run(&inbox)) {
+        let handle = match thread::Builder::new()
+            .name("home".into())
+            .spawn(move || run(&inbox))
+        {
             Ok(handle) => handle,
             Err(error) => panic!("no home thread: {error}"),
         };
-        let mail = HomeMail { tasks, thread: handle.thread().id() };
-        Self { mail, handle: Some(handle) }
+        let mail = HomeMail {
+            tasks,
+            thread: handle.thread().id(),
+        };
+        Self {
+            mail,
+            handle: Some(handle),
+        }
     }
 
     /// The way to it.
@@ -163,8 +174,13 @@ impl HomeThread {
     ) -> Result<Manager> {
         self.run(move || {
             let (manager, home) = make()?;
-            let Some(home) = home else { panic!("the options ask for no home") };
-            let desk = Desk { home, manager: manager.clone() };
+            let Some(home) = home else {
+                panic!("the options ask for no home")
+            };
+            let desk = Desk {
+                home,
+                manager: manager.clone(),
+            };
             DESK.with_borrow_mut(|place| *place = Some(Rc::new(desk)));
             Ok(manager)
         })

@@ -45,7 +45,9 @@ pub struct Script {
 
 impl std::fmt::Debug for Script {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Script").field("values", &self.values.len()).finish_non_exhaustive()
+        f.debug_struct("Script")
+            .field("values", &self.values.len())
+            .finish_non_exhaustive()
     }
 }
 
@@ -142,14 +144,21 @@ pub struct TestHost {
 
 impl std::fmt::Debug for TestHost {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("TestHost").field("script", &self.script).finish_non_exhaustive()
+        f.debug_struct("TestHost")
+            .field("script", &self.script)
+            .finish_non_exhaustive()
     }
 }
 
 impl TestHost {
     /// * `home`: where steps at home run; without one they run on whichever thread asks.
     pub fn new(script: Script, home: Option<HomeMail>) -> Self {
-        Self { script, home, log: Mutex::default(), changed: Condvar::new() }
+        Self {
+            script,
+            home,
+            log: Mutex::default(),
+            changed: Condvar::new(),
+        }
     }
 
     fn log(&self) -> MutexGuard<'_, Log> {
@@ -202,7 +211,10 @@ impl TestHost {
         let came = changes.iter().filter(|change| !change.new.is_empty());
         let generations: Vec<_> = came.map(|change| change.generation).collect();
         let is_increasing = generations.windows(2).all(|pair| pair[0] < pair[1]);
-        assert!(is_increasing, "generations were used twice: {generations:?}");
+        assert!(
+            is_increasing,
+            "generations were used twice: {generations:?}"
+        );
     }
 
     /// How often the host was told that it is not needed any more.
@@ -219,7 +231,10 @@ impl TestHost {
 }
 
 fn missing(module: &str, name: &str) -> Error {
-    Error::new(ErrorCode::Link, format!("the script gives no '{module}'.'{name}'"))
+    Error::new(
+        ErrorCode::Link,
+        format!("the script gives no '{module}'.'{name}'"),
+    )
 }
 
 impl Host for TestHost {
@@ -232,21 +247,32 @@ impl Host for TestHost {
                 *module == import.module && *name == import.name
             };
             let given = self.script.values.iter().find(is_meant);
-            given.map(|(_, _, value)| value.clone()).ok_or_else(|| missing(&import.module, &import.name))
+            given
+                .map(|(_, _, value)| value.clone())
+                .ok_or_else(|| missing(&import.module, &import.name))
         };
         module.imports().iter().map(find).collect()
     }
 
     fn initialize(&self, lease: &Arc<Lease>) -> Result<()> {
-        self.script.initialize.as_ref().map_or(Ok(()), |hook| hook(lease))
+        self.script
+            .initialize
+            .as_ref()
+            .map_or(Ok(()), |hook| hook(lease))
     }
 
     fn save_state(&self, lease: &Arc<Lease>, replica: usize) -> Result<Option<HostRef>> {
-        self.script.save.as_ref().map_or(Ok(None), |hook| hook(lease, replica))
+        self.script
+            .save
+            .as_ref()
+            .map_or(Ok(None), |hook| hook(lease, replica))
     }
 
     fn restore_state(&self, lease: &Arc<Lease>, state: &HostRef, replica: usize) -> Result<()> {
-        self.script.restore.as_ref().map_or(Ok(()), |hook| hook(lease, state, replica))
+        self.script
+            .restore
+            .as_ref()
+            .map_or(Ok(()), |hook| hook(lease, state, replica))
     }
 
     fn at_home(&self, step: HomeStep) -> Result<()> {

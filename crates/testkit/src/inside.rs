@@ -14,7 +14,11 @@ pub fn call_again(call: &HostCall<'_>, name: &str, args: Vec<Value>) -> Result<V
 
 /// Calls a function that came as a value, from within a host function of the same instance.
 pub fn call_handle(call: &HostCall<'_>, func: &FuncHandle, args: Vec<Value>) -> Result<Vec<Value>> {
-    assert_eq!(func.replica_id(), call.replica.id(), "a function of another instance");
+    assert_eq!(
+        func.replica_id(),
+        call.replica.id(),
+        "a function of another instance"
+    );
     // SAFETY: as above; the function is this instance's, as was just checked.
     unsafe { call.replica.call(func, args) }
 }
@@ -27,11 +31,7 @@ pub fn call_leased(inside: &LeaseInside, name: &str, args: Vec<Value>) -> Result
 
 /// # Safety
 /// The calling thread holds the replica.
-unsafe fn call_export(
-    replica: &Replica,
-    name: &str,
-    args: Vec<Value>,
-) -> Result<Vec<Value>> {
+unsafe fn call_export(replica: &Replica, name: &str, args: Vec<Value>) -> Result<Vec<Value>> {
     let index = replica.module().function_index(name)?;
     let func = replica.function(index).ok_or_else(|| replica.stale())?;
     // SAFETY: contract of this function; the function is the replica's own.

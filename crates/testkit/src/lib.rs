@@ -12,7 +12,10 @@
 //!
 //! What goes wrong in here panics: it runs in tests.
 #![expect(clippy::panic, reason = "a test fails by panicking")]
-#![expect(clippy::missing_panics_doc, reason = "everything here panics when a test fails")]
+#![expect(
+    clippy::missing_panics_doc,
+    reason = "everything here panics when a test fails"
+)]
 
 pub mod door;
 pub mod faults;

@@ -16,7 +16,10 @@ struct Present {
     is_quiet: bool,
 }
 
-static PRESENT: Mutex<Present> = Mutex::new(Present { working: 0, is_quiet: false });
+static PRESENT: Mutex<Present> = Mutex::new(Present {
+    working: 0,
+    is_quiet: false,
+});
 static CHANGED: Condvar = Condvar::new();
 
 thread_local! {
@@ -67,7 +70,10 @@ pub fn alone() -> Alone {
     assert_eq!(DEPTH.get(), 0, "this thread itself makes noise");
     wait_while(|present| present.is_quiet).is_quiet = true;
     let present = wait_while(|present| present.working > 0);
-    assert_eq!(present.working, 0, "the other tests did not end within {PATIENCE:?}");
+    assert_eq!(
+        present.working, 0,
+        "the other tests did not end within {PATIENCE:?}"
+    );
     drop(present);
     // Its own work does not wait for itself.
     DEPTH.set(1);

@@ -36,8 +36,15 @@ impl Setup {
 
     /// The same from any source.
     pub fn of(source: Source) -> Self {
-        let options = ManagerOptions { cache: CacheChoice::Off, ..ManagerOptions::default() };
-        Self { source, options, script: Script::new() }
+        let options = ManagerOptions {
+            cache: CacheChoice::Off,
+            ..ManagerOptions::default()
+        };
+        Self {
+            source,
+            options,
+            script: Script::new(),
+        }
     }
 
     /// Changes the options.
@@ -83,7 +90,10 @@ impl Setup {
         let working = work();
         hush_panics_on_purpose();
         let home = self.options.has_home.then(HomeThread::spawn);
-        let host = Arc::new(TestHost::new(self.script, home.as_ref().map(HomeThread::mail)));
+        let host = Arc::new(TestHost::new(
+            self.script,
+            home.as_ref().map(HomeThread::mail),
+        ));
         let faults = Arc::new(Faults::new(Arc::<TestHost>::clone(&host)));
         let given: Arc<dyn Host> = Arc::<Faults>::clone(&faults);
         let options = self.options;
@@ -92,7 +102,14 @@ impl Setup {
             None => Manager::new(options, given)?.0,
         };
         faults.attach(Some(manager.clone()));
-        Ok(Rig { manager, host, faults, home, source: self.source, _working: working })
+        Ok(Rig {
+            manager,
+            host,
+            faults,
+            home,
+            source: self.source,
+            _working: working,
+        })
     }
 
     /// Made and started.
@@ -178,7 +195,10 @@ impl Rig {
     /// Position of an export.
     #[track_caller]
     pub fn function(&self, name: &str) -> usize {
-        let found = self.manager.module().map(|module| module.function_index(name));
+        let found = self
+            .manager
+            .module()
+            .map(|module| module.function_index(name));
         match found {
             Some(Ok(index)) => index,
             Some(Err(error)) => panic!("{error}"),
@@ -213,21 +233,30 @@ impl Rig {
         args: &[Value],
         limits: CallLimits,
     ) -> (Answer<Ended>, Option<Arc<CallControl>>) {
-        let work = Work::Call { function: self.function(name), args: args.to_vec() };
+        let work = Work::Call {
+            function: self.function(name),
+            args: args.to_vec(),
+        };
         self.work(name, work, limits)
     }
 
     /// The same with a timeout.
     #[track_caller]
     pub fn call_for(&self, ms: u64, name: &str, args: &[Value]) -> Answer<Ended> {
-        let limits = CallLimits { timeout_ms: Some(ms), can_abort: false };
+        let limits = CallLimits {
+            timeout_ms: Some(ms),
+            can_abort: false,
+        };
         self.call_with(name, args, limits).0
     }
 
     /// The same with a signal.
     #[track_caller]
     pub fn call_abortable(&self, name: &str, args: &[Value]) -> (Answer<Ended>, Arc<CallControl>) {
-        let limits = CallLimits { timeout_ms: None, can_abort: true };
+        let limits = CallLimits {
+            timeout_ms: None,
+            can_abort: true,
+        };
         match self.call_with(name, args, limits) {
             (ended, Some(control)) => (ended, control),
             (_, None) => panic!("no control for a call that can be aborted"),
@@ -244,7 +273,10 @@ impl Rig {
     /// Sends a buffer through an export.
     #[track_caller]
     pub fn invoke(&self, name: &str, input: &[u8]) -> Answer<Ended> {
-        let work = Work::Invoke { function: self.function(name), input: input.to_vec() };
+        let work = Work::Invoke {
+            function: self.function(name),
+            input: input.to_vec(),
+        };
         self.work(name, work, CallLimits::default()).0
     }
 
@@ -252,7 +284,8 @@ impl Rig {
     #[track_caller]
     pub fn call_sync(&self, name: &str, args: &[Value]) -> Result<Vec<Value>> {
         let (name, args) = (name.to_owned(), args.to_vec());
-        self.home().at_desk(move |desk: &Desk| desk.call(&name, args))
+        self.home()
+            .at_desk(move |desk: &Desk| desk.call(&name, args))
     }
 
     /// Asks for an instance.
@@ -266,7 +299,10 @@ impl Rig {
             }
             done(lease);
         };
-        (leased, self.there(move |m, home| m.lease(home, Box::new(done))))
+        (
+            leased,
+            self.there(move |m, home| m.lease(home, Box::new(done))),
+        )
     }
 
     /// Asks for an instance and waits for it.
@@ -281,7 +317,8 @@ impl Rig {
     /// Calls an export of a leased instance on the pool.
     #[track_caller]
     pub fn call_in(&self, lease: &Arc<Lease>, name: &str, args: &[Value]) -> Answer<Ended> {
-        self.call_in_with(lease, name, args, CallLimits::default()).0
+        self.call_in_with(lease, name, args, CallLimits::default())
+            .0
     }
 
     /// The same with limits.
@@ -294,10 +331,12 @@ impl Rig {
         limits: CallLimits,
     ) -> (Answer<Ended>, Option<Arc<CallControl>>) {
         let (settle, ended) = answer(format!("{name} in a lease"));
-        let work = Work::Call { function: self.function(name), args: args.to_vec() };
+        let work = Work::Call {
+            function: self.function(name),
+            args: args.to_vec(),
+        };
         let lease = Arc::clone(lease);
-        let control =
-            self.there(move |m, _| m.call_in(&lease, work, limits, Box::new(settle)));
+        let control = self.there(move |m, _| m.call_in(&lease, work, limits, Box::new(settle)));
         (ended, control)
     }
 
@@ -383,10 +422,17 @@ impl Drop for Rig {
         let destroyed = self.destroy();
         if !std::thread::panicking() {
             let outcome = destroyed.get();
-            assert!(outcome.is_ok(), "destroy() cannot fail, and did: {outcome:?}");
+            assert!(
+                outcome.is_ok(),
+                "destroy() cannot fail, and did: {outcome:?}"
+            );
             assert_eq!(self.manager.state(), ManagerState::Closed);
-            assert!(self.manager.replica(0).is_none(), "an instance was left behind");
-            self.host.wait_for("close", 1, |event| matches!(event, Event::Close));
+            assert!(
+                self.manager.replica(0).is_none(),
+                "an instance was left behind"
+            );
+            self.host
+                .wait_for("close", 1, |event| matches!(event, Event::Close));
             let closes = self.host.count(|event| matches!(event, Event::Close));
             assert_eq!(closes, 1, "the end is told once");
             // Without its home nobody can tell the host what went.
@@ -400,7 +446,10 @@ impl Drop for Rig {
 
 /// Default options with a reason.
 pub fn because(reason: &str) -> ReloadOptions {
-    ReloadOptions { reason: reason.into(), ..ReloadOptions::default() }
+    ReloadOptions {
+        reason: reason.into(),
+        ..ReloadOptions::default()
+    }
 }
 
 /// The values that came back.

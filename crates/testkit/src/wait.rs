@@ -56,7 +56,9 @@ impl<T> Answer<T> {
             Err(RecvTimeoutError::Timeout) => {
                 panic!("no answer within {PATIENCE:?}: {}", self.what)
             }
-            Err(RecvTimeoutError::Disconnected) => panic!("dropped without an answer: {}", self.what),
+            Err(RecvTimeoutError::Disconnected) => {
+                panic!("dropped without an answer: {}", self.what)
+            }
         }
     }
 
@@ -99,25 +101,41 @@ impl Latch {
 
     /// Opens it. Idempotent.
     pub fn open(&self) {
-        *self.0.is_open.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        *self
+            .0
+            .is_open
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = true;
         self.0.changed.notify_all();
     }
 
     /// Whether it has been opened.
     pub fn is_open(&self) -> bool {
-        *self.0.is_open.lock().unwrap_or_else(PoisonError::into_inner)
+        *self
+            .0
+            .is_open
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until it is open.
     #[track_caller]
     pub fn wait(&self) {
-        let is_open = self.0.is_open.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_open = self
+            .0
+            .is_open
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let (is_open, _) = self
             .0
             .changed
             .wait_timeout_while(is_open, PATIENCE, |is_open| !*is_open)
             .unwrap_or_else(PoisonError::into_inner);
-        assert!(*is_open, "did not happen within {PATIENCE:?}: {}", self.0.what);
+        assert!(
+            *is_open,
+            "did not happen within {PATIENCE:?}: {}",
+            self.0.what
+        );
     }
 }
 
@@ -126,7 +144,10 @@ impl Latch {
 pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     let started = Instant::now();
     while !is_so() {
-        assert!(started.elapsed() < PATIENCE, "not so within {PATIENCE:?}: {what}");
+        assert!(
+            started.elapsed() < PATIENCE,
+            "not so within {PATIENCE:?}: {what}"
+        );
         std::thread::yield_now();
     }
 }

@@ -168,7 +168,7 @@ fn a_feature_that_is_off_is_refused_by_its_options_name() {
         (threads, |engine| engine.threads = false, "engine.threads"),
     ];
     for (wat, change, word) in cases {
-        drop(Setup::new(wat).start());
+        drop(Setup::new(wat).options(|o| o.engine.threads = true).start());
         let error = Setup::new(wat)
             .options(|o| change(&mut o.engine))
             .start_error();

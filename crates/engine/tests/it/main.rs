@@ -2,6 +2,15 @@
 //!
 //! Nothing sleeps. Calls meet the test at doors (host functions), hooks are held by faults, and every
 //! wait ends in an answer or in a failure that says what did not come.
+#![allow(
+    clippy::pedantic,
+    clippy::panic,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stdout,
+    clippy::type_complexity,
+    reason = "a test may stop, and its helpers are read where they are used"
+)]
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod call;

@@ -137,6 +137,7 @@ fn memories_of_every_kind_grow_and_trap_at_their_end() {
                 let setup = Setup::new(&wat).options(|o| {
                     o.engine.memory_reservation_bytes = reservation;
                     o.engine.signals_based_traps = signals;
+                    o.engine.threads = true;
                 });
                 let what = format!("{kind}, {reservation} reserved, signals {signals}");
                 let rig = setup.start();
