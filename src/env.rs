@@ -353,7 +353,7 @@ struct Luck {
 
 impl Luck {
     fn worse(self) -> Self {
-        let misses = (self.misses + 1).min(10);
+        let misses = (self.misses + 1).min(6);
         Self {
             misses,
             skip: (1 << misses) - 1,
