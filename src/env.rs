@@ -97,7 +97,8 @@ impl EnvState {
             look_luck: Cell::default(),
             slab,
             slab_free: RefCell::default(),
-            slab_len: Cell::new(0),
+            // Place 0 is for `can_run`.
+            slab_len: Cell::new(1),
             helpers,
             managers: RefCell::default(),
             replicas: RefCell::default(),
@@ -182,6 +183,13 @@ impl EnvState {
             self.js().take_exception();
             self.look_until.set(None);
         }
+    }
+
+    /// As [`Js::can_run`], without making anything.
+    fn can_run(&self) -> bool {
+        let js = self.js();
+        let probe = |slab| js.set_element(slab, 0, js.undefined());
+        self.helper(self.slab).and_then(probe).is_ok()
     }
 
     /// One look; tells whether another one should follow.
@@ -303,7 +311,18 @@ impl EnvState {
         let tasks = self.inbox.take();
         let was_any = !tasks.is_empty();
         for task in tasks {
-            js.scoped(|| self.run_task(task));
+            // A worker that is being terminated: what is left is dropped, and whoever waits for it sees
+            // its channel close.
+            let may_run = js.scoped(|| {
+                let may_run = self.can_run();
+                if may_run {
+                    self.run_task(task);
+                }
+                may_run
+            });
+            if !may_run {
+                break;
+            }
         }
         was_any
     }

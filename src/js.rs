@@ -700,6 +700,15 @@ impl Js {
         Ok(buffer)
     }
 
+    /// Whether JavaScript may still run here. While a worker is being terminated it may not, and then
+    /// Node *aborts* the process in functions that it believes cannot fail (detaching, wrapping).
+    pub(crate) fn can_run(self) -> bool {
+        // Setting a property goes through V8's own check and fails softly.
+        self.object()
+            .and_then(|probe| self.set(probe, c"p", self.undefined()))
+            .is_ok()
+    }
+
     pub(crate) fn is_detached(self, buffer: Val) -> bool {
         let mut is = false;
         // SAFETY: valid environment, value and out pointer.
@@ -708,6 +717,9 @@ impl Js {
     }
 
     pub(crate) fn detach(self, buffer: Val) {
+        if !self.can_run() {
+            return;
+        }
         // SAFETY: valid environment and value; fails harmlessly if it is detached already.
         unsafe { sys::napi_detach_arraybuffer(self.0, buffer) };
     }
@@ -721,6 +733,9 @@ impl Js {
         content: *mut T,
         tag: &sys::napi_type_tag,
     ) -> JsResult<()> {
+        if !self.can_run() {
+            return Err(Pending);
+        }
         napi!(
             self,
             napi_wrap(
