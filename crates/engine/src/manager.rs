@@ -857,7 +857,9 @@ impl Shared {
             return Err(self.closed());
         }
         let shared = Arc::clone(self);
-        self.host.at_home(Box::new(move |_| {
+        let made = replicas.clone();
+        let (tell, told) = bounded(1);
+        let at_home = self.host.at_home(Box::new(move |_| {
             let change = Replaced {
                 old: Vec::new(),
                 new: replicas.clone(),
@@ -865,13 +867,23 @@ impl Shared {
             };
             {
                 let mut serving = shared.lock_serving();
+                // The end takes what serves under this lock: what comes after it must not be published.
+                if shared.is_over() {
+                    return;
+                }
                 serving.blueprint = Some(blueprint);
                 serving.replicas = replicas;
             }
             shared.host.replaced(&change);
             shared.set_state(ManagerState::Ready);
             shared.gate.open();
-        }))
+            let _ = tell.send(());
+        }));
+        if at_home.is_ok() && told.recv().is_ok() {
+            return Ok(());
+        }
+        let _ = self.discard(made, generation);
+        Err(self.closed())
     }
 
     /// Failures that have a code of their own keep it; what host code threw becomes the cause.
@@ -1251,6 +1263,11 @@ impl Shared {
             return;
         }
         self.set_state(ManagerState::Failed);
+        let error = if self.is_destroyed() {
+            self.closed()
+        } else {
+            error.clone()
+        };
         for job in self.gate.take_waiting() {
             job.refuse(error.clone());
         }

@@ -1,0 +1,31 @@
+// node scripts/figures.mjs: copies the reference figures (npm run bench -- --save) into the README's table.
+import { readFileSync, writeFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { root } from './tools.mjs'
+
+const result = JSON.parse(readFileSync(join(root, 'benchmark/results/reference.json'), 'utf8'))
+const rows = result.groups.flatMap((group) => group.figures.map((figure) => [group.name.split(':')[0], figure]))
+const table = [
+  '| what | ratio | goal |',
+  '| --- | --- | --- |',
+  ...rows.map(([group, figure]) => `| ${group}: ${figure.what} | ${number(figure.ratio)} × | ${goal(figure)} |`),
+].join('\n')
+const where = `Measured ${result.date.slice(0, 10)} on ${result.cores} cores (${result.cpu}), Node ${result.node}, ${result.system}, load ${Number(result.load ?? 0).toFixed(1)} when it began.`
+
+const path = join(root, 'README.md')
+const readme = readFileSync(path, 'utf8')
+const filled = readme.replace(
+  /<!-- figures -->[\s\S]*<!-- \/figures -->/,
+  `<!-- figures -->\n\n${where}\n\n${table}\n\n<!-- /figures -->`,
+)
+writeFileSync(path, filled)
+
+function number(ratio) {
+  return ratio >= 100 ? ratio.toFixed(0) : ratio.toPrecision(3)
+}
+
+function goal({ goal, pass }) {
+  if (!goal) return ''
+  const bound = goal.atMost === undefined ? `at least ${goal.atLeast} ×` : `at most ${goal.atMost} ×`
+  return `${bound}: ${pass ? 'met' : 'missed'}`
+}
