@@ -482,11 +482,11 @@ fn what_is_not_interruptible_ends_by_itself() {
     let door = Door::deaf();
     let setup = at_door(&door).options(|o| o.engine.interruptible = false);
     let rig = setup.start();
-    let held = rig.call_for(5, "run", &[Value::I32(1)]);
+    let held = rig.call_for(250, "run", &[Value::I32(1)]);
     door.arrived();
     // Whoever waits behind it can still be stopped: nothing runs there.
     assert_eq!(
-        code(rig.call_for(20, "run", &[Value::I32(2)]).get()),
+        code(rig.call_for(300, "run", &[Value::I32(2)]).get()),
         ErrorCode::Timeout
     );
     assert!(held.is_open(), "its own time is up, and it runs on");
