@@ -339,7 +339,6 @@ impl EnvState {
 
     /// The environment goes: stop everything, wait for the threads that are inside guests, let go.
     fn tear_down(&self) {
-        drop(self.inbox.close());
         self.settled.borrow_mut().clear();
         let managers: Vec<_> = self.managers.borrow_mut().drain().map(|(_, m)| m).collect();
         let mut ends = Vec::new();
@@ -351,6 +350,8 @@ impl EnvState {
             }));
             ends.push(told);
         }
+        // After the managers know that they are destroyed: a swap that loses its home must not go on.
+        drop(self.inbox.close());
         for told in ends {
             // A guest stops at its next poll; a bound keeps a stuck one from hanging the exit.
             let _ = told.recv_timeout(LONGEST_GOODBYE);

@@ -279,9 +279,10 @@ fn run_sync(
     hook: &Hook,
 ) -> HookResult {
     let lease = LeaseSide::new(env, manager, Arc::clone(lease))?;
-    let returned = call_hook(env, manager, &lease, hook);
+    // Taken before the lease ends: nothing can be detached while an exception is pending.
+    let returned = call_hook(env, manager, &lease, hook).map_err(|Pending| env.take_thrown());
     lease.expire();
-    let Some(value) = returned.map_err(|Pending| env.take_thrown())? else {
+    let Some(value) = returned? else {
         return Ok(None);
     };
     if env.js().is_promise(value).unwrap_or(false) {

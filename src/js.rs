@@ -717,9 +717,6 @@ impl Js {
     }
 
     pub(crate) fn detach(self, buffer: Val) {
-        if !self.can_run() {
-            return;
-        }
         // SAFETY: valid environment and value; fails harmlessly if it is detached already.
         unsafe { sys::napi_detach_arraybuffer(self.0, buffer) };
     }

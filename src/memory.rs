@@ -77,10 +77,11 @@ impl View {
     }
 
     pub(crate) fn detach(&self, js: Js) {
-        let reference = self.buffer.replace(ptr::null_mut());
-        if reference.is_null() {
+        // Tried again later if it cannot be done now; the pin keeps a view harmless meanwhile.
+        if !self.is_live() || !js.scoped(|| js.can_run()) {
             return;
         }
+        let reference = self.buffer.replace(ptr::null_mut());
         // A scope of its own: this also runs where no JavaScript is on the stack.
         js.scoped(|| {
             if let Some(buffer) = js.dereference(reference) {

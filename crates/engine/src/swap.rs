@@ -1,7 +1,7 @@
 //! The swap, carried out: the protocol of [`wasm_molt_lifecycle::swap`] over real instances.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use wasm_molt_lifecycle::{
@@ -129,6 +129,7 @@ pub(crate) fn run(
         old,
         memory_bytes_before: 0,
         is_homeless: false,
+        is_published: Arc::default(),
     };
     let plan = Plan {
         drain_timeout: options.drain_timeout,
@@ -137,6 +138,13 @@ pub(crate) fn run(
     };
     let outcome = run_protocol(&mut swap, &SystemClock::default(), &plan);
     match outcome {
+        // The environment went between the last step and this one: the old instances are still the
+        // ones that are known, so they are not released.
+        Ok(_) if !swap.is_published.load(Ordering::Acquire) => {
+            let next = std::mem::take(&mut swap.next);
+            let _ = shared.discard(next, swap.previous.next());
+            Err(shared.closed())
+        }
         Ok(timings) => {
             restore.to = None;
             Ok(Arc::new(swap.finish(options, &timings)))
@@ -191,6 +199,8 @@ struct Swap<'a> {
     memory_bytes_before: usize,
     /// The home is gone: there is nobody to publish to.
     is_homeless: bool,
+    /// The commit has run at home.
+    is_published: Arc<AtomicBool>,
 }
 
 impl Swap<'_> {
@@ -313,7 +323,9 @@ impl Backend for Swap<'_> {
             generation,
         };
         let reason = self.reason.clone();
+        let is_published = Arc::clone(&self.is_published);
         let publish = move || {
+            is_published.store(true, Ordering::Release);
             {
                 let mut serving = shared.lock_serving();
                 serving.generation = generation;
@@ -324,7 +336,7 @@ impl Backend for Swap<'_> {
             shared.host.replaced(&change);
             shared.gate.reinstate_all();
         };
-        // The home is gone only when the manager is being destroyed; nothing serves then.
+        // If the home is gone nothing is published, and `run` sees that.
         let _ = self.shared.host.at_home(Box::new(move |_| publish()));
     }
 
