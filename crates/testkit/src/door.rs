@@ -72,6 +72,10 @@ impl Door {
             _ => 0,
         };
         let _ = self.arrive.send(arg);
+        // An inner host call may have heard of the stop in this one's place.
+        if self.hears_stops && call.replica.interrupter().is_stopped() {
+            return Err(call.replica.interrupted());
+        }
         let never = crossbeam_channel::never();
         let stopped = if self.hears_stops {
             call.replica.interrupter().cancelled()

@@ -409,11 +409,14 @@ impl Rig {
         }
     }
 
-    /// Waits until so many generations have served.
+    /// Waits until that generation serves, with every slot in service.
     #[track_caller]
     pub fn wait_generation(&self, generation: u64) {
         let what = format!("generation {generation} serves");
-        crate::wait::eventually(&what, || self.manager.generation().get() >= generation);
+        crate::wait::eventually(&what, || {
+            self.manager.generation().get() >= generation
+                && self.manager.stats(None).gate.retired == 0
+        });
     }
 }
 

@@ -343,6 +343,25 @@ fn destroy_from_outside_during_a_repair() {
 }
 
 #[test]
+fn destroy_from_inside_a_hook_of_the_start_ends_it() {
+    for point in [Point::Imports, Point::Initialize] {
+        for is_sync in [false, true] {
+            for rig in both_new(carrying) {
+                let destroyed = rig.faults.destroy(point, 0);
+                let started = if is_sync {
+                    rig.start_now()
+                } else {
+                    rig.start().get()
+                };
+                assert_eq!(code(started), ErrorCode::Closed, "{point:?}");
+                destroyed.get().unwrap();
+                assert_over(&rig);
+            }
+        }
+    }
+}
+
+#[test]
 fn destroy_from_inside_each_hook_of_a_reload() {
     let points = [Point::AtHome, Point::Replaced, Point::Event];
     for point in Point::HOOKS.into_iter().chain(points) {

@@ -431,18 +431,12 @@ impl History {
         }
         self.check_reloads(tally);
         let notes = std::mem::take(&mut *self.notes.lock().unwrap());
-        let stats = self.rig.stats();
-        let answered = (self.calls.len() + self.sync_that_ran()) as u64;
-        let c = stats.calls;
-        let counted = c.completed + c.failed + c.trapped + c.interrupted + c.rejected;
-        assert_eq!(counted, answered, "{c:?}");
-        let replaced: u64 = stats.reloads.values().sum();
-        assert_eq!(stats.generation, replaced + 1, "{:?}", stats.reloads);
         let mut ran: HashMap<i32, usize> = HashMap::new();
         notes
             .iter()
             .for_each(|tag| *ran.entry(*tag).or_default() += 1);
         self.check_order(&notes);
+        let answered = (self.calls.len() + self.sync_that_ran()) as u64;
         for call in std::mem::take(&mut self.calls) {
             let times = ran.get(&call.tag).copied().unwrap_or_default();
             self.check_call(call, times, tally);
@@ -451,6 +445,13 @@ impl History {
             count(tally, "at home", &word(&outcome));
             check_sync(kind, &outcome, ran.get(&tag).copied().unwrap_or_default());
         }
+        // Only now: a call that was stopped while it waited is counted just before it is answered.
+        let stats = self.rig.stats();
+        let c = stats.calls;
+        let counted = c.completed + c.failed + c.trapped + c.interrupted + c.rejected;
+        assert_eq!(counted, answered, "{c:?}");
+        let replaced: u64 = stats.reloads.values().sum();
+        assert_eq!(stats.generation, replaced + 1, "{:?}", stats.reloads);
     }
 
     /// Synchronous calls that got inside: only those are counted.

@@ -206,7 +206,9 @@ fn the_peak_knows_of_an_instance_that_trapped() {
     let rig = Setup::new(&guests::grower("1")).start();
     rig.number("grow", &[19]);
     assert_eq!(trap(rig.call("trap", &[]).get()), "unreachable");
-    rig.wait_generation(2);
+    rig.host.wait_for("the repair", 1, |event| {
+        matches!(event, wasm_molt_engine::Event::Reload(_))
+    });
     let stats = rig.stats();
     assert_eq!(
         (stats.memory_bytes, stats.memory_bytes_peak),
