@@ -2,6 +2,8 @@
 
 // The public face: events, AbortSignal, disposal, private handles. No decisions live here.
 
+const { AsyncLocalStorage } = require('node:async_hooks')
+const { channel, tracingChannel } = require('node:diagnostics_channel')
 const { EventEmitter } = require('node:events')
 const { fileURLToPath } = require('node:url')
 const binding = require('./binding.js')
@@ -164,6 +166,68 @@ function toSource(source) {
   return fileURLToPath(source)
 }
 
+/** `ReloadOptions` with the source as the native side takes it. */
+function toReload(options) {
+  if (!(options?.source instanceof URL)) return options
+  return Object.create(options, { source: { value: toSource(options.source), enumerable: true } })
+}
+
+// What runs inside a hook, so that it is not made to wait for the very swap that waits for the hook. Only
+// in use while there is a hook: following asynchronous contexts makes every promise of the process dearer.
+const hookScope = new AsyncLocalStorage()
+let hooksRunning = 0
+
+function hookDone() {
+  hooksRunning -= 1
+  if (hooksRunning === 0) hookScope.disable()
+}
+
+/** * `token`: stands for the manager, which the hook must not keep alive. */
+function scoped(token, hook) {
+  return (...args) => {
+    const scope = { token, outer: hookScope.getStore() }
+    hooksRunning += 1
+    let isPending = false
+    try {
+      const outcome = hookScope.run(scope, () => hook(...args))
+      if (typeof outcome?.then === 'function') {
+        isPending = true
+        outcome.then(hookDone, hookDone)
+      }
+      return outcome
+    } finally {
+      if (!isPending) hookDone()
+    }
+  }
+}
+
+function isInHook(token) {
+  if (hooksRunning === 0) return false
+  for (let scope = hookScope.getStore(); scope !== undefined; scope = scope.outer) {
+    if (scope.token === token) return true
+  }
+  return false
+}
+
+/** The same options, with each hook in its scope; what is no function is for the native side to refuse. */
+function withScopes(token, options) {
+  if (typeof options !== 'object' || options === null) return options
+  const hooks = {}
+  for (const name of ['initialize', 'saveState', 'restoreState']) {
+    const hook = options[name]
+    if (typeof hook === 'function') hooks[name] = { value: scoped(token, hook), enumerable: true }
+  }
+  return Object.create(options, hooks)
+}
+
+const reloads = tracingChannel('wasm-molt:reload')
+const steps = channel('wasm-molt:reload:step')
+
+/** Older runtimes tell it of each channel, not of all five. */
+function isTraced({ start, end, asyncStart, asyncEnd, error }) {
+  return [start, end, asyncStart, asyncEnd, error].some((one) => one.hasSubscribers)
+}
+
 // Instances come from `create` and `createSync` only.
 const construction = Symbol('construction')
 
@@ -171,6 +235,8 @@ class WasmModuleManager extends EventEmitter {
   #handle
   #exports
   #memory
+  #token = {}
+  #isWatched = false
 
   constructor(key, options) {
     super()
@@ -179,8 +245,9 @@ class WasmModuleManager extends EventEmitter {
     }
     // Weak: the native side must not keep a forgotten manager alive.
     const self = new WeakRef(this)
-    this.#handle = binding.newManager(options, (kind, payload) => {
-      self.deref()?.emit(kind, ...(kind === 'close' ? [] : [payload]))
+    this.#handle = binding.newManager(withScopes(this.#token, options), (kind, payload) => {
+      if (kind === 'step') steps.publish(payload)
+      else self.deref()?.emit(kind, ...(kind === 'close' ? [] : [payload]))
     })
   }
 
@@ -209,7 +276,7 @@ class WasmModuleManager extends EventEmitter {
   }
 
   get exports() {
-    this.#exports ??= Object.freeze(binding.exports(this.#handle))
+    this.#exports ??= binding.exports(this.#handle)
     return this.#exports
   }
 
@@ -221,6 +288,7 @@ class WasmModuleManager extends EventEmitter {
   // Not `async`: the native promise is the answer, and a second one around it would cost.
   call(name, args, options) {
     try {
+      this.#mayWait()
       if (options === undefined) return binding.call(this.#handle, name, args)
       return withSignal(
         options?.signal,
@@ -237,6 +305,7 @@ class WasmModuleManager extends EventEmitter {
   }
 
   async invoke(name, input, options) {
+    this.#mayWait()
     return withSignal(
       options?.signal,
       (canAbort) => binding.invoke(this.#handle, name, input, options?.timeoutMs, canAbort),
@@ -245,6 +314,7 @@ class WasmModuleManager extends EventEmitter {
   }
 
   async acquire(options) {
+    this.#mayWait()
     return withSignal(
       options?.signal,
       (canAbort) => {
@@ -268,11 +338,18 @@ class WasmModuleManager extends EventEmitter {
   }
 
   async reload(options) {
-    return binding.reload(this.#handle, options)
+    if (isInHook(this.#token)) throw this.#inHook('reload()')
+    const source = toReload(options)
+    this.#watch()
+    if (!isTraced(reloads)) return binding.reload(this.#handle, source)
+    return reloads.tracePromise(() => binding.reload(this.#handle, source), this.#trace(options))
   }
 
   reloadSync(options) {
-    return binding.reloadSync(this.#handle, options)
+    const source = toReload(options)
+    this.#watch()
+    if (!isTraced(reloads)) return binding.reloadSync(this.#handle, source)
+    return reloads.traceSync(() => binding.reloadSync(this.#handle, source), this.#trace(options))
   }
 
   stats() {
@@ -280,7 +357,7 @@ class WasmModuleManager extends EventEmitter {
   }
 
   async close(options) {
-    return binding.close(this.#handle, options?.drainTimeoutMs)
+    return binding.close(this.#handle, options?.drainTimeoutMs, isInHook(this.#token))
   }
 
   async destroy() {
@@ -289,6 +366,36 @@ class WasmModuleManager extends EventEmitter {
 
   async [Symbol.asyncDispose]() {
     await this.close()
+  }
+
+  /** What cannot begin at once must not wait inside a hook. */
+  #mayWait() {
+    if (isInHook(this.#token) && binding.wouldWait(this.#handle)) throw this.#inHook('the call')
+  }
+
+  #inHook(what) {
+    return new WasmError(
+      'ERR_WASM_RELOADING',
+      `${what} on ${this.name} was made inside a hook and would wait for the swap that waits for that hook; ` +
+        'use the instance that the hook was given, or do it after the hook',
+      { manager: this.name, generation: this.generation },
+    )
+  }
+
+  /** The native side tells of steps only where somebody listens. */
+  #watch() {
+    if (steps.hasSubscribers === this.#isWatched) return
+    this.#isWatched = steps.hasSubscribers
+    binding.watchSteps(this.#handle, this.#isWatched)
+  }
+
+  #trace(options) {
+    return {
+      manager: this.name,
+      generation: this.generation,
+      reason: options?.reason ?? 'manual',
+      strategy: options?.strategy ?? 'exclusive',
+    }
   }
 }
 

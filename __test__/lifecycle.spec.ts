@@ -474,7 +474,8 @@ test('memoryBytes follows the guest, and the peak survives the reload', LIMIT, a
   const report = await manager.reload()
   assert.deepEqual([report.memoryBytesBefore, report.memoryBytesAfter], [11 * 65_536, 2 * 65_536])
   assert.equal(manager.stats().memoryBytes, 2 * 65_536)
-  assert.equal(manager.stats().memoryBytesPeak, 11 * 65_536)
+  // Both generations were there when the new one took over.
+  assert.equal(manager.stats().memoryBytesPeak, 13 * 65_536)
 })
 
 test('the histograms measure running, waiting and pausing in milliseconds', LIMIT, async (t) => {

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use napi::sys;
 use wasm_molt_engine::{
-    CallControl, CallLimits, Error, ErrorCode, Manager, Module, Outcome, Settle, Stop, Work,
+    CallControl, CallLimits, Error, ErrorCode, Manager, Module, Outcome, Settle, Stop, Strategy,
+    Work,
 };
 
 use crate::convert::cannot_cross;
@@ -45,6 +46,8 @@ pub(crate) const FUNCTIONS: &[(&str, Native)] = &[
     ("cancelAcquire", cancel_acquire),
     ("reload", reload),
     ("reloadSync", reload_sync),
+    ("watchSteps", watch_steps),
+    ("wouldWait", would_wait),
     ("close", close),
     ("destroy", destroy),
     ("leaseGeneration", lease_generation),
@@ -128,12 +131,12 @@ fn new_manager(js: Js, args: &[Val]) -> JsResult<Val> {
     let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
     let timeout_ms = options.limits.timeout_ms;
     let stack_floor = wasm_molt_engine::stack_floor(options.limits.stack_bytes());
-    let host = Arc::new(JsHost::new(&env, id));
+    let watches_steps = Arc::default();
+    let host = Arc::new(JsHost::new(&env, id, &hooks, &watches_steps));
     let (manager, home) = Manager::new(options, Arc::clone(&host) as _).map_err(|e| {
         hooks.release(js);
         env.throw(&e, &place)
     })?;
-    host.set_destroyed(manager.destroyed().clone());
     let home = home.ok_or_else(|| env.throw(&Error::internal("no home"), &place))?;
     let side = Rc::new(ManagerSide {
         id,
@@ -150,6 +153,8 @@ fn new_manager(js: Js, args: &[Val]) -> JsResult<Val> {
         detours: Cell::new(u32::from(timeout_ms.is_some())),
         completed: Cell::new(0),
         leases: RefCell::default(),
+        exports: RefCell::default(),
+        watches_steps,
     });
     env.managers.borrow_mut().insert(id, Rc::clone(&side));
     js.external(Rc::new(Handle(side)))
@@ -203,10 +208,15 @@ fn reload(js: Js, args: &[Val]) -> JsResult<Val> {
     let options = options::reload(js, arg(args, 1)).map_err(|e| refused(&env, e, &side.place()))?;
     let pending = Deferred::new(&env, &side)?;
     let promise = pending.promise;
-    side.swap_begins();
-    let done = pending.done_always(ManagerSide::swap_ends, |env, _, report: Arc<_>| {
-        report::reload(env.js(), &report)
-    });
+    let report =
+        |env: &Rc<EnvState>, _: &Rc<ManagerSide>, report: Arc<_>| report::reload(env.js(), &report);
+    // While a rolling swap prepares, the instance at home serves as ever.
+    let done = if options.strategy == Strategy::Rolling {
+        pending.done(report)
+    } else {
+        side.swap_begins();
+        pending.done_always(ManagerSide::swap_ends, report)
+    };
     side.manager.reload(options, done);
     Ok(promise)
 }
@@ -222,7 +232,23 @@ fn reload_sync(js: Js, args: &[Val]) -> JsResult<Val> {
     report::reload(js, &report)
 }
 
-/// `(handle, drainTimeoutMs?) => Promise<void>`
+/// `(handle, watch) => void`: whether steps of reloads are told.
+fn watch_steps(js: Js, args: &[Val]) -> JsResult<Val> {
+    let does_watch = js.get_bool(arg(args, 1)).unwrap_or(false);
+    side(js, args)?
+        .watches_steps
+        .store(does_watch, Ordering::Relaxed);
+    Ok(js.undefined())
+}
+
+/// `(handle) => boolean`: whether a call made now would have to wait.
+fn would_wait(js: Js, args: &[Val]) -> JsResult<Val> {
+    let counts = side(js, args)?.home.counts();
+    let taken = counts.in_flight - counts.stragglers + counts.retired;
+    js.boolean(!counts.is_open || counts.queued > 0 || taken >= counts.slots)
+}
+
+/// `(handle, drainTimeoutMs?, isInHook) => Promise<void>`
 fn close(js: Js, args: &[Val]) -> JsResult<Val> {
     let env = EnvState::of(js)?;
     let side = side(js, args)?;
@@ -233,6 +259,9 @@ fn close(js: Js, args: &[Val]) -> JsResult<Val> {
     let timeout = timeout.map(Duration::from_millis);
     side.home.shut();
     side.manager.close(timeout, pending.done(ended));
+    if js.get_bool(arg(args, 2)).unwrap_or(false) {
+        side.manager.give_hooks_up();
+    }
     Ok(promise)
 }
 
@@ -615,8 +644,7 @@ fn context_exports(js: Js, args: &[Val]) -> JsResult<Val> {
 fn manager_exports(js: Js, args: &[Val]) -> JsResult<Val> {
     let handle = handle(js, args)?;
     let env = EnvState::of(js)?;
-    let target = Target::Live(Rc::clone(&handle));
-    exports::exports_object(&env, &handle.0, &target)
+    exports::live_exports(&env, &handle.0, &handle)
 }
 
 // ---------------------------------------------------------------------- memory

@@ -46,6 +46,9 @@ impl EnvState {
                 js.set(fields, c"phase", js.string(phase.as_str())?)?;
                 cause = self.error_value(inner, place)?;
             }
+            Error::Incompatible {
+                cause: Some(inner), ..
+            } => cause = self.error_value(inner, place)?,
             _ => {}
         }
         let message = self.message(error);

@@ -7,6 +7,7 @@ use std::cell::Cell;
 use std::ffi::c_void;
 use std::ptr;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use napi::sys;
 use wasm_molt_engine::{
@@ -19,7 +20,7 @@ use crate::env::EnvState;
 use crate::imports::JsEnd;
 use crate::js::{Js, JsResult, Val, callback_info, enter};
 use crate::lease::LeaseSide;
-use crate::side::{Frame, Handle, ManagerSide, ReplicaSide};
+use crate::side::{Frame, Handle, LiveExports, ManagerSide, ReplicaSide};
 
 /// Whose function it is.
 #[derive(Clone)]
@@ -81,28 +82,79 @@ fn new_function(record: Record, name: &str) -> JsResult<Val> {
     Ok(function)
 }
 
-/// An object with all functions of the module.
-pub(crate) fn exports_object(
+/// The live object: all functions of the build that serves, and after a swap those of the next one.
+pub(crate) fn live_exports(
     env: &Rc<EnvState>,
     manager: &Rc<ManagerSide>,
-    target: &Target,
+    handle: &Rc<Handle>,
 ) -> JsResult<Val> {
+    let js = env.js();
+    let object = js.object()?;
     let Some(module) = manager.manager.module() else {
-        return env.js().object();
+        return Ok(object);
     };
-    exports_of(env, manager, &module, target)
+    let target = Target::Live(Rc::clone(handle));
+    fill(env, manager, (object, &module, None), &target)?;
+    let exports = LiveExports {
+        object: js.weak_reference(object)?,
+        handle: Rc::downgrade(handle),
+        module,
+    };
+    let before = manager.exports.borrow_mut().replace(exports);
+    if let Some(before) = before {
+        js.unreference(before.object);
+    }
+    Ok(object)
 }
 
-/// The same for a module that may not serve yet: an instance still being made.
+/// Brings the live object up to date with the build that serves now.
+pub(crate) fn refresh_live_exports(env: &Rc<EnvState>, manager: &Rc<ManagerSide>) -> JsResult<()> {
+    let js = env.js();
+    let mut exports = manager.exports.borrow_mut();
+    let (Some(exports), Some(module)) = (&mut *exports, manager.manager.module()) else {
+        return Ok(());
+    };
+    let before = std::mem::replace(&mut exports.module, Arc::clone(&module));
+    let object = js.dereference(exports.object);
+    if let (Some(object), Some(handle)) = (object, exports.handle.upgrade())
+        && !Arc::ptr_eq(&before, &module)
+    {
+        let target = Target::Live(handle);
+        fill(env, manager, (object, &module, Some(&before)), &target)?;
+    }
+    Ok(())
+}
+
+/// All functions that an instance offers.
 pub(crate) fn exports_of(
     env: &Rc<EnvState>,
     manager: &Rc<ManagerSide>,
     module: &Module,
     target: &Target,
 ) -> JsResult<Val> {
+    let object = env.js().object()?;
+    fill(env, manager, (object, module, None), target)?;
+    Ok(object)
+}
+
+/// Makes `object`, which shows the functions of `before`, show those of `module`: functions that both
+/// have stay the same objects.
+fn fill(
+    env: &Rc<EnvState>,
+    manager: &Rc<ManagerSide>,
+    (object, module, before): (Val, &Module, Option<&Module>),
+    target: &Target,
+) -> JsResult<()> {
     let js = env.js();
-    let object = js.object()?;
-    for (index, export) in module.functions().iter().enumerate() {
+    let had = |index: usize| {
+        let function = before.and_then(|module| module.functions().get(index));
+        function.is_some_and(|function| function.is_offered)
+    };
+    let all = || module.functions().iter().enumerate();
+    for (_, gone) in all().filter(|(index, now)| had(*index) && !now.is_offered) {
+        js.delete(object, &gone.name)?;
+    }
+    for (index, export) in all().filter(|(index, now)| !had(*index) && now.is_offered) {
         let record = Record {
             env: Rc::clone(env),
             manager: Rc::clone(manager),
@@ -114,9 +166,9 @@ pub(crate) fn exports_of(
             cached: Cell::new((u64::MAX, None)),
         };
         let function = new_function(record, &export.name)?;
-        js.define(object, &export.name, function)?;
+        js.define_constant(object, &export.name, function)?;
     }
-    Ok(object)
+    Ok(())
 }
 
 /// The function object of a funcref; the same object for the same guest function.
@@ -173,7 +225,12 @@ pub(crate) fn function_of(js: Js, function: Val) -> Option<Value> {
 
 fn resolve(replica: &Replica, which: Which) -> Option<FuncHandle> {
     match which {
-        Which::Export(index) => replica.function(index),
+        Which::Export(index) => {
+            if let Some(export) = replica.module().functions().get(index) {
+                export.mark_used();
+            }
+            replica.function(index)
+        }
         Which::Handle(handle) => Some(handle),
     }
 }
@@ -291,7 +348,7 @@ impl Record {
         drop(current);
         let Some(func) = self.function(&side.replica) else {
             drop(inside);
-            return Err(self.throw(&self.gone()));
+            return Err(self.throw(&self.missing(&side.replica)));
         };
         // SAFETY: `inside` is the right to be in slot 0, whose instance `side` shows; the function is
         // that instance's, and `raw` was filled after its signature.
@@ -340,8 +397,20 @@ impl Record {
     #[cold]
     fn gone(&self) -> Error {
         match self.manager.current() {
-            Ok(_) => Error::internal("an export that the instance does not have"),
+            Ok(_) => Error::internal("an instance that has gone while it was looked up"),
             Err(error) => error,
+        }
+    }
+
+    /// Why the instance has no such function.
+    #[cold]
+    fn missing(&self, replica: &Replica) -> Error {
+        match self.which {
+            Which::Export(index) if replica.is_started() => replica.missing(index),
+            _ => Error::new(
+                ErrorCode::Busy,
+                "the instance is still being made; its exports can be used once its start function has returned",
+            ),
         }
     }
 
@@ -368,7 +437,7 @@ impl Record {
         };
         let Some(func) = self.function(&side.replica) else {
             self.leave(entry, &side);
-            return Err(self.throw(&not_started()));
+            return Err(self.throw(&self.missing(&side.replica)));
         };
         // SAFETY: `entry` is the right to be inside; the function is that instance's, and `raw` was
         // filled after its signature.
@@ -420,7 +489,7 @@ impl Record {
         };
         let Some(func) = self.function(&side.replica) else {
             self.leave(entry, &side);
-            return Err(self.throw(&not_started()));
+            return Err(self.throw(&self.missing(&side.replica)));
         };
         let call = || match self.which {
             // SAFETY: `entry` is the right to be inside.
@@ -444,7 +513,7 @@ impl Record {
         args: Vec<Value>,
     ) -> JsResult<Val> {
         let Some(func) = resolve(&side.replica, self.which) else {
-            return Err(self.throw(&not_started()));
+            return Err(self.throw(&self.missing(&side.replica)));
         };
         let outcome = pool.call(&self.env, side, func, args);
         side.before_js(self.env.js());
@@ -621,12 +690,5 @@ fn busy(manager: &ManagerSide, why: &str) -> Error {
             "{}: {why}; use call(), which waits its turn",
             manager.manager.name()
         ),
-    )
-}
-
-fn not_started() -> Error {
-    Error::new(
-        ErrorCode::Busy,
-        "the instance is still being made; its exports can be used once its start function has returned",
     )
 }

@@ -5,9 +5,9 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use crossbeam_channel::{Receiver, Sender, bounded, never, select};
+use crossbeam_channel::{Sender, bounded, never, select};
 use wasm_molt_engine::{
     Error, ErrorCode, Event, HomeStep, Host, HostRef, ImportValue, Lease, Module, Replaced,
     Replica, Result,
@@ -19,7 +19,7 @@ use crate::inbox::Inbox;
 use crate::js::{JsResult, Kind, Pending, Val};
 use crate::lease::LeaseSide;
 use crate::report;
-use crate::side::{ManagerSide, ReplicaSide};
+use crate::side::{Hooks, ManagerSide, ReplicaSide};
 
 /// Any thread.
 pub(crate) struct JsHost {
@@ -27,7 +27,8 @@ pub(crate) struct JsHost {
     manager: u64,
     /// The environment's address, to find its state on its own thread.
     env: usize,
-    destroyed: std::sync::OnceLock<Receiver<()>>,
+    saves_state: bool,
+    watches_steps: Arc<AtomicBool>,
     /// Trap events that have not been delivered yet.
     traps_due: Arc<AtomicUsize>,
 }
@@ -57,19 +58,20 @@ impl Hook {
 type HookResult = Result<Option<HostRef>>;
 
 impl JsHost {
-    pub(crate) fn new(env: &EnvState, manager: u64) -> Self {
+    pub(crate) fn new(
+        env: &EnvState,
+        manager: u64,
+        hooks: &Hooks,
+        watches_steps: &Arc<AtomicBool>,
+    ) -> Self {
         Self {
             inbox: Arc::clone(&env.inbox),
             manager,
             env: env.js().raw() as usize,
-            destroyed: std::sync::OnceLock::new(),
+            saves_state: hooks.save_state.get().is_some(),
+            watches_steps: Arc::clone(watches_steps),
             traps_due: Arc::default(),
         }
-    }
-
-    /// Hooks are not waited for any more once this is disconnected.
-    pub(crate) fn set_destroyed(&self, destroyed: Receiver<()>) {
-        let _ = self.destroyed.set(destroyed);
     }
 
     fn here(&self) -> Result<(Rc<EnvState>, Rc<ManagerSide>)> {
@@ -112,10 +114,10 @@ impl JsHost {
         let leased = Arc::clone(lease);
         self.on_js(move |env, side| run_async(env, side, leased, &hook, tell))?;
         let forever = never();
-        let destroyed = self.destroyed.get().unwrap_or(&forever);
+        let cancelled = lease.cancelled().unwrap_or(&forever);
         let outcome = select! {
             recv(told) -> outcome => outcome.unwrap_or_else(|_| Err(no_environment())),
-            recv(destroyed) -> _ => Err(no_environment()),
+            recv(cancelled) -> _ => Err(no_environment()),
         };
         // Whatever became of the hook, its handle ends here, on the JS thread, before anybody else
         // touches the instance.
@@ -144,6 +146,10 @@ impl Host for JsHost {
         self.hook(lease, Hook::Initialize).map(drop)
     }
 
+    fn saves_state(&self) -> bool {
+        self.saves_state
+    }
+
     fn save_state(&self, lease: &Arc<Lease>, replica: usize) -> Result<Option<HostRef>> {
         self.hook(lease, Hook::SaveState(replica))
     }
@@ -163,6 +169,12 @@ impl Host for JsHost {
         }
     }
 
+    fn revoked(&self, lease: &Arc<Lease>) {
+        if let Ok((_, side)) = self.here() {
+            side.expire_leases(|s| s.replica.id() == lease.replica().id());
+        }
+    }
+
     fn released(&self) {
         // Posted behind every answer, so nothing looks the manager up any more.
         let (manager, address) = (self.manager, self.env);
@@ -177,6 +189,9 @@ impl Host for JsHost {
 
     fn event(&self, event: Event) {
         let (manager, address) = (self.manager, self.env);
+        if matches!(event, Event::Step(_)) && !self.watches_steps.load(Ordering::Relaxed) {
+            return;
+        }
         let is_trap = matches!(event, Event::Trap(_));
         let traps_due = Arc::clone(&self.traps_due);
         if is_trap && traps_due.fetch_add(1, Ordering::Relaxed) >= MOST_TRAPS_DUE {
@@ -362,6 +377,7 @@ fn emit(env: &Rc<EnvState>, side: &Rc<ManagerSide>, event: &Event) {
             Event::Reload(report) => ("reload", report::reload(js, report)?),
             Event::ReloadFailed(error) => ("reload:failed", env.error_value(error, &side.place())?),
             Event::Trap(error) => ("trap", env.error_value(error, &side.place())?),
+            Event::Step(step) => ("step", report::step(js, side.manager.name(), step)?),
             Event::Close => ("close", js.undefined()),
         };
         js.call(env.helper(listener)?, &[js.string(kind)?, payload])?;

@@ -554,6 +554,26 @@ impl Js {
         napi!(self, napi_define_properties(object, 1, &raw const property))
     }
 
+    /// Likewise, but only this addon changes it.
+    pub(crate) fn define_constant(self, object: Val, name: &str, value: Val) -> JsResult<()> {
+        let property = sys::napi_property_descriptor {
+            utf8name: ptr::null(),
+            name: self.string(name)?,
+            method: None,
+            getter: None,
+            setter: None,
+            value,
+            attributes: sys::PropertyAttributes::enumerable | sys::PropertyAttributes::configurable,
+            data: ptr::null_mut(),
+        };
+        napi!(self, napi_define_properties(object, 1, &raw const property))
+    }
+
+    pub(crate) fn delete(self, object: Val, name: &str) -> JsResult<()> {
+        let key = self.string(name)?;
+        napi!(self, napi_delete_property(object, key, ptr::null_mut()))
+    }
+
     pub(crate) fn keys(self, object: Val) -> JsResult<Vec<String>> {
         let mut names = ptr::null_mut();
         napi!(self, napi_get_property_names(object, &raw mut names))?;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use napi::sys;
 use wasm_molt_engine::{
     BufferAbi, BufferReturns, CacheChoice, EngineOptions, Error, Limits, ManagerOptions,
-    OnDrainTimeout, ReloadOptions, Source,
+    OnDrainTimeout, ReloadOptions, Source, Strategy,
 };
 
 use crate::convert::invalid;
@@ -270,6 +270,7 @@ pub(crate) fn reload(js: Js, object: Val) -> Read<ReloadOptions> {
         "onDrainTimeout",
         "skipSave",
         "strategy",
+        "source",
     ];
     let mut options = ReloadOptions::default();
     let Some(reader) = Reader::open(js, "options", object, &known)? else {
@@ -292,14 +293,18 @@ pub(crate) fn reload(js: Js, object: Val) -> Read<ReloadOptions> {
         }
     };
     options.skip_save = reader.boolean("skipSave")?.unwrap_or(false);
-    match reader.text("strategy")?.as_deref() {
-        None | Some("exclusive") => {}
+    options.strategy = match reader.text("strategy")?.as_deref() {
+        None | Some("exclusive") => Strategy::Exclusive,
+        Some("rolling") => Strategy::Rolling,
         Some(other) => {
             return Err(invalid(format!(
-                "options.strategy is '{other}'; this version offers 'exclusive' only"
+                "options.strategy is '{other}'; it must be 'exclusive' or 'rolling'"
             ))
             .into());
         }
+    };
+    if let Some((value, _)) = reader.get("source")? {
+        options.source = Some(source(js, value)?);
     }
     Ok(options)
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use wasm_molt_engine::{Histogram, ManagerStats, ReloadReport};
+use wasm_molt_engine::{Histogram, ManagerStats, ReloadReport, ReloadStep};
 
 use crate::js::{Js, JsResult, Val};
 
@@ -20,7 +20,7 @@ pub(crate) fn reload(js: Js, report: &ReloadReport) -> JsResult<Val> {
         report.previous_generation.get() as f64,
     )?;
     js.set(object, c"reason", js.string(&report.reason)?)?;
-    js.set(object, c"strategy", js.string("exclusive")?)?;
+    js.set(object, c"strategy", js.string(report.strategy.as_str())?)?;
     number(c"drained", report.drained as f64)?;
     number(c"queued", report.queued as f64)?;
     number(c"pauseMs", ms(report.pause))?;
@@ -33,6 +33,19 @@ pub(crate) fn reload(js: Js, report: &ReloadReport) -> JsResult<Val> {
     Ok(object)
 }
 
+/// `ReloadStep`.
+pub(crate) fn step(js: Js, manager: &str, step: &ReloadStep) -> JsResult<Val> {
+    let object = js.object()?;
+    js.set(object, c"manager", js.string(manager)?)?;
+    let generation = js.number(step.generation.get() as f64)?;
+    js.set(object, c"generation", generation)?;
+    js.set(object, c"reason", js.string(&step.reason)?)?;
+    js.set(object, c"strategy", js.string(step.strategy.as_str())?)?;
+    js.set(object, c"step", js.string(step.step.as_str())?)?;
+    js.set(object, c"durationMs", js.number(ms(step.took))?)?;
+    Ok(object)
+}
+
 /// `ManagerStats`.
 pub(crate) fn stats(js: Js, stats: &ManagerStats) -> JsResult<Val> {
     let object = js.object()?;
@@ -42,7 +55,8 @@ pub(crate) fn stats(js: Js, stats: &ManagerStats) -> JsResult<Val> {
     number(object, c"generation", stats.generation as f64)?;
     let instances = js.object()?;
     number(instances, c"total", stats.gate.slots as f64)?;
-    number(instances, c"busy", stats.gate.in_flight as f64)?;
+    let busy = stats.gate.in_flight - stats.gate.stragglers;
+    number(instances, c"busy", busy as f64)?;
     number(instances, c"poisoned", stats.poisoned as f64)?;
     js.set(object, c"instances", instances)?;
     number(object, c"inFlight", stats.gate.in_flight as f64)?;

@@ -6,12 +6,14 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use napi::sys;
-use wasm_molt_engine::{Error, Home, Job, Manager, Replaced, Replica};
+use wasm_molt_engine::{Error, Home, Job, Manager, Module, Replaced, Replica};
 
 use crate::env::EnvState;
 use crate::error::Place;
+use crate::exports::refresh_live_exports;
 use crate::imports::JsEnd;
 use crate::js::Js;
 use crate::lease::LeaseSide;
@@ -131,6 +133,19 @@ pub(crate) struct ManagerSide {
     /// Synchronous calls that ended well, not yet handed to the statistics.
     pub(crate) completed: Cell<u64>,
     pub(crate) leases: RefCell<Vec<Weak<LeaseSide>>>,
+    /// What `manager.exports` is, once somebody has asked for it.
+    pub(crate) exports: RefCell<Option<LiveExports>>,
+    /// Somebody in JavaScript wants to hear of the steps of reloads.
+    pub(crate) watches_steps: Arc<AtomicBool>,
+}
+
+/// The live exports object.
+pub(crate) struct LiveExports {
+    /// Weak.
+    pub(crate) object: sys::napi_ref,
+    pub(crate) handle: Weak<Handle>,
+    /// The build whose functions it shows.
+    pub(crate) module: Arc<Module>,
 }
 
 impl ManagerSide {
@@ -184,7 +199,7 @@ impl ManagerSide {
     }
 
     /// Instances were replaced: their handles expire now, before anything else runs.
-    pub(crate) fn replaced(&self, env: &EnvState, change: &Replaced) {
+    pub(crate) fn replaced(self: &Rc<Self>, env: &Rc<EnvState>, change: &Replaced) {
         let js = env.js();
         let is_old = |id: u64| change.old.iter().any(|r| r.id() == id);
         self.expire_leases(|side| is_old(side.replica.id()));
@@ -201,6 +216,11 @@ impl ManagerSide {
             *current = env.replicas.borrow().get(&home.id()).map(Rc::clone);
         }
         self.stamp.set(self.stamp.get() + 1);
+        drop(current);
+        if !change.new.is_empty() && refresh_live_exports(env, self).is_err() {
+            // Only while the environment ends: nobody will look.
+            js.take_exception();
+        }
     }
 
     pub(crate) fn expire_leases(&self, is_meant: impl Fn(&ReplicaSide) -> bool) {
@@ -221,6 +241,9 @@ impl ManagerSide {
     pub(crate) fn forget(&self, env: &EnvState) {
         env.managers.borrow_mut().remove(&self.id);
         self.hooks.release(env.js());
+        if let Some(exports) = self.exports.borrow_mut().take() {
+            env.js().unreference(exports.object);
+        }
     }
 
     /// The environment goes: nothing of this manager may be used from JavaScript any more.

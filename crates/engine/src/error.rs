@@ -169,6 +169,14 @@ pub enum Error {
         /// Why.
         cause: Box<Error>,
     },
+    /// The other build of the module cannot take the place of the one that serves.
+    #[error("{message}{}", .cause.as_ref().map_or(String::new(), |cause| format!(": {cause}")))]
+    Incompatible {
+        /// What does not fit.
+        message: String,
+        /// What it led to, if it was found by trying.
+        cause: Option<Box<Error>>,
+    },
     /// Host code threw; the very object travels along.
     #[error("host code threw")]
     Thrown(HostRef),
@@ -208,6 +216,7 @@ impl Error {
             Self::Trap { .. } => Some(ErrorCode::Trap),
             Self::DrainTimeout { .. } => Some(ErrorCode::DrainTimeout),
             Self::ReloadFailed { .. } => Some(ErrorCode::ReloadFailed),
+            Self::Incompatible { .. } => Some(ErrorCode::IncompatibleModule),
             Self::Thrown(_) | Self::Aborted(_) => None,
         }
     }

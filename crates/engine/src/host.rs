@@ -87,7 +87,8 @@ pub type HomeStep = Box<dyn FnOnce(Option<&Home<Job>>) + Send>;
 
 /// The host's side of a manager.
 ///
-/// Every method blocks until it is done. The same methods are called on the home thread (synchronous
+/// Hooks get a lease; where its [`Lease::cancelled`] is disconnected, nobody waits for the hook any more,
+/// and it should be given up. Every method blocks until it is done. The same methods are called on the home thread (synchronous
 /// paths) and on a control thread (asynchronous ones); the host knows which it is on.
 pub trait Host: Send + Sync + 'static {
     /// The values of the module's imports, in the module's order, for one new instance.
@@ -101,6 +102,9 @@ pub trait Host: Send + Sync + 'static {
     /// # Errors
     /// Whatever the host's code threw.
     fn initialize(&self, lease: &Arc<Lease>) -> Result<()>;
+
+    /// Whether there is a hook behind [`save_state`](Self::save_state). Any thread, at once.
+    fn saves_state(&self) -> bool;
 
     /// Reads what must survive out of the old, quiescent instance. `None`: there is no such hook.
     ///
@@ -123,6 +127,10 @@ pub trait Host: Send + Sync + 'static {
     /// These instances were replaced; called from inside a step at home, before the gate opens.
     /// Views of the old ones must be detached and their handles expire now.
     fn replaced(&self, change: &Replaced);
+
+    /// The lease is taken away from its holder; called from inside a step at home. Views that were taken
+    /// through it must be detached and its handle expire now.
+    fn revoked(&self, lease: &Arc<Lease>);
 
     /// The manager is closed and every question is answered: nothing will be asked of this host again.
     fn released(&self);

@@ -56,6 +56,8 @@ struct State {
     stop: Option<Stop>,
     /// The stop holds for every run there may still be.
     is_for_good: bool,
+    /// Stops every run that begins.
+    halt: Option<Stop>,
 }
 
 /// Stops the runs of one instance.
@@ -100,6 +102,12 @@ impl Interrupter {
         let mut state = self.lock();
         state.last += 1;
         state.current = state.last;
+        if let Some(stop) = state.halt.clone()
+            && state.stop.is_none()
+        {
+            state.stop = Some(stop);
+            self.strike();
+        }
         RunId(state.last)
     }
 
@@ -138,6 +146,22 @@ impl Interrupter {
     pub fn stop_current(&self, stop: Stop) -> bool {
         let current = RunId(self.lock().current);
         current.0 != 0 && self.stop(current, stop)
+    }
+
+    /// Stops the run that is under way, and each one that begins before [`resume`](Self::resume). Any
+    /// thread.
+    pub(crate) fn halt(&self, stop: Stop) {
+        let mut state = self.lock();
+        state.halt = Some(stop.clone());
+        if state.current != 0 && state.stop.is_none() {
+            state.stop = Some(stop);
+            self.strike();
+        }
+    }
+
+    /// Runs may begin again.
+    pub(crate) fn resume(&self) {
+        self.lock().halt = None;
     }
 
     /// Stops whatever runs now, even a run that was never announced. Any thread.

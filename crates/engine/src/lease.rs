@@ -10,11 +10,13 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use crossbeam_channel::{Receiver, TryRecvError};
 use wasm_molt_lifecycle::Ticket;
 
 use crate::call::{CallJob, Queue, Seat};
 use crate::error::{Error, ErrorCode, Result};
-use crate::manager::{Job, Shared};
+use crate::interrupt::Stop;
+use crate::manager::{HookScope, Job, Shared};
 use crate::replica::Replica;
 
 const IDLE: u8 = 0;
@@ -25,8 +27,8 @@ const RELEASED: u8 = 2;
 pub struct Lease {
     replica: Arc<Replica>,
     shared: Arc<Shared>,
-    /// Serves a synchronous hook: nothing may be handed to the pool, for nobody could await it.
-    is_sync: bool,
+    /// Serves a hook, under these terms.
+    hook: Option<HookScope>,
     word: AtomicU8,
     /// How deep the home thread is inside. Home thread only.
     depth: AtomicU32,
@@ -53,16 +55,34 @@ impl std::fmt::Debug for Lease {
 }
 
 impl Lease {
-    pub(crate) fn new(
+    /// Held by whoever has the ticket.
+    pub(crate) fn with_ticket(
+        shared: &Arc<Shared>,
+        replica: Arc<Replica>,
+        ticket: Ticket<Job>,
+    ) -> Arc<Self> {
+        Self::new(shared, replica, Some(ticket), None)
+    }
+
+    /// Lent to a hook; nobody else can reach the instance.
+    pub(crate) fn for_hook(
+        shared: &Arc<Shared>,
+        replica: Arc<Replica>,
+        scope: &HookScope,
+    ) -> Arc<Self> {
+        Self::new(shared, replica, None, Some(scope.clone()))
+    }
+
+    fn new(
         shared: &Arc<Shared>,
         replica: Arc<Replica>,
         ticket: Option<Ticket<Job>>,
-        is_sync: bool,
+        hook: Option<HookScope>,
     ) -> Arc<Self> {
         Arc::new(Self {
             replica,
             shared: Arc::clone(shared),
-            is_sync,
+            hook,
             word: AtomicU8::new(IDLE),
             depth: AtomicU32::new(0),
             has_waiting: AtomicBool::new(false),
@@ -72,6 +92,20 @@ impl Lease {
             }),
             freed: Condvar::new(),
         })
+    }
+
+    /// Disconnected once nobody waits any more for the hook that this lease was lent to; `None` for
+    /// any other lease.
+    pub fn cancelled(&self) -> Option<&Receiver<()>> {
+        self.hook.as_ref().map(|hook| &hook.cancelled)
+    }
+
+    /// Whether that has happened.
+    pub fn is_cancelled(&self) -> bool {
+        let is_over = |cancelled: &Receiver<()>| {
+            matches!(cancelled.try_recv(), Err(TryRecvError::Disconnected))
+        };
+        self.cancelled().is_some_and(is_over)
     }
 
     /// The instance. Entering it needs [`Lease::enter`].
@@ -142,7 +176,7 @@ impl Lease {
 
     /// Hands a call to the pool; it runs after the ones handed over before. Home thread only.
     pub(crate) fn call(self: &Arc<Self>, job: Box<CallJob>) {
-        if self.is_sync {
+        if self.hook.as_ref().is_some_and(|hook| hook.is_sync) {
             let what = "call() of an instance needs an asynchronous hook; use its exports in a synchronous one";
             job.refuse(Error::new(ErrorCode::AsyncImport, what));
             return;
@@ -187,7 +221,7 @@ impl Lease {
             }
             state = self.lock();
         }
-        let is_hook = state.ticket.is_none();
+        let is_hook = self.hook.is_some();
         if let Some((_, job)) = state.waiting.pop_front() {
             state.is_running = true;
             if !state.is_released {
@@ -236,6 +270,24 @@ impl Lease {
         state.is_released = true;
         self.word.store(RELEASED, Ordering::Release);
         self.pump(state);
+    }
+
+    /// Refuses what was handed over and has not begun. Any thread.
+    pub(crate) fn refuse_waiting(&self, why: &Stop) {
+        let waiting = std::mem::take(&mut self.lock().waiting);
+        for (_, job) in waiting {
+            let what = format!("{} (still waiting)", self.shared.name());
+            job.refuse(why.clone().into_error(&what));
+        }
+    }
+
+    /// Stops what runs, and refuses what waits, until the instance [resumes](Interrupter::resume). Any
+    /// thread.
+    ///
+    /// [`Interrupter::resume`]: crate::interrupt::Interrupter::resume
+    pub(crate) fn cut(&self, why: &Stop) {
+        self.replica.interrupter().halt(why.clone());
+        self.refuse_waiting(why);
     }
 
     pub(crate) fn take_waiting(&self, id: u64) -> Option<Box<CallJob>> {

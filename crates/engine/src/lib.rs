@@ -25,6 +25,7 @@ mod module;
 mod options;
 mod pool;
 mod replica;
+mod serving;
 mod stack;
 mod stats;
 mod swap;
@@ -44,8 +45,8 @@ pub use options::{BufferAbi, BufferReturns, CacheChoice, EngineOptions, ManagerO
 pub use replica::{RawValue, Replica};
 pub use stack::{has_stack, out_of_stack, stack_floor};
 pub use stats::{CallCounts, Histogram, Times};
-pub use swap::{ReloadOptions, ReloadReport};
+pub use swap::{ReloadOptions, ReloadReport, ReloadStep, Strategy};
 pub use value::{FuncHandle, HostRef, Signature, Value, ValueType};
 pub use wasm_molt_lifecycle::{
-    Away, FailedPhase, Generation, Home, Inside, OnDrainTimeout, WaitId,
+    Away, FailedPhase, Generation, Home, Inside, OnDrainTimeout, Step, WaitId,
 };

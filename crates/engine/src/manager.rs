@@ -16,13 +16,14 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
 use wasm_molt_lifecycle::{
-    Admission, FailedPhase, Gate, GateCounts, GateOptions, Generation, Home, Refusal, Refused,
-    Ticket, WaitId, Waiter,
+    Admission, FailedPhase, Gate, GateCounts, GateOptions, Generation, Home, OnDrainTimeout,
+    Refusal, Refused, Ticket, TicketId, WaitId, Waiter,
 };
 
 use crate::call::{CallControl, CallJob, CallLimits, Queue, Seat, Settle, Work};
+use crate::deadline::Deadline;
 use crate::engine::Engine;
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::Host;
@@ -33,8 +34,9 @@ use crate::module::Module;
 use crate::options::{ManagerOptions, Source};
 use crate::pool::{Pool, thread_name};
 use crate::replica::{Blueprint, Replica};
+use crate::serving::Serving;
 use crate::stats::{CallCounts, Stats, Times};
-use crate::swap::{self, ReloadOptions, ReloadReport};
+use crate::swap::{self, ReloadOptions, ReloadReport, ReloadStep, Strategy};
 
 /// Receives the one answer of something asynchronous, on any thread.
 pub type Done<T> = Box<dyn FnOnce(Result<T>) + Send>;
@@ -92,6 +94,8 @@ impl ManagerState {
 pub enum Event {
     /// A new generation serves.
     Reload(Arc<ReloadReport>),
+    /// A reload has come one step further.
+    Step(ReloadStep),
     /// A reload did not happen.
     ReloadFailed(Error),
     /// A guest trapped.
@@ -148,7 +152,7 @@ impl Waiter for Job {
         match self {
             Self::Call(job) => {
                 let shared = Arc::clone(&job.shared);
-                let Some(replica) = shared.replica(ticket.slot()) else {
+                let Some(replica) = shared.lock_serving().replica_of(ticket.id()) else {
                     ticket.retire();
                     job.refuse(Error::internal("a slot without an instance"));
                     return;
@@ -168,12 +172,12 @@ impl Waiter for Job {
                 });
             }
             Self::Lease(LeaseJob { shared, done }) => {
-                let Some(replica) = shared.replica(ticket.slot()) else {
+                let Some(replica) = shared.lock_serving().replica_of(ticket.id()) else {
                     ticket.retire();
                     done(Err(Error::internal("a slot without an instance")));
                     return;
                 };
-                done(Ok(Lease::new(&shared, replica, Some(ticket), false)));
+                done(Ok(shared.lease_with(replica, ticket)));
             }
         }
     }
@@ -189,17 +193,16 @@ impl Job {
     }
 }
 
-/// What serves now.
-pub(crate) struct Serving {
-    pub(crate) generation: Generation,
-    pub(crate) blueprint: Option<Arc<Blueprint>>,
-    pub(crate) replicas: Vec<Arc<Replica>>,
-}
-
 enum Op {
-    Start { source: Source, done: Done<()> },
+    Start {
+        source: Source,
+        done: Done<()>,
+    },
     Reload(PendingReload),
-    Close { drain_timeout: Option<Duration> },
+    Close {
+        until: Option<Instant>,
+        asked_at: Instant,
+    },
     Destroy,
 }
 
@@ -223,7 +226,32 @@ struct Control {
     is_repairing_home: bool,
     /// Slots that wait for a swap to end.
     repairs_due: Vec<usize>,
+    /// Threads that wait for an earlier generation to be left.
+    seeing_off: usize,
+    /// When a close has waited long enough for hooks.
+    hooks_until: Option<Deadline>,
     closing: Vec<Done<()>>,
+}
+
+impl Control {
+    /// A reload that does just the same and has not ended: whoever asks for it once more is answered
+    /// with it. One that leads to another build is not passed over, for it would have the last word.
+    fn equal_reload(
+        &mut self,
+        options: &ReloadOptions,
+    ) -> Option<&mut Vec<Done<Arc<ReloadReport>>>> {
+        let queued = self.queue.iter_mut().rev().filter_map(|op| match op {
+            Op::Reload(pending) => Some((&pending.options, &mut pending.done)),
+            _ => None,
+        });
+        let current = self.current_reload.as_mut();
+        queued
+            .chain(current.map(|(options, done)| (&*options, done)))
+            .take_while(|(other, _)| other.source == options.source)
+            .filter(|(other, _)| *other == options)
+            .map(|(_, done)| done)
+            .last()
+    }
 }
 
 pub(crate) struct Shared {
@@ -236,12 +264,19 @@ pub(crate) struct Shared {
     pub(crate) serving: Mutex<Serving>,
     /// Every instance that may still be running, so that `destroy` finds it.
     known: Mutex<Vec<Weak<Replica>>>,
+    /// Leases with a ticket, so that a reload can end them.
+    leases: Mutex<Vec<Weak<Lease>>>,
+    /// What the hook of the swap under way was lent.
+    hook_lease: Mutex<Option<Arc<Lease>>>,
     control: Mutex<Control>,
     control_changed: Condvar,
     state: AtomicU8,
     is_destroyed: AtomicBool,
     /// Becomes disconnected when the manager is destroyed: wakes everything that waits for the host.
     cancel: (Mutex<Option<Sender<()>>>, Receiver<()>),
+    /// Becomes disconnected when nobody waits for hooks any more; what has not been committed by then
+    /// is rolled back.
+    hooks: (Mutex<Option<Sender<()>>>, Receiver<()>),
     settling: AtomicUsize,
     memory_bytes_peak: AtomicUsize,
 }
@@ -307,6 +342,7 @@ impl Manager {
         });
         let home = gate.take_home();
         let (alive, cancelled) = bounded(0);
+        let (wanted, given_up) = bounded(0);
         let shared = Arc::new(Shared {
             name: OnceLock::new(),
             options,
@@ -314,17 +350,16 @@ impl Manager {
             gate,
             pool,
             stats: Stats::new()?,
-            serving: Mutex::new(Serving {
-                generation: Generation::FIRST,
-                blueprint: None,
-                replicas: Vec::new(),
-            }),
+            serving: Mutex::new(Serving::new()),
             known: Mutex::default(),
+            leases: Mutex::default(),
+            hook_lease: Mutex::default(),
             control: Mutex::default(),
             control_changed: Condvar::new(),
             state: AtomicU8::new(ManagerState::Starting as u8),
             is_destroyed: AtomicBool::new(false),
             cancel: (Mutex::new(Some(alive)), cancelled),
+            hooks: (Mutex::new(Some(wanted)), given_up),
             settling: AtomicUsize::new(0),
             memory_bytes_peak: AtomicUsize::new(0),
         });
@@ -533,6 +568,12 @@ impl Manager {
         self.shared.close(drain_timeout, done);
     }
 
+    /// Nobody waits for hooks any more, and what has not been committed is rolled back: for a hook that
+    /// is itself about to wait for the manager's end.
+    pub fn give_hooks_up(&self) {
+        self.shared.give_hooks_up();
+    }
+
     /// Stops what runs, refuses what waits, releases. Idempotent.
     pub fn destroy(&self, done: Done<()>) {
         self.shared.destroy(done);
@@ -705,7 +746,7 @@ impl Shared {
     }
 
     /// Tells the host. What it does with that is not our affair, not even if it panics.
-    fn tell(&self, event: Event) {
+    pub(crate) fn tell(&self, event: Event) {
         let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.host.event(event)));
     }
 
@@ -800,8 +841,8 @@ impl Shared {
                 Box::new(move || done(outcome))
             }
             Op::Reload(pending) => self.run_reload(pending),
-            Op::Close { drain_timeout } => {
-                let outcome = guarded(|| self.run_close(drain_timeout));
+            Op::Close { until, asked_at } => {
+                let outcome = guarded(|| self.run_close(until, asked_at));
                 self.finish_closing(outcome, false)
             }
             Op::Destroy => {
@@ -827,14 +868,29 @@ impl Shared {
         outcome
     }
 
-    fn bring_up_first(self: &Arc<Self>, source: &Source, is_sync: bool) -> Result<()> {
+    fn load(&self, pool: &Pool, source: &Source, name: Option<&str>) -> Result<Module> {
         let options = &self.options;
         let engine = Engine::shared(
             &options.engine,
             options.limits.stack_bytes(),
             &options.cache,
         )?;
-        let module = Module::load(&engine, Some(&self.pool), source, options.name.as_deref())?;
+        Module::load(&engine, Some(pool), source, name)
+    }
+
+    /// Loads another build of the module. The pool's threads may all be inside guests, so it is compiled
+    /// on threads of its own.
+    pub(crate) fn load_next(&self, source: &Source) -> Result<Module> {
+        let parallelism = std::thread::available_parallelism().map_or(1, usize::from);
+        let pool = Pool::new(self.name(), parallelism, self.options.limits.stack_bytes())?;
+        let module = self.load(&pool, source, Some(self.name()));
+        pool.end();
+        module
+    }
+
+    fn bring_up_first(self: &Arc<Self>, source: &Source, is_sync: bool) -> Result<()> {
+        let options = &self.options;
+        let module = Arc::new(self.load(&self.pool, source, options.name.as_deref())?);
         let _ = self.name.set(module.name().to_owned());
         let blueprint = Arc::new(Blueprint {
             engine: module.engine.clone(),
@@ -843,8 +899,13 @@ impl Shared {
         });
         let mut replicas = Vec::with_capacity(options.instances);
         let generation = Generation::FIRST;
+        let making = Making {
+            blueprint: &blueprint,
+            generation,
+            scope: self.hook_scope(is_sync),
+        };
         for slot in 0..options.instances {
-            match self.make_replica(&blueprint, slot, generation, is_sync) {
+            match self.make_replica(&making, slot) {
                 Ok(replica) => replicas.push(replica),
                 Err((phase, cause)) => {
                     let _ = self.discard(replicas, generation);
@@ -905,11 +966,15 @@ impl Shared {
     /// Makes and initializes one instance.
     pub(crate) fn make_replica(
         self: &Arc<Self>,
-        blueprint: &Blueprint,
+        making: &Making<'_>,
         slot: usize,
-        generation: Generation,
-        is_sync: bool,
     ) -> Result<Arc<Replica>, (FailedPhase, Error)> {
+        let Making {
+            blueprint,
+            generation,
+            scope,
+        } = making;
+        let generation = *generation;
         let mut known = None;
         // A panic must not lose track of a half-made instance.
         let made = guarded(|| {
@@ -925,7 +990,7 @@ impl Shared {
                 return Err((FailedPhase::Instantiate, error));
             }
         };
-        let initialized = self.with_lease(&replica, is_sync, |lease| self.host.initialize(lease));
+        let initialized = self.with_lease(&replica, scope, |lease| self.host.initialize(lease));
         let initialized = initialized.and_then(|()| {
             // A hook that goes on after a trap leaves an instance that must not serve.
             replica.last_trap().map_or(Ok(()), Err)
@@ -941,17 +1006,80 @@ impl Shared {
     pub(crate) fn with_lease<T>(
         self: &Arc<Self>,
         replica: &Arc<Replica>,
-        is_sync: bool,
+        scope: &HookScope,
         hook: impl FnOnce(&Arc<Lease>) -> Result<T>,
     ) -> Result<T> {
-        let lease = Lease::new(self, Arc::clone(replica), None, is_sync);
+        let lease = Lease::for_hook(self, Arc::clone(replica), scope);
+        *self.hook_lease() = Some(Arc::clone(&lease));
         let outcome = hook(&lease);
         lease.release();
         if self.is_destroyed() {
             replica.interrupter().stop_for_good(destroyed());
         }
+        if lease.is_cancelled() {
+            lease.cut(&self.closing_stop());
+        }
+        // Whoever cancels from here on finds the lease, and cuts short what the hook has left behind.
         lease.wait_free();
+        *self.hook_lease() = None;
+        replica.interrupter().resume();
         outcome
+    }
+
+    fn hook_lease(&self) -> MutexGuard<'_, Option<Arc<Lease>>> {
+        self.hook_lease
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn closing_stop(&self) -> Stop {
+        Stop::Interrupted(format!("{} is being closed", self.name()))
+    }
+
+    /// A lease that holds a ticket.
+    fn lease_with(self: &Arc<Self>, replica: Arc<Replica>, ticket: Ticket<Job>) -> Arc<Lease> {
+        let lease = Lease::with_ticket(self, replica, ticket);
+        let mut leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
+        leases.retain(|lease| lease.strong_count() > 0);
+        leases.push(Arc::downgrade(&lease));
+        lease
+    }
+
+    /// Stops what runs or is about to on these instances, until they [resume](Self::resume), and takes
+    /// leases on them away from their holders.
+    pub(crate) fn interrupt(self: &Arc<Self>, replicas: &[Arc<Replica>], why: &Stop) {
+        for replica in replicas {
+            replica.interrupter().halt(why.clone());
+        }
+        let is_meant = {
+            let ids: Vec<_> = replicas.iter().map(|r| r.id()).collect();
+            move |lease: &Arc<Lease>| ids.contains(&lease.replica().id())
+        };
+        let leases: Vec<_> = {
+            let leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
+            let all = leases.iter().filter_map(Weak::upgrade);
+            all.filter(is_meant).collect()
+        };
+        if leases.is_empty() {
+            return;
+        }
+        let shared = Arc::clone(self);
+        let why = why.clone();
+        // Without a home nobody is left who could hold one.
+        let _ = self.host.at_home(Box::new(move |_| {
+            for lease in leases {
+                lease.refuse_waiting(&why);
+                shared.host.revoked(&lease);
+                lease.release();
+            }
+        }));
+    }
+
+    /// They may be entered again.
+    pub(crate) fn resume(replicas: &[Arc<Replica>]) {
+        for replica in replicas {
+            replica.interrupter().resume();
+        }
     }
 
     /// Releases instances that never served, or do not any more.
@@ -983,22 +1111,12 @@ impl Shared {
     // ------------------------------------------------------------------ reload
 
     fn reload(self: &Arc<Self>, options: ReloadOptions, done: Done<Arc<ReloadReport>>) {
-        if self.is_over() {
-            done(Err(self.closed()));
+        if let Err(error) = self.check_reload(&options) {
+            done(Err(error));
             return;
         }
         let mut control = self.lock_control();
-        if let Some((current, waiting)) = &mut control.current_reload
-            && *current == options
-        {
-            waiting.push(done);
-            return;
-        }
-        let same = control.queue.iter_mut().find_map(|op| match op {
-            Op::Reload(pending) if pending.options == options => Some(&mut pending.done),
-            _ => None,
-        });
-        if let Some(waiting) = same {
+        if let Some(waiting) = control.equal_reload(&options) {
             waiting.push(done);
             return;
         }
@@ -1009,23 +1127,61 @@ impl Shared {
         }));
     }
 
+    fn check_reload(&self, options: &ReloadOptions) -> Result<()> {
+        if self.is_over() {
+            return Err(self.closed());
+        }
+        let is_rolling = options.strategy == Strategy::Rolling;
+        if is_rolling && !options.skip_save && self.host.saves_state() {
+            return Err(Error::invalid(format!(
+                "options.strategy is 'rolling', and {} has a saveState hook: two generations that serve \
+                 at the same time cannot hand state over; use 'exclusive', or skipSave: true to leave \
+                 the state behind",
+                self.name()
+            )));
+        }
+        Ok(())
+    }
+
+    /// Returns the slots whose repair has waited for the swap to end.
+    fn end_swap(control: &mut Control) -> Vec<usize> {
+        control.is_swapping = false;
+        std::mem::take(&mut control.repairs_due)
+    }
+
+    fn hook_scope(&self, is_sync: bool) -> HookScope {
+        HookScope {
+            is_sync,
+            cancelled: self.hooks.1.clone(),
+        }
+    }
+
+    /// Whether hooks are not waited for any more.
+    pub(crate) fn are_hooks_given_up(&self) -> bool {
+        matches!(self.hooks.1.try_recv(), Err(TryRecvError::Disconnected))
+    }
+
     fn run_reload(self: &Arc<Self>, pending: PendingReload) -> Answer {
         let PendingReload { options, done } = pending;
+        if self.are_hooks_given_up() {
+            let error = self.closed();
+            return Box::new(move || {
+                for done in done {
+                    done(Err(error.clone()));
+                }
+            });
+        }
         {
             let mut control = self.wait_repaired(self.lock_control());
             control.is_swapping = true;
             control.current_reload = Some((options.clone(), done));
         }
-        let outcome = guarded(|| swap::run(self, &options, false));
+        let outcome = guarded(|| swap::run(self, &options, self.hook_scope(false)));
         let (done, due) = {
             let mut control = self.lock_control();
-            control.is_swapping = false;
-            let done = control
-                .current_reload
-                .take()
-                .map(|(_, done)| done)
-                .unwrap_or_default();
-            (done, std::mem::take(&mut control.repairs_due))
+            let current = control.current_reload.take();
+            let done = current.map(|(_, done)| done).unwrap_or_default();
+            (done, Self::end_swap(&mut control))
         };
         self.swap_ended(&outcome);
         for slot in due {
@@ -1036,6 +1192,59 @@ impl Shared {
                 done(outcome.clone());
             }
         })
+    }
+
+    /// Hooks are not waited for any more, nor for what they have left running.
+    fn give_hooks_up(&self) {
+        let wanted = &self.hooks.0;
+        drop(wanted.lock().unwrap_or_else(PoisonError::into_inner).take());
+        let lease = self.hook_lease().clone();
+        if let Some(lease) = lease {
+            lease.cut(&self.closing_stop());
+        }
+        // A drain that is under way looks again.
+        self.gate.shut();
+    }
+
+    /// Releases what a roll has left behind, now where nobody is inside, else as soon as they leave.
+    pub(crate) fn see_off(self: &Arc<Self>, cohort: u64, options: &ReloadOptions) {
+        if self.release_left(cohort).is_none() {
+            return;
+        }
+        self.lock_control().seeing_off += 1;
+        let mut patience = match options.on_drain_timeout {
+            OnDrainTimeout::Interrupt => options.drain_timeout,
+            OnDrainTimeout::Abort => None,
+        };
+        self.spawn("old", move |shared| {
+            let _ = guarded(|| {
+                loop {
+                    let Some(stragglers) = shared.release_left(cohort) else {
+                        return Ok(());
+                    };
+                    let started = Instant::now();
+                    let waited = shared.gate.wait_stragglers(stragglers, patience, || false);
+                    patience = patience.map(|left| left.saturating_sub(started.elapsed()));
+                    if waited.is_err() {
+                        patience = None;
+                        let left = shared.lock_serving().left();
+                        shared.interrupt(&left, &impatient());
+                    }
+                }
+            });
+            shared.lock_control().seeing_off -= 1;
+            shared.control_changed.notify_all();
+        });
+    }
+
+    /// Releases what nobody is inside. Returns how many stragglers there are, if one is of that cohort.
+    fn release_left(self: &Arc<Self>, cohort: u64) -> Option<usize> {
+        // Read first: a straggler that leaves afterwards is seen off in the next round.
+        let stragglers = self.gate.stragglers();
+        let (gone, generation) = self.lock_serving().take_left(cohort, &stragglers);
+        let _ = self.discard(gone, generation);
+        let is_meant = |ticket: &TicketId| ticket.cohort == cohort;
+        stragglers.iter().any(is_meant).then_some(stragglers.len())
     }
 
     fn swap_ended(self: &Arc<Self>, outcome: &Result<Arc<ReloadReport>>) {
@@ -1056,9 +1265,7 @@ impl Shared {
         home: Option<&Home<Job>>,
         options: &ReloadOptions,
     ) -> Result<Arc<ReloadReport>> {
-        if self.is_over() {
-            return Err(self.closed());
-        }
+        self.check_reload(options)?;
         let in_flight = home
             .map_or_else(|| self.gate.counts(), Home::counts)
             .in_flight;
@@ -1073,12 +1280,8 @@ impl Shared {
             control.is_running = true;
             control.is_swapping = true;
         }
-        let outcome = guarded(|| swap::run(self, options, true));
-        let due = {
-            let mut control = self.lock_control();
-            control.is_swapping = false;
-            std::mem::take(&mut control.repairs_due)
-        };
+        let outcome = guarded(|| swap::run(self, options, self.hook_scope(true)));
+        let due = Self::end_swap(&mut self.lock_control());
         self.swap_ended(&outcome);
         for slot in due {
             self.request_repair(slot);
@@ -1194,8 +1397,13 @@ impl Shared {
         };
         let blueprint = self.blueprint()?;
         let before = self.generation();
+        let making = Making {
+            blueprint: &blueprint,
+            generation: before.next(),
+            scope: self.hook_scope(is_sync),
+        };
         let fresh = self
-            .make_replica(&blueprint, slot, before.next(), is_sync)
+            .make_replica(&making, slot)
             .map_err(|(phase, cause)| self.reload_failed("the replacement", phase, cause))?;
         let (tell, told) = bounded(1);
         let shared = Arc::clone(self);
@@ -1282,7 +1490,19 @@ impl Shared {
     fn close(self: &Arc<Self>, drain_timeout: Option<Duration>, done: Done<()>) {
         if self.begin_closing(done) {
             self.gate.shut();
-            self.push(Op::Close { drain_timeout });
+            if let Some(patience) = drain_timeout {
+                let weak = Arc::downgrade(self);
+                let give_up = move || {
+                    if let Some(shared) = weak.upgrade() {
+                        shared.give_hooks_up();
+                    }
+                };
+                // Without a timer thread the close only waits longer.
+                self.lock_control().hooks_until = Deadline::after(patience, give_up).ok();
+            }
+            let asked_at = Instant::now();
+            let until = drain_timeout.and_then(|patience| asked_at.checked_add(patience));
+            self.push(Op::Close { until, asked_at });
         }
     }
 
@@ -1300,11 +1520,10 @@ impl Shared {
         control.closing.len() == 1
     }
 
-    fn run_close(self: &Arc<Self>, drain_timeout: Option<Duration>) -> Result<()> {
+    fn run_close(self: &Arc<Self>, until: Option<Instant>, asked_at: Instant) -> Result<()> {
         if self.state() == ManagerState::Closed {
             return Ok(());
         }
-        let started = Instant::now();
         let shared = Arc::clone(self);
         self.host.at_home(Box::new(move |home| {
             if let Some(home) = home {
@@ -1313,11 +1532,11 @@ impl Shared {
             shared.repair_retired();
         }))?;
         self.gate
-            .wait_idle(drain_timeout)
+            .wait_idle(until.map(|until| until.saturating_duration_since(Instant::now())))
             .map_err(|in_flight| Error::DrainTimeout {
                 what: format!("close() of {}", self.name()),
                 in_flight: in_flight.0,
-                waited_ms: started.elapsed().as_millis(),
+                waited_ms: asked_at.elapsed().as_millis(),
             })?;
         self.wait_settled();
         self.release_all();
@@ -1340,6 +1559,7 @@ impl Shared {
         for job in self.gate.cut() {
             job.refuse(self.closed());
         }
+        self.give_hooks_up();
         self.stop_all(&destroyed());
         // Leases end now: the operation under way may be waiting for one.
         self.spawn("end", Self::expire_handles);
@@ -1355,7 +1575,7 @@ impl Shared {
             }
             let (old, generation) = {
                 let serving = shared.lock_serving();
-                (serving.replicas.clone(), serving.generation)
+                (serving.all(), serving.generation)
             };
             let new = Vec::new();
             shared.host.replaced(&Replaced {
@@ -1378,7 +1598,9 @@ impl Shared {
     }
 
     fn release_all(self: &Arc<Self>) {
-        drop(self.wait_repaired(self.lock_control()));
+        let control = self.wait_repaired(self.lock_control());
+        let is_seeing_off = |c: &mut Control| c.seeing_off > 0;
+        drop(self.control_changed.wait_while(control, is_seeing_off));
         let (replicas, generation) = {
             let mut serving = self.lock_serving();
             (std::mem::take(&mut serving.replicas), serving.generation)
@@ -1395,6 +1617,7 @@ impl Shared {
             if outcome.is_ok() {
                 self.set_state(ManagerState::Closed);
             }
+            control.hooks_until = None;
             let is_closed = self.state() == ManagerState::Closed;
             // A close that gave up leaves everybody to the destroy that is waiting behind it.
             let is_last = is_closed || is_destroy || !self.is_destroyed();
@@ -1424,11 +1647,7 @@ impl Shared {
     fn read_stats(&self, home: Option<&Home<Job>>) -> ManagerStats {
         let (generation, memory_bytes, poisoned) = {
             let serving = self.lock_serving();
-            let bytes = serving
-                .replicas
-                .iter()
-                .map(|r| r.memory_bytes())
-                .sum::<usize>();
+            let bytes = serving.memory_bytes();
             let poisoned = serving.replicas.iter().filter(|r| r.is_poisoned()).count();
             (serving.generation, bytes, poisoned)
         };
@@ -1450,13 +1669,9 @@ impl Shared {
         }
     }
 
-    /// Linear memory of what serves.
-    fn memory_bytes(&self) -> usize {
-        self.lock_serving()
-            .replicas
-            .iter()
-            .map(|r| r.memory_bytes())
-            .sum()
+    /// Linear memory of all that exists.
+    pub(crate) fn memory_bytes(&self) -> usize {
+        self.lock_serving().memory_bytes()
     }
 
     /// Notes what is held just before memory is given back, so that the peak is true.
@@ -1473,6 +1688,28 @@ impl Drop for Settling<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::SeqCst);
     }
+}
+
+/// What an instance is made from, and for.
+pub(crate) struct Making<'a> {
+    pub(crate) blueprint: &'a Blueprint,
+    pub(crate) generation: Generation,
+    pub(crate) scope: HookScope,
+}
+
+/// How hooks run, and until when.
+#[derive(Clone)]
+pub(crate) struct HookScope {
+    /// On the home thread: they must be synchronous.
+    pub(crate) is_sync: bool,
+    /// Disconnected as soon as nobody waits for them any more.
+    pub(crate) cancelled: Receiver<()>,
+}
+
+/// Why a reload stops what it should have waited for.
+pub(crate) fn impatient() -> Stop {
+    let why = "a reload did not want to wait any longer (onDrainTimeout: 'interrupt')";
+    Stop::Interrupted(why.into())
 }
 
 fn destroyed() -> Stop {

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use wasmtime::ExternType;
 
@@ -132,12 +133,29 @@ impl ImportKind {
 }
 
 /// A function the module offers.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct ExportedFunction {
     /// Its name.
     pub name: String,
     /// Its parameters and results.
     pub signature: Signature,
+    /// `false`: an earlier build had it, this one keeps its position empty.
+    pub is_offered: bool,
+    is_used: AtomicBool,
+}
+
+impl ExportedFunction {
+    fn is_used(&self) -> bool {
+        self.is_used.load(Ordering::Relaxed)
+    }
+
+    /// Somebody means to call it: another build has to offer it too.
+    pub fn mark_used(&self) {
+        // Looked at first: every call passes here, and a store would take the line from other threads.
+        if !self.is_used() {
+            self.is_used.store(true, Ordering::Relaxed);
+        }
+    }
 }
 
 impl Module {
@@ -147,7 +165,7 @@ impl Module {
         pool: Option<&Pool>,
         source: &Source,
         name: Option<&str>,
-    ) -> Result<Arc<Self>> {
+    ) -> Result<Self> {
         let (bytes, file_stem) = read(source)?;
         let options = InstrumentOptions {
             polls: engine.options.uses_poll_page(),
@@ -185,6 +203,8 @@ impl Module {
                 ExternType::Func(ty) => functions.push(ExportedFunction {
                     name: export.name().to_owned(),
                     signature: Signature::of(&ty),
+                    is_offered: true,
+                    is_used: AtomicBool::new(false),
                 }),
                 ExternType::Memory(_) => memories.push(export.name().to_owned()),
                 _ => {}
@@ -195,7 +215,7 @@ impl Module {
             .find(|name| *name == "memory")
             .or_else(|| memories.first())
             .cloned();
-        Ok(Arc::new(Self {
+        Ok(Self {
             name,
             engine,
             imports,
@@ -210,7 +230,78 @@ impl Module {
                 .max()
                 .unwrap_or(0),
             compiled,
-        }))
+        })
+    }
+
+    /// Puts this build into the place of `old`: checks that it offers everything that is in use, and
+    /// gives each function the position that it has there.
+    ///
+    /// Positions are how calls that wait, and functions that the host holds, name what they mean; so
+    /// they hold for every build of a manager's life. A function that is gone leaves its position
+    /// empty, and one whose type is another counts as gone and as new.
+    ///
+    /// # Errors
+    /// [`ErrorCode::IncompatibleModule`], with everything that is in use and missing.
+    pub(crate) fn succeed(&mut self, old: &Self) -> Result<()> {
+        let mut own: Vec<Option<ExportedFunction>> = std::mem::take(&mut self.functions)
+            .into_iter()
+            .map(Some)
+            .collect();
+        let mut functions = Vec::with_capacity(old.functions.len());
+        let mut missing = Vec::new();
+        for before in &old.functions {
+            let named = |f: &&mut Option<ExportedFunction>| {
+                f.as_ref().is_some_and(|f| f.name == before.name)
+            };
+            let found = own.iter_mut().find(named).filter(|_| before.is_offered);
+            let fits = found
+                .as_ref()
+                .and_then(|f| f.as_ref())
+                .is_some_and(|f| f.signature == before.signature);
+            if !fits && before.is_used() {
+                let instead = match found.as_ref().and_then(|f| f.as_ref()) {
+                    Some(other) => format!("is {}", other.signature),
+                    None => "is missing".into(),
+                };
+                missing.push(format!("'{}' {} {instead}", before.name, before.signature));
+            }
+            let same = if fits {
+                found.and_then(Option::take)
+            } else {
+                None
+            };
+            functions.push(match same {
+                Some(same) => {
+                    same.is_used.store(before.is_used(), Ordering::Relaxed);
+                    same
+                }
+                None => ExportedFunction {
+                    name: before.name.clone(),
+                    signature: before.signature.clone(),
+                    is_offered: false,
+                    is_used: AtomicBool::new(false),
+                },
+            });
+        }
+        if let Some(memory) = &old.main_memory
+            && self.main_memory.is_none()
+        {
+            missing.push(format!("the memory '{memory}' is missing"));
+        }
+        if !missing.is_empty() {
+            return Err(Error::Incompatible {
+                message: format!(
+                    "the other build of {} does not offer what is in use: {}; build it with these \
+                     exports, or create a new manager for it",
+                    old.name,
+                    missing.join(", ")
+                ),
+                cause: None,
+            });
+        }
+        functions.extend(own.into_iter().flatten());
+        self.functions = functions;
+        Ok(())
     }
 
     /// Names this very module among all that are loaded.
@@ -228,24 +319,27 @@ impl Module {
         &self.imports
     }
 
-    /// The functions it offers, in order.
+    /// Its functions by position, which is the same in every build of a manager's life.
     pub fn functions(&self) -> &[ExportedFunction] {
         &self.functions
     }
 
-    /// Position in [`Module::functions`].
+    /// Position in [`Module::functions`] of a function that is to be called.
+    ///
+    /// # Errors
+    /// [`ErrorCode::ExportNotFound`], with what there is.
     pub fn function_index(&self, name: &str) -> Result<usize> {
-        self.functions
-            .iter()
-            .position(|f| f.name == name)
+        let is_meant = |f: &ExportedFunction| f.is_offered && f.name == name;
+        let found = self.functions.iter().enumerate().find(|(_, f)| is_meant(f));
+        found
+            .map(|(index, function)| {
+                function.mark_used();
+                index
+            })
             .ok_or_else(|| {
-                let names: Vec<_> = self
-                    .functions
-                    .iter()
-                    .take(20)
-                    .map(|f| f.name.as_str())
-                    .collect();
-                let more = self.functions.len().saturating_sub(names.len());
+                let offered = || self.functions.iter().filter(|f| f.is_offered);
+                let names: Vec<_> = offered().take(20).map(|f| f.name.as_str()).collect();
+                let more = offered().count().saturating_sub(names.len());
                 let more = if more > 0 {
                     format!(" and {more} more")
                 } else {

@@ -60,7 +60,7 @@ pub enum CacheChoice {
 }
 
 /// Where the module comes from.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
     /// A `.wasm` or `.wat` file.
     File(PathBuf),

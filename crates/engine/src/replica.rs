@@ -60,7 +60,8 @@ impl Guest {
 
 /// What exists once instantiation has succeeded.
 struct Live {
-    functions: Vec<FuncHandle>,
+    /// By position; `None` where this build has nothing.
+    functions: Vec<Option<FuncHandle>>,
     memories: Vec<Arc<MemoryRecord>>,
     main_memory: Option<Arc<MemoryRecord>>,
 }
@@ -236,9 +237,35 @@ impl Replica {
         !self.active().is_null()
     }
 
-    /// The function at that position of [`Module::functions`]; `None` before the instance exists.
+    /// The function at that position of [`Module::functions`]; `None` before the instance exists, and
+    /// where its build has none.
     pub fn function(&self, index: usize) -> Option<FuncHandle> {
-        self.live.get()?.functions.get(index).copied()
+        self.live.get()?.functions.get(index).copied().flatten()
+    }
+
+    /// Instantiated: its functions can be called.
+    pub fn is_started(&self) -> bool {
+        self.live.get().is_some()
+    }
+
+    /// The error of a call at a position where this build has nothing.
+    #[cold]
+    pub fn missing(&self, index: usize) -> Error {
+        let name = self.module.name();
+        match self.module.functions().get(index) {
+            Some(gone) => Error::new(
+                ErrorCode::ExportNotFound,
+                format!(
+                    "{name} exports no function '{}' {} any more: the build that a reload has put in \
+                     its place offers none",
+                    gone.name, gone.signature
+                ),
+            ),
+            None => Error::new(
+                ErrorCode::ExportNotFound,
+                format!("{name} exports this function only in another build"),
+            ),
+        }
     }
 
     /// The type of a function of this instance that host code has seen.
@@ -247,7 +274,7 @@ impl Replica {
             let index = live
                 .functions
                 .iter()
-                .position(|f| f.address == handle.address)?;
+                .position(|f| f.is_some_and(|f| f.address == handle.address))?;
             self.module
                 .functions()
                 .get(index)
@@ -366,15 +393,19 @@ impl Replica {
         let main_memory = main_memory.or_else(|| memories.first().cloned());
         let mut functions = Vec::with_capacity(module.functions().len());
         for exported in module.functions() {
+            if !exported.is_offered {
+                functions.push(None);
+                continue;
+            }
             let func = instance
                 .get_func(&mut *store, &exported.name)
                 .ok_or_else(|| Error::internal("an exported function is missing"))?;
             let address = func.to_raw(&mut *store) as usize;
-            functions.push(FuncHandle {
+            functions.push(Some(FuncHandle {
                 func,
                 replica: self.id,
                 address,
-            });
+            }));
         }
         Ok(Live {
             functions,
@@ -517,7 +548,7 @@ impl Replica {
     pub unsafe fn call_export(&self, index: usize, args: Vec<Value>) -> Result<Vec<Value>> {
         let (Some(func), Some(export)) = (self.function(index), self.module.functions().get(index))
         else {
-            return Err(Error::internal("a function that the module does not have"));
+            return Err(self.missing(index));
         };
         let signature = &export.signature;
         let fits = args
@@ -647,7 +678,7 @@ impl Replica {
             let index = live
                 .functions
                 .iter()
-                .position(|f| f.address == func.address)?;
+                .position(|f| f.is_some_and(|f| f.address == func.address))?;
             self.module.functions().get(index).map(|f| f.name.as_str())
         });
         let what = name.map_or_else(|| "a function".to_owned(), |n| format!("'{n}'"));

@@ -1,25 +1,50 @@
 //! The swap, carried out: the protocol of [`wasm_molt_lifecycle::swap`] over real instances.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use wasm_molt_lifecycle::{
-    Backend, FailedPhase, Failure, Generation, Home, InFlight, OnDrainTimeout, Plan, SystemClock,
-    Timings, swap::run as run_protocol,
+    Backend, Drained, FailedPhase, Failure, Generation, Home, InFlight, OnDrainTimeout, Plan, Step,
+    SystemClock, Timings,
+    swap::{run as run_exclusive, run_rolling},
 };
 
-use crate::error::{Error, Result};
-use crate::interrupt::Stop;
-use crate::manager::{ManagerState, Replaced, Shared};
+use crate::error::{Error, ErrorCode, Result};
+use crate::manager::{Event, HookScope, Making, ManagerState, Replaced, Shared, impatient};
+use crate::options::Source;
 use crate::replica::{Blueprint, Replica};
 use crate::value::HostRef;
+
+/// What new calls do while the old generation is still in use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Strategy {
+    /// They wait until it has drained.
+    #[default]
+    Exclusive,
+    /// They go to the new generation at once, while the old one drains behind.
+    Rolling,
+}
+
+impl Strategy {
+    /// The word for it in the public interface.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Exclusive => "exclusive",
+            Self::Rolling => "rolling",
+        }
+    }
+}
 
 /// What a reload is asked to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReloadOptions {
     /// In the report and the statistics.
     pub reason: String,
+    /// What new calls do.
+    pub strategy: Strategy,
+    /// Another build of the module; `None`: the one that serves.
+    pub source: Option<Source>,
     /// Longest wait for what is in flight; `None`: for ever.
     pub drain_timeout: Option<Duration>,
     /// What happens then.
@@ -37,11 +62,28 @@ impl Default for ReloadOptions {
     fn default() -> Self {
         Self {
             reason: "manual".into(),
+            strategy: Strategy::Exclusive,
+            source: None,
             drain_timeout: Some(Self::DEFAULT_DRAIN_TIMEOUT),
             on_drain_timeout: OnDrainTimeout::Abort,
             skip_save: false,
         }
     }
+}
+
+/// A step of a reload that went well.
+#[derive(Debug, Clone)]
+pub struct ReloadStep {
+    /// Which.
+    pub step: Step,
+    /// How long it took.
+    pub took: Duration,
+    /// What will serve, or does.
+    pub generation: Generation,
+    /// As in the report.
+    pub reason: String,
+    /// As in the report.
+    pub strategy: Strategy,
 }
 
 /// What a reload did.
@@ -53,7 +95,9 @@ pub struct ReloadReport {
     pub previous_generation: Generation,
     /// Why.
     pub reason: String,
-    /// In flight when the gate closed.
+    /// How.
+    pub strategy: Strategy,
+    /// In flight when the gate closed, or left behind.
     pub drained: usize,
     /// Waited at the gate.
     pub queued: usize,
@@ -84,6 +128,7 @@ impl ReloadReport {
             generation,
             previous_generation,
             reason: "trap".into(),
+            strategy: Strategy::Exclusive,
             drained: 0,
             queued: 0,
             pause: took,
@@ -97,13 +142,11 @@ impl ReloadReport {
     }
 }
 
-/// Runs one exclusive swap to its end, on this thread.
-///
-/// * `is_sync`: this is the home thread and hooks must be synchronous.
+/// Runs one swap to its end, on this thread.
 pub(crate) fn run(
     shared: &Arc<Shared>,
     options: &ReloadOptions,
-    is_sync: bool,
+    scope: HookScope,
 ) -> Result<Arc<ReloadReport>> {
     let blueprint = shared.blueprint()?;
     // Whatever happens in here, a panic included, the state is not left behind.
@@ -117,37 +160,42 @@ pub(crate) fn run(
         let serving = shared.lock_serving();
         (serving.replicas.clone(), serving.generation)
     };
+    let is_sync = scope.is_sync;
     let mut swap = Swap {
         shared,
+        options,
         blueprint,
-        is_sync,
-        skip_save: options.skip_save,
-        reason: options.reason.clone(),
+        scope,
         previous,
         states: Vec::new(),
         next: Vec::new(),
         old,
         memory_bytes_before: 0,
         is_homeless: false,
-        is_published: Arc::default(),
+        published: Arc::default(),
     };
     let plan = Plan {
         drain_timeout: options.drain_timeout,
         on_drain_timeout: options.on_drain_timeout,
         skip_save: options.skip_save,
     };
-    let outcome = run_protocol(&mut swap, &SystemClock::default(), &plan);
+    let clock = SystemClock::default();
+    // With nothing in flight the two are the same, and a synchronous one must not leave this thread.
+    let outcome = match options.strategy {
+        Strategy::Rolling if !is_sync => run_rolling(&mut swap, &clock, &plan),
+        _ => run_exclusive(&mut swap, &clock, &plan),
+    };
     match outcome {
         // The environment went between the last step and this one: the old instances are still the
         // ones that are known, so they are not released.
-        Ok(_) if !swap.is_published.load(Ordering::Acquire) => {
+        Ok(_) if swap.published.get().is_none() => {
             let next = std::mem::take(&mut swap.next);
             let _ = shared.discard(next, swap.previous.next());
             Err(shared.closed())
         }
         Ok(timings) => {
             restore.to = None;
-            Ok(Arc::new(swap.finish(options, &timings)))
+            Ok(Arc::new(swap.finish(&timings)))
         }
         Err(failure) => Err(failed(shared, options, failure, is_sync)),
     }
@@ -167,7 +215,11 @@ fn failed(
             waited_ms: options.drain_timeout.unwrap_or_default().as_millis(),
         },
         Failure::Cancelled => shared.closed(),
-        Failure::Step { .. } if shared.is_destroyed() => shared.closed(),
+        Failure::Step { .. } if shared.are_hooks_given_up() => shared.closed(),
+        Failure::Step {
+            cause: cause @ Error::Incompatible { .. },
+            ..
+        } => cause,
         Failure::Step { phase, cause } => shared.reload_failed("the reload", phase, cause),
     }
 }
@@ -188,10 +240,9 @@ impl Drop for RestoreState<'_> {
 
 struct Swap<'a> {
     shared: &'a Arc<Shared>,
+    options: &'a ReloadOptions,
     blueprint: Arc<Blueprint>,
-    is_sync: bool,
-    skip_save: bool,
-    reason: String,
+    scope: HookScope,
     previous: Generation,
     states: Vec<Option<HostRef>>,
     next: Vec<Arc<Replica>>,
@@ -199,22 +250,36 @@ struct Swap<'a> {
     memory_bytes_before: usize,
     /// The home is gone: there is nobody to publish to.
     is_homeless: bool,
-    /// The commit has run at home.
-    is_published: Arc<AtomicBool>,
+    /// Set at home, by the commit.
+    published: Arc<OnceLock<Published>>,
+}
+
+/// What the commit has left behind.
+struct Published {
+    /// Rolling: the cohort that the old instances served, and how many of it are still inside.
+    left_behind: Option<(u64, usize)>,
 }
 
 impl Swap<'_> {
     /// After the commit: the old instances go, and with them their memory.
-    fn finish(self, options: &ReloadOptions, timings: &Timings) -> ReloadReport {
-        for replica in &self.old {
-            // SAFETY: the gate was drained, so nobody was inside; at the commit every handle on it
-            // expired and its slot went to a new instance.
-            unsafe { replica.release() };
+    fn finish(self, timings: &Timings) -> ReloadReport {
+        match self.published.get() {
+            Some(Published {
+                left_behind: Some((cohort, _)),
+            }) => self.shared.see_off(*cohort, self.options),
+            _ => {
+                for replica in &self.old {
+                    // SAFETY: the gate was drained, so nobody was inside; at the commit every handle
+                    // on it expired and its slot went to a new instance.
+                    unsafe { replica.release() };
+                }
+            }
         }
         ReloadReport {
             generation: self.previous.next(),
             previous_generation: self.previous,
-            reason: options.reason.clone(),
+            reason: self.options.reason.clone(),
+            strategy: self.options.strategy,
             drained: timings.drained,
             queued: timings.queued,
             pause: timings.pause,
@@ -226,22 +291,77 @@ impl Swap<'_> {
             memory_bytes_after: self.next.iter().map(|r| r.memory_bytes()).sum(),
         }
     }
+
+    /// Another build, if one was asked for: loaded, and compared with the one that serves.
+    fn next_blueprint(&self) -> Result<Arc<Blueprint>> {
+        let Some(source) = &self.options.source else {
+            return Ok(Arc::clone(&self.blueprint));
+        };
+        let mut module = self.shared.load_next(source)?;
+        module.succeed(&self.blueprint.module)?;
+        Ok(Arc::new(Blueprint {
+            engine: module.engine.clone(),
+            module: Arc::new(module),
+            limits: self.blueprint.limits.clone(),
+        }))
+    }
+
+    fn make_next(&mut self) -> Result<(), (FailedPhase, Error)> {
+        let making = Making {
+            blueprint: &self.blueprint,
+            generation: self.previous.next(),
+            scope: self.scope.clone(),
+        };
+        for slot in 0..self.old.len() {
+            self.next.push(self.shared.make_replica(&making, slot)?);
+        }
+        Ok(())
+    }
+
+    fn change(&self, old: Vec<Arc<Replica>>) -> Replaced {
+        Replaced {
+            old,
+            new: self.next.clone(),
+            generation: self.previous.next(),
+        }
+    }
+
+    fn note_memory(&mut self) {
+        self.memory_bytes_before = self.old.iter().map(|r| r.memory_bytes()).sum();
+        let all =
+            self.shared.memory_bytes() + self.next.iter().map(|r| r.memory_bytes()).sum::<usize>();
+        self.shared.note_peak(all);
+    }
 }
 
 impl Backend for Swap<'_> {
     type Cause = Error;
 
+    fn drain_stragglers(&mut self, timeout: Option<Duration>) -> Result<(), InFlight> {
+        let shared = self.shared;
+        shared
+            .gate
+            .wait_stragglers(1, timeout, || shared.are_hooks_given_up())
+    }
+
     fn instantiate(&mut self) -> Result<(), (FailedPhase, Error)> {
-        for slot in 0..self.old.len() {
-            let replica = self.shared.make_replica(
-                &self.blueprint,
-                slot,
-                self.previous.next(),
-                self.is_sync,
-            )?;
-            self.next.push(replica);
-        }
-        Ok(())
+        self.blueprint = self
+            .next_blueprint()
+            .map_err(|error| (FailedPhase::Instantiate, error))?;
+        self.make_next().map_err(|(phase, error)| {
+            let does_not_fit = self.options.source.is_some() && error.code() == Some(ErrorCode::Link);
+            if does_not_fit {
+                (phase, Error::Incompatible {
+                    message: format!(
+                        "the other build of {} needs something else than the imports that are given",
+                        self.shared.name()
+                    ),
+                    cause: Some(Box::new(error)),
+                })
+            } else {
+                (phase, error)
+            }
+        })
     }
 
     fn close_gate(&mut self) -> usize {
@@ -260,38 +380,40 @@ impl Backend for Swap<'_> {
 
     fn drain(&mut self, timeout: Option<Duration>) -> Result<(), InFlight> {
         // Nobody may be waited for on the home thread: what is in flight may need that very thread.
-        let timeout = if self.is_sync {
+        let timeout = if self.scope.is_sync {
             Some(Duration::ZERO)
         } else {
             timeout
         };
-        self.shared.gate.wait_drained(timeout)?;
-        self.shared.wait_settled();
-        self.shared.set_state(ManagerState::Reloading);
-        self.memory_bytes_before = self.old.iter().map(|r| r.memory_bytes()).sum();
-        self.shared.note_peak(self.memory_bytes_before);
+        let shared = self.shared;
+        shared
+            .gate
+            .wait_drained_unless(timeout, || shared.are_hooks_given_up())?;
+        shared.wait_settled();
+        Shared::resume(&self.old);
+        shared.set_state(ManagerState::Reloading);
+        self.note_memory();
         Ok(())
     }
 
-    fn interrupt_in_flight(&mut self) {
-        for replica in &self.old {
-            let why = "a reload did not want to wait any longer (onDrainTimeout: 'interrupt')";
-            replica
-                .interrupter()
-                .stop_current(Stop::Interrupted(why.into()));
-        }
+    fn interrupt(&mut self, which: Drained) {
+        let replicas = {
+            let serving = self.shared.lock_serving();
+            match which {
+                Drained::InFlight => serving.all(),
+                Drained::Stragglers => serving.left(),
+            }
+        };
+        self.shared.interrupt(&replicas, &impatient());
     }
 
     fn save(&mut self) -> Result<(), Error> {
-        if self.skip_save {
-            return Ok(());
-        }
         for (slot, replica) in self.old.iter().enumerate() {
             // A poisoned guest's memory means nothing any more: it is not asked.
             let state = if replica.is_poisoned() {
                 None
             } else {
-                self.shared.with_lease(replica, self.is_sync, |lease| {
+                self.shared.with_lease(replica, &self.scope, |lease| {
                     self.shared.host.save_state(lease, slot)
                 })?
             };
@@ -303,7 +425,7 @@ impl Backend for Swap<'_> {
     fn restore(&mut self) -> Result<(), Error> {
         for (slot, (replica, state)) in self.next.iter().zip(&self.states).enumerate() {
             let Some(state) = state else { continue };
-            self.shared.with_lease(replica, self.is_sync, |lease| {
+            self.shared.with_lease(replica, &self.scope, |lease| {
                 self.shared.host.restore_state(lease, state, slot)
             })?;
             // A hook that goes on after a trap leaves an instance that must not serve.
@@ -316,33 +438,65 @@ impl Backend for Swap<'_> {
 
     fn commit(&mut self) {
         let shared = Arc::clone(self.shared);
-        let generation = self.previous.next();
-        let change = Replaced {
-            old: self.old.clone(),
-            new: self.next.clone(),
-            generation,
-        };
-        let reason = self.reason.clone();
-        let is_published = Arc::clone(&self.is_published);
-        let publish = move || {
-            is_published.store(true, Ordering::Release);
+        let blueprint = Arc::clone(&self.blueprint);
+        let change = self.change(self.old.clone());
+        let reason = self.options.reason.clone();
+        let published = Arc::clone(&self.published);
+        // If the home is gone nothing is published, and `run` sees that.
+        let _ = self.shared.host.at_home(Box::new(move |_| {
+            let _ = published.set(Published { left_behind: None });
             {
                 let mut serving = shared.lock_serving();
-                serving.generation = generation;
+                serving.generation = change.generation;
+                serving.blueprint = Some(blueprint);
                 serving.replicas.clone_from(&change.new);
             }
             shared.stats.reloaded(&reason);
             shared.set_state(ManagerState::Ready);
             shared.host.replaced(&change);
             shared.gate.reinstate_all();
-        };
-        // If the home is gone nothing is published, and `run` sees that.
-        let _ = self.shared.host.at_home(Box::new(move |_| publish()));
+        }));
+    }
+
+    fn roll(&mut self) -> usize {
+        self.note_memory();
+        let shared = Arc::clone(self.shared);
+        let blueprint = Arc::clone(&self.blueprint);
+        let change = self.change(Vec::new());
+        let reason = self.options.reason.clone();
+        let published = Arc::clone(&self.published);
+        let _ = self.shared.host.at_home(Box::new(move |home| {
+            // Steps do not run at home while it is inside; if one did, it must not swap what is in use.
+            if home.is_some_and(|home| home.depth() > 0) {
+                return;
+            }
+            let cohort = {
+                let mut serving = shared.lock_serving();
+                serving.blueprint = Some(blueprint);
+                serving.roll(change.generation, change.new.clone())
+            };
+            shared.stats.reloaded(&reason);
+            shared.set_state(ManagerState::Ready);
+            shared.host.replaced(&change);
+            // Only now can anybody get a slot of the new generation.
+            match home {
+                Some(home) => home.roll(),
+                None => shared.gate.roll(),
+            };
+            let left = shared.gate.counts().stragglers;
+            let _ = published.set(Published {
+                left_behind: Some((cohort, left)),
+            });
+        }));
+        let published = self.published.get();
+        let left = published.and_then(|published| published.left_behind);
+        left.map_or(0, |(_, stragglers)| stragglers)
     }
 
     fn roll_back(&mut self) {
         let next = std::mem::take(&mut self.next);
         let _ = self.shared.discard(next, self.previous.next());
+        Shared::resume(&self.old);
         // A hook may have trapped the old guest while it saved: it must not serve like that.
         let retired = self.shared.gate.retired_slots();
         let trapped = |r: &&Arc<Replica>| r.is_poisoned() && !retired.contains(&r.slot());
@@ -359,6 +513,16 @@ impl Backend for Swap<'_> {
     }
 
     fn is_cancelled(&self) -> bool {
-        self.is_homeless || self.shared.is_destroyed()
+        self.is_homeless || self.shared.are_hooks_given_up()
+    }
+
+    fn done(&mut self, step: Step, took: Duration) {
+        self.shared.tell(Event::Step(ReloadStep {
+            step,
+            took,
+            generation: self.previous.next(),
+            reason: self.options.reason.clone(),
+            strategy: self.options.strategy,
+        }));
     }
 }

@@ -18,7 +18,7 @@ use crate::home::Home;
 use crate::start::start_all;
 use crate::state::{Asker, Entry, Start, State};
 use crate::sync::{Arc, AtomicU8, AtomicU64, Condvar, Mutex, Ordering, lock};
-use crate::ticket::Ticket;
+use crate::ticket::{Ticket, TicketId};
 
 /// Something that wants a slot: a call, or a lease, which is a call that lasts.
 pub trait Waiter: Send + Sized + 'static {
@@ -127,6 +127,8 @@ pub struct GateCounts {
     /// Tickets that are out. [`Home::counts`] adds the home's own entry; [`Gate::counts`] sees that
     /// only once the gate has closed.
     pub in_flight: usize,
+    /// Of which: tickets that were given out before the gate last rolled.
+    pub stragglers: usize,
     /// Waiters that wait for a slot.
     pub queued: usize,
     /// All slots, retired ones too.
@@ -327,6 +329,46 @@ impl<W: Waiter> Gate<W> {
         self.locked(State::close)
     }
 
+    /// Hands every slot on to what replaces its replica, without waiting: tickets that are out become
+    /// [stragglers](Self::stragglers) and stay in flight, and each slot, a retired one too, is free
+    /// for the next waiter under a new [cohort](TicketId::cohort), which is returned.
+    ///
+    /// `None`, and nothing has happened, while slot 0 is at home: that is for
+    /// [`Home::roll`](crate::Home::roll) to do.
+    pub fn roll(&self) -> Option<u64> {
+        self.roll_as(Asker::Anyone)
+    }
+
+    pub(crate) fn roll_as(&self, asker: Asker) -> Option<u64> {
+        let (starts, cohort) = self.locked(|state| Some((state.roll(asker)?, state.cohort())))?;
+        self.start(starts);
+        Some(cohort)
+    }
+
+    /// Tickets that are still out from before the gate last rolled.
+    pub fn stragglers(&self) -> Vec<TicketId> {
+        self.locked(|state| state.stragglers().to_vec())
+    }
+
+    /// Blocks until fewer than `fewer_than` stragglers are left, or `give_up` says so when it is
+    /// asked: at once, and whenever something ends or the gate is shut.
+    ///
+    /// # Errors
+    ///
+    /// After `timeout`, and if it gave up, with how many are left. `None` waits for ever.
+    pub fn wait_stragglers(
+        &self,
+        fewer_than: usize,
+        timeout: Option<Duration>,
+        give_up: impl Fn() -> bool,
+    ) -> Result<(), InFlight> {
+        let too_many = |state: &State<W>| {
+            let left = state.stragglers().len();
+            if left < fewer_than { 0 } else { left }
+        };
+        self.wait_for_none(timeout, too_many, give_up)
+    }
+
     /// Takes every waiter out of the queue, in arrival order; the gate goes on admitting.
     #[must_use = "the waiters have to be told"]
     pub fn take_waiting(&self) -> Vec<W> {
@@ -351,15 +393,28 @@ impl<W: Waiter> Gate<W> {
     /// free.
     pub fn shut(&self) {
         self.locked(State::shut);
+        self.ask_again();
     }
 
     /// [Shuts](Self::shut) the gate and takes every waiter out of the queue, in arrival order.
     #[must_use = "the waiters have to be told"]
     pub fn cut(&self) -> Vec<W> {
-        self.locked(|state| {
+        let cut = self.locked(|state| {
             state.shut();
             state.take_queue()
-        })
+        });
+        self.ask_again();
+        cut
+    }
+
+    /// Has those who wait for the gate look again whether they want to give up. Also for a gate that
+    /// was shut before: its owner may have had more to say since.
+    fn ask_again(&self) {
+        // Under the lock, so that nobody is between looking and waiting.
+        let does_wake = self.locked(|state| state.drainers > 0);
+        if does_wake {
+            self.shared.ended.notify_all();
+        }
     }
 
     /// Blocks until nothing is in flight: no ticket is out, and the home is not inside slot 0.
@@ -372,7 +427,21 @@ impl<W: Waiter> Gate<W> {
     ///
     /// After `timeout`, with what is still in flight. `None` waits for ever, zero does not wait.
     pub fn wait_drained(&self, timeout: Option<Duration>) -> Result<(), InFlight> {
-        self.wait_for_none(timeout, State::in_flight)
+        self.wait_drained_unless(timeout, || false)
+    }
+
+    /// Blocks like [`wait_drained`](Self::wait_drained), unless `give_up` says so when it is asked: at
+    /// once, and whenever something ends or the gate is shut.
+    ///
+    /// # Errors
+    ///
+    /// After `timeout`, and if it gave up, with what is still in flight.
+    pub fn wait_drained_unless(
+        &self,
+        timeout: Option<Duration>,
+        give_up: impl Fn() -> bool,
+    ) -> Result<(), InFlight> {
+        self.wait_for_none(timeout, State::in_flight, give_up)
     }
 
     /// Blocks like [`wait_drained`](Self::wait_drained), and until the queue is empty too.
@@ -381,7 +450,8 @@ impl<W: Waiter> Gate<W> {
     ///
     /// After `timeout`, with what is still in flight or queued.
     pub fn wait_idle(&self, timeout: Option<Duration>) -> Result<(), InFlight> {
-        self.wait_for_none(timeout, |state| state.in_flight() + state.queued())
+        let remaining = |state: &State<W>| state.in_flight() + state.queued();
+        self.wait_for_none(timeout, remaining, || false)
     }
 
     /// Puts a retired slot back into service, which starts the next waiter on it if the gate is
@@ -407,13 +477,16 @@ impl<W: Waiter> Gate<W> {
     }
 
     /// A ticket is gone.
-    pub(crate) fn end(&self, slot: usize, is_retired: bool) {
+    pub(crate) fn end(&self, id: TicketId, is_retired: bool) {
         let next = self.locked(|state| {
-            if is_retired {
-                state.retire_held(slot);
+            if id.cohort != state.cohort() {
+                state.straggler_gone(id);
+                None
+            } else if is_retired {
+                state.retire_held(id.slot);
                 None
             } else {
-                state.give_back(slot)
+                state.give_back(id.slot)
             }
         });
         self.start(next);
@@ -423,13 +496,15 @@ impl<W: Waiter> Gate<W> {
     /// threads that wait.
     pub(crate) fn locked<R>(&self, decide: impl FnOnce(&mut State<W>) -> R) -> R {
         let mut state = lock(&self.shared.state);
+        let stragglers = state.stragglers().len();
         let decision = decide(&mut state);
         debug_assert!(state.is_consistent(), "the gate broke its invariants");
         if let Some(is_at_home) = state.take_news_for_home() {
             let word = if is_at_home { AT_HOME } else { AWAY };
             self.shared.word.0.store(word, Ordering::Release);
         }
-        let does_wake = state.drainers > 0 && state.in_flight() == 0;
+        let is_one_gone = state.stragglers().len() < stragglers;
+        let does_wake = state.drainers > 0 && (is_one_gone || state.in_flight() == 0);
         drop(state);
         if does_wake {
             self.shared.ended.notify_all();
@@ -439,17 +514,15 @@ impl<W: Waiter> Gate<W> {
 
     /// Starts waiters that the state has just given slots to. The lock must not be held.
     pub(crate) fn start(&self, starts: impl IntoIterator<Item = Start<W>>) {
-        start_all(
-            starts
-                .into_iter()
-                .map(|(waiter, slot)| (waiter, Ticket::new(self.clone(), slot))),
-        );
+        let give = |(waiter, id)| (waiter, Ticket::new(self.clone(), id));
+        start_all(starts.into_iter().map(give));
     }
 
     fn wait_for_none(
         &self,
         timeout: Option<Duration>,
         remaining: impl Fn(&State<W>) -> usize,
+        give_up: impl Fn() -> bool,
     ) -> Result<(), InFlight> {
         let clock = SystemClock::default();
         let mut state = lock(&self.shared.state);
@@ -458,6 +531,9 @@ impl<W: Waiter> Gate<W> {
             let count = remaining(&state);
             if count == 0 {
                 break Ok(());
+            }
+            if give_up() {
+                break Err(InFlight(count));
             }
             let ended = &self.shared.ended;
             state = match timeout.map(|timeout| timeout.saturating_sub(clock.now())) {
@@ -560,6 +636,7 @@ mod tests {
             bench.gate.counts(),
             GateCounts {
                 in_flight: 1,
+                stragglers: 0,
                 queued: 1,
                 slots: 2,
                 retired: 1,

@@ -149,6 +149,11 @@ impl<W: Waiter> Home<W> {
         self.gate.locked(|state| state.close_from_home(self.is()))
     }
 
+    /// [`Gate::roll`] from the home thread. `None`, and nothing has happened, if that thread is inside.
+    pub fn roll(&self) -> Option<u64> {
+        self.gate.roll_as(Asker::Home(self.is()))
+    }
+
     /// Like [`Gate::shut`], and slot 0 leaves home for good: `enter` fails from now on, unless this
     /// thread is inside.
     pub fn shut(&self) {

@@ -15,13 +15,15 @@
 //!   the call ended.
 //! * [`Home`]: the fast path: slot 0 lives on one thread, which [enters](Home::enter) it without a
 //!   lock.
+//! * **Cohort**: the tickets given out between two [rolls](Gate::roll) of the gate; a **straggler** is a
+//!   ticket of an earlier cohort.
 //! * **In flight** / **queued**: has a slot / waits for one.
 //! * **Drain**: after the gate has closed, wait until nothing is in flight.
 //! * **Retired** slot: out of service because its instance may not be called again, until it is
 //!   reinstated.
 //! * [`Generation`]: everything built by one successful load or swap. Numbered, never reused.
-//! * [`swap`]: the protocol: instantiate, close the gate, drain, save, restore, commit (or roll
-//!   back), open the gate.
+//! * [`swap`]: the protocol. Exclusive: instantiate, close the gate, drain, save, restore, commit (or
+//!   roll back), open the gate. Rolling: instantiate, roll the gate.
 
 mod clock;
 mod gate;
@@ -44,5 +46,5 @@ pub use gate::{
 pub use generation::Generation;
 pub use home::{Away, Home, Inside};
 pub use phase::{FailedPhase, Phase};
-pub use swap::{Backend, Failure, OnDrainTimeout, Plan, Timings};
-pub use ticket::Ticket;
+pub use swap::{Backend, Drained, Failure, OnDrainTimeout, Plan, Step, Timings};
+pub use ticket::{Ticket, TicketId};

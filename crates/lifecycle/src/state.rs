@@ -6,14 +6,16 @@
 //! 1. Open and somebody queued: no slot is `Free`. (A slot that came free has been handed on.)
 //! 2. Slot 0 is `AtHome`, `Recalled` or `Inside` only while the home lives.
 //! 3. Open, not shut and the home lives: slot 0 is not `Free`. (It went home.)
-//! 4. `in_flight` counts the slots that are `Held`, `Recalled` or `Inside`, `retired` the retired.
+//! 4. `held` counts the slots that are `Held`, `Recalled` or `Inside`, `retired` the retired.
 //! 5. `free` holds exactly the `Free` slots other than slot 0.
 //! 6. The home is retiring only while slot 0 is `Recalled` or `Inside`; open and `Recalled`: only
 //!    while it is retiring.
+//! 7. Stragglers are of earlier cohorts than the present one, and each is there once.
 
 use std::collections::VecDeque;
 
 use crate::gate::{GateCounts, GateOptions, Refusal, Refused, WaitId};
+use crate::ticket::TicketId;
 
 /// What a slot is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,8 +70,8 @@ pub(crate) enum Asker {
     Home(HomeIs),
 }
 
-/// A waiter and the slot that it may start on.
-pub(crate) type Start<W> = (W, usize);
+/// A waiter and the ticket that it gets.
+pub(crate) type Start<W> = (W, TicketId);
 
 /// What became of a waiter that was let in.
 pub(crate) enum Entry<W> {
@@ -83,8 +85,12 @@ pub(crate) struct State<W> {
     free: Vec<usize>,
     queue: VecDeque<(WaitId, W)>,
     max_queue: usize,
-    in_flight: usize,
+    held: usize,
     retired: usize,
+    /// Goes up with each roll; a ticket is of the cohort in which it was given out.
+    cohort: u64,
+    /// Tickets of earlier cohorts that are still out, oldest first.
+    stragglers: Vec<TicketId>,
     is_open: bool,
     is_shut: bool,
     home: HomeLife,
@@ -103,8 +109,10 @@ impl<W> State<W> {
             free: (1..slots).rev().collect(),
             queue: VecDeque::new(),
             max_queue: options.max_queue,
-            in_flight: 0,
+            held: 0,
             retired: 0,
+            cohort: 0,
+            stragglers: Vec::new(),
             is_open: false,
             is_shut: false,
             home: if options.home {
@@ -144,7 +152,15 @@ impl<W> State<W> {
     }
 
     pub(crate) fn in_flight(&self) -> usize {
-        self.in_flight
+        self.held + self.stragglers.len()
+    }
+
+    pub(crate) fn cohort(&self) -> u64 {
+        self.cohort
+    }
+
+    pub(crate) fn stragglers(&self) -> &[TicketId] {
+        &self.stragglers
     }
 
     pub(crate) fn queued(&self) -> usize {
@@ -153,7 +169,8 @@ impl<W> State<W> {
 
     pub(crate) fn counts(&self) -> GateCounts {
         GateCounts {
-            in_flight: self.in_flight,
+            in_flight: self.in_flight(),
+            stragglers: self.stragglers.len(),
             queued: self.queue.len(),
             slots: self.slots.len(),
             retired: self.retired,
@@ -179,7 +196,7 @@ impl<W> State<W> {
             && self.queue.is_empty()
             && let Some(slot) = self.claim(asker)
         {
-            return Ok(Entry::Start((waiter, slot)));
+            return Ok(Entry::Start((waiter, self.ticket(slot))));
         }
         if self.queue.len() >= self.max_queue {
             let refusal = Refusal::QueueFull {
@@ -226,7 +243,7 @@ impl<W> State<W> {
         if self.is_at_home() {
             self.set(0, Slot::Recalled);
         }
-        self.in_flight
+        self.in_flight()
     }
 
     /// Closes the gate from the home thread, which can say whether it is inside. Returns how many
@@ -234,7 +251,35 @@ impl<W> State<W> {
     pub(crate) fn close_from_home(&mut self, home: HomeIs) -> usize {
         self.is_open = false;
         self.leave_home(home);
-        self.in_flight
+        self.in_flight()
+    }
+
+    /// Gives every slot a new user-to-be: tickets that are out become stragglers, and all slots are
+    /// in service. Returns who may start now; `None` if slot 0 is, or may be, in use by the home.
+    pub(crate) fn roll(&mut self, asker: Asker) -> Option<Vec<Start<W>>> {
+        match (self.home_slot(), asker) {
+            (_, Asker::Home(HomeIs::Inside))
+            | (Slot::AtHome | Slot::Recalled | Slot::Inside, Asker::Anyone) => return None,
+            (_, Asker::Home(home)) => self.meet_home(home),
+            (_, Asker::Anyone) => {}
+        }
+        for slot in 0..self.slots.len() {
+            match self.slots.get(slot) {
+                Some(Slot::Held) => {
+                    self.stragglers.push(self.ticket(slot));
+                    self.set(slot, Slot::Free);
+                }
+                Some(Slot::Retired) => self.set(slot, Slot::Free),
+                _ => {}
+            }
+        }
+        self.cohort += 1;
+        Some(self.settle())
+    }
+
+    /// A ticket of an earlier cohort is gone; its slot has long been somebody else's.
+    pub(crate) fn straggler_gone(&mut self, gone: TicketId) {
+        self.stragglers.retain(|straggler| *straggler != gone);
     }
 
     pub(crate) fn shut(&mut self) {
@@ -272,7 +317,7 @@ impl<W> State<W> {
             && let Some((_, waiter)) = self.queue.pop_front()
         {
             self.set(slot, Slot::Held);
-            return Some((waiter, slot));
+            return Some((waiter, self.ticket(slot)));
         }
         self.set(slot, Slot::Free);
         self.send_home();
@@ -406,9 +451,16 @@ impl<W> State<W> {
             && !self.queue.is_empty()
             && let Some(slot) = self.claim(asker)
         {
-            starts.extend(self.queue.pop_front().map(|(_, waiter)| (waiter, slot)));
+            let id = self.ticket(slot);
+            starts.extend(self.queue.pop_front().map(|(_, waiter)| (waiter, id)));
         }
         starts
+    }
+
+    /// The ticket of this cohort for a slot.
+    const fn ticket(&self, slot: usize) -> TicketId {
+        let cohort = self.cohort;
+        TicketId { cohort, slot }
     }
 
     /// Takes a free slot. Slot 0 comes last, so that it stays at home as long as it can.
@@ -476,8 +528,8 @@ impl<W> State<W> {
             return;
         };
         let from = std::mem::replace(place, to);
-        self.in_flight -= usize::from(from.is_in_flight());
-        self.in_flight += usize::from(to.is_in_flight());
+        self.held -= usize::from(from.is_in_flight());
+        self.held += usize::from(to.is_in_flight());
         self.retired -= usize::from(from == Slot::Retired);
         self.retired += usize::from(to == Slot::Retired);
         if slot == 0 || from == to {
@@ -515,7 +567,8 @@ impl<W> State<W> {
             && !is_at_no_home
             && !is_retirement_lost
             && !is_recall_lost
-            && self.in_flight == count(Slot::is_in_flight)
+            && self.held == count(Slot::is_in_flight)
+            && self.stragglers.iter().all(|s| s.cohort < self.cohort)
             && self.retired == count(|slot| slot == Slot::Retired)
             && self.queue.len() <= self.max_queue
             && free.iter().copied().eq(expected)

@@ -1,8 +1,8 @@
 //! The swap: one generation replaces another, or nothing has happened.
 //!
-//! [`run`] is the exclusive strategy: new calls wait while the old generation drains. It decides
-//! the order of the steps, what follows a failure, and what is measured; [`Backend`] does the work.
-//! A rolling strategy is another driver over the same steps.
+//! [`run`] is the exclusive strategy: new calls wait while the old generation drains. [`run_rolling`]
+//! lets them go to the new generation at once, while the old one drains behind. They decide the order
+//! of the steps, what follows a failure, and what is measured; [`Backend`] does the work.
 
 use std::any::Any;
 use std::error::Error;
@@ -16,13 +16,21 @@ use crate::phase::{FailedPhase, Phase};
 
 /// The work behind each step of a swap.
 ///
-/// One run calls each step at most once, in the order of this trait, with two exceptions: `drain`
-/// twice when it interrupts, and `is_cancelled` between any two. Every run ends in exactly one of a
-/// returned `commit` and a `roll_back`. A step that panics counts as failed; the panic goes on to
+/// One run calls each step at most once, in the order of this trait, with three exceptions: `drain`
+/// and `drain_stragglers` twice when they interrupt, `is_cancelled` between any two, and `done` after
+/// each. Every run ends in exactly one of a returned `commit` or `roll`, and a `roll_back`. A step that panics counts as failed; the panic goes on to
 /// the caller of [`run`] after the roll-back.
 pub trait Backend {
     /// What a failed step reports, such as the user's own exception.
     type Cause;
+
+    /// Rolling only: blocks until nobody is in flight on a generation before the one that serves, so
+    /// that there are never more than two.
+    ///
+    /// # Errors
+    ///
+    /// After `timeout`, with how many still are.
+    fn drain_stragglers(&mut self, timeout: Option<Duration>) -> Result<(), InFlight>;
 
     /// Builds and initializes the whole next generation while the old one serves.
     ///
@@ -41,8 +49,8 @@ pub trait Backend {
     /// After `timeout`, with what still is.
     fn drain(&mut self, timeout: Option<Duration>) -> Result<(), InFlight>;
 
-    /// Makes what is in flight end soon; it is then drained again, with the same timeout.
-    fn interrupt_in_flight(&mut self);
+    /// Makes what is drained end soon; it is then drained again.
+    fn interrupt(&mut self, which: Drained);
 
     /// Reads the state of the old generation.
     ///
@@ -61,6 +69,10 @@ pub trait Backend {
     /// Publishes the new generation. Cannot fail.
     fn commit(&mut self);
 
+    /// Publishes the new generation in an open gate, and leaves what is in flight behind on the old
+    /// one. Returns how many that is. Cannot fail.
+    fn roll(&mut self) -> usize;
+
     /// Drops whatever there is of a new generation that is not published. Calls wait meanwhile, so
     /// leave slow releases to another thread.
     fn roll_back(&mut self);
@@ -70,6 +82,48 @@ pub trait Backend {
 
     /// Whether the run should give up before its next step.
     fn is_cancelled(&self) -> bool;
+
+    /// A step went well, and took so long.
+    fn done(&mut self, step: Step, took: Duration) {
+        let _ = (step, took);
+    }
+}
+
+/// Whom a drain waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Drained {
+    /// Everybody in flight.
+    InFlight,
+    /// Those on a generation before the one that serves.
+    Stragglers,
+}
+
+/// A step of a swap, for those who watch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Step {
+    /// The new generation is built and initialized.
+    Instantiate,
+    /// Nothing is in flight.
+    Drain,
+    /// The old generation's state is saved.
+    Save,
+    /// The new generation holds it.
+    Restore,
+    /// The new generation serves.
+    Commit,
+}
+
+impl Step {
+    /// The word for it in the public interface.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Instantiate => "instantiate",
+            Self::Drain => "drain",
+            Self::Save => "save",
+            Self::Restore => "restore",
+            Self::Commit => "commit",
+        }
+    }
 }
 
 /// What is done about calls that do not end in time.
@@ -182,15 +236,10 @@ pub fn run<B: Backend>(
         phase: Phase::Serving,
         is_over: false,
     };
-    let mut timings = Timings::default();
-
-    swap.check_cancelled()?;
-    let started = clock.now();
-    swap.backend
-        .instantiate()
-        .map_err(|(phase, cause)| Failure::Step { phase, cause })?;
-    timings.instantiate = clock.now().saturating_sub(started);
-    swap.advance();
+    let mut timings = Timings {
+        instantiate: swap.instantiate(clock)?,
+        ..Timings::default()
+    };
 
     swap.check_cancelled()?;
     let closing = clock.now();
@@ -199,8 +248,8 @@ pub fn run<B: Backend>(
     timings.drained = swap.backend.close_gate();
 
     let started = clock.now();
-    swap.drain(plan)?;
-    timings.drain = clock.now().saturating_sub(started);
+    swap.drain(plan, Drained::InFlight)?;
+    timings.drain = swap.done(Step::Drain, clock, started);
     swap.advance();
 
     if !plan.skip_save {
@@ -209,7 +258,7 @@ pub fn run<B: Backend>(
         swap.backend
             .save()
             .map_err(step_failed(FailedPhase::Save))?;
-        timings.save = clock.now().saturating_sub(started);
+        timings.save = swap.done(Step::Save, clock, started);
     }
     swap.advance();
 
@@ -218,15 +267,57 @@ pub fn run<B: Backend>(
     swap.backend
         .restore()
         .map_err(step_failed(FailedPhase::Restore))?;
-    timings.restore = clock.now().saturating_sub(started);
+    timings.restore = swap.done(Step::Restore, clock, started);
     swap.advance();
 
     swap.check_cancelled()?;
+    let started = clock.now();
     swap.backend.commit();
     swap.advance();
+    swap.done(Step::Commit, clock, started);
 
     timings.queued = swap.open_gate();
     timings.pause = clock.now().saturating_sub(closing);
+    Ok(timings)
+}
+
+/// Runs one rolling swap: drain who is left of an earlier one, instantiate, roll the gate.
+///
+/// State is not carried over: the old generation still works while the new one begins.
+///
+/// Blocks the calling thread throughout, but not until the old generation has drained.
+///
+/// # Errors
+///
+/// With the first failure. The new generation is rolled back, the old generation serves.
+///
+/// # Panics
+///
+/// Only if the backend does, and then with the same guarantees.
+pub fn run_rolling<B: Backend>(
+    backend: &mut B,
+    clock: &dyn Clock,
+    plan: &Plan,
+) -> Result<Timings, Failure<B::Cause>> {
+    let mut swap = Swap {
+        backend,
+        phase: Phase::Serving,
+        is_over: false,
+    };
+    let mut timings = Timings::default();
+
+    let started = clock.now();
+    swap.drain(plan, Drained::Stragglers)?;
+    timings.drain = swap.done(Step::Drain, clock, started);
+
+    timings.instantiate = swap.instantiate(clock)?;
+
+    swap.check_cancelled()?;
+    let rolling = clock.now();
+    timings.drained = swap.backend.roll();
+    // The gate was never closed, so there is nothing to open.
+    swap.is_over = true;
+    timings.pause = swap.done(Step::Commit, clock, rolling);
     Ok(timings)
 }
 
@@ -234,10 +325,10 @@ fn step_failed<C>(phase: FailedPhase) -> impl FnOnce(C) -> Failure<C> {
     move |cause| Failure::Step { phase, cause }
 }
 
-/// A swap under way. Dropped before it is over, by an error or a panic, it is undone.
 /// What was interrupted gets at least this long to notice, however short the caller's own patience.
 const INTERRUPTED_DRAIN: Duration = Duration::from_secs(5);
 
+/// A swap under way. Dropped before it is over, by an error or a panic, it is undone.
 struct Swap<'a, B: Backend> {
     backend: &'a mut B,
     phase: Phase,
@@ -257,16 +348,32 @@ impl<B: Backend> Swap<'_, B> {
         }
     }
 
-    fn drain(&mut self, plan: &Plan) -> Result<(), Failure<B::Cause>> {
+    fn done(&mut self, step: Step, clock: &dyn Clock, started: Duration) -> Duration {
+        let took = clock.now().saturating_sub(started);
+        self.backend.done(step, took);
+        took
+    }
+
+    fn instantiate(&mut self, clock: &dyn Clock) -> Result<Duration, Failure<B::Cause>> {
         self.check_cancelled()?;
-        let mut drained = self.backend.drain(plan.drain_timeout);
+        let started = clock.now();
+        self.backend
+            .instantiate()
+            .map_err(|(phase, cause)| Failure::Step { phase, cause })?;
+        self.advance();
+        Ok(self.done(Step::Instantiate, clock, started))
+    }
+
+    fn drain(&mut self, plan: &Plan, whom: Drained) -> Result<(), Failure<B::Cause>> {
+        self.check_cancelled()?;
+        let mut drained = self.wait_for(whom, plan.drain_timeout);
         if drained.is_err() && plan.on_drain_timeout == OnDrainTimeout::Interrupt {
             self.check_cancelled()?;
-            self.backend.interrupt_in_flight();
+            self.backend.interrupt(whom);
             let rest = plan
                 .drain_timeout
                 .map(|timeout| timeout.max(INTERRUPTED_DRAIN));
-            drained = self.backend.drain(rest);
+            drained = self.wait_for(whom, rest);
         }
         if drained.is_err() {
             // Whoever cancelled wants to hear of that, rather than of the calls that it did not
@@ -274,6 +381,13 @@ impl<B: Backend> Swap<'_, B> {
             self.check_cancelled()?;
         }
         drained.map_err(Failure::DrainTimeout)
+    }
+
+    fn wait_for(&mut self, whom: Drained, timeout: Option<Duration>) -> Result<(), InFlight> {
+        match whom {
+            Drained::InFlight => self.backend.drain(timeout),
+            Drained::Stragglers => self.backend.drain_stragglers(timeout),
+        }
     }
 
     fn open_gate(mut self) -> usize {

@@ -14,29 +14,44 @@ use crate::gate::{Gate, Waiter};
 #[must_use = "dropping the ticket gives the slot back at once"]
 pub struct Ticket<W: Waiter> {
     gate: Gate<W>,
-    slot: usize,
+    id: TicketId,
     is_retired: bool,
+}
+
+/// Names a ticket that is out: no other has this name at the time. It also names the replica that the
+/// ticket is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TicketId {
+    /// How often the gate had [rolled](Gate::roll) when the ticket was given out.
+    pub cohort: u64,
+    /// Less than [`GateOptions::slots`](crate::GateOptions::slots).
+    pub slot: usize,
 }
 
 impl<W: Waiter> Ticket<W> {
     /// Only for a slot that the gate's state has just marked as held.
-    pub(crate) fn new(gate: Gate<W>, slot: usize) -> Self {
+    pub(crate) fn new(gate: Gate<W>, id: TicketId) -> Self {
         Self {
             gate,
-            slot,
+            id,
             is_retired: false,
         }
     }
 
     /// The number of the slot, less than [`GateOptions::slots`](crate::GateOptions::slots).
     pub fn slot(&self) -> usize {
-        self.slot
+        self.id.slot
+    }
+
+    /// Its name.
+    pub fn id(&self) -> TicketId {
+        self.id
     }
 
     /// Takes the slot out of service: its instance is not to be called again.
     ///
     /// The call is no longer in flight, and waiters are not started on the slot, until
-    /// [`Gate::reinstate`] or [`Gate::reinstate_all`].
+    /// [`Gate::reinstate`] or [`Gate::reinstate_all`]. Of a straggler nothing is left to retire.
     pub fn retire(mut self) {
         self.is_retired = true;
     }
@@ -44,14 +59,14 @@ impl<W: Waiter> Ticket<W> {
 
 impl<W: Waiter> Drop for Ticket<W> {
     fn drop(&mut self) {
-        self.gate.end(self.slot, self.is_retired);
+        self.gate.end(self.id, self.is_retired);
     }
 }
 
 impl<W: Waiter> fmt::Debug for Ticket<W> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Ticket")
-            .field("slot", &self.slot)
+            .field("id", &self.id)
             .finish_non_exhaustive()
     }
 }

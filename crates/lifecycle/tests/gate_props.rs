@@ -145,6 +145,7 @@ impl Model {
         let is_home_seen = self.is_recalled || self.is_on_record;
         GateCounts {
             in_flight: count(Slot::Held) + usize::from(is_home_seen),
+            stragglers: 0,
             queued: self.queue.len(),
             slots: self.slots.len(),
             retired: count(Slot::Retired),

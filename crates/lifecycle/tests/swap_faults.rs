@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use wasm_molt_lifecycle::swap::run;
 use wasm_molt_lifecycle::{
-    Admission, Backend, Clock, FailedPhase, Failure, Gate, GateOptions, Generation, InFlight,
-    ManualClock, OnDrainTimeout, Plan, Ticket, Timings, Waiter,
+    Admission, Backend, Clock, Drained, FailedPhase, Failure, Gate, GateOptions, Generation,
+    InFlight, ManualClock, OnDrainTimeout, Plan, Ticket, Timings, Waiter,
 };
 
 /// A call that hands its ticket to the test.
@@ -174,6 +174,10 @@ impl<'a> Fake<'a> {
 impl Backend for Fake<'_> {
     type Cause = &'static str;
 
+    fn drain_stragglers(&mut self, timeout: Option<Duration>) -> Result<(), InFlight> {
+        self.gate.wait_stragglers(1, timeout, || false)
+    }
+
     fn instantiate(&mut self) -> Result<(), (FailedPhase, Self::Cause)> {
         self.begin(Step::Instantiate)
             .map_err(|cause| (FailedPhase::Instantiate, cause))?;
@@ -225,7 +229,7 @@ impl Backend for Fake<'_> {
         drained
     }
 
-    fn interrupt_in_flight(&mut self) {
+    fn interrupt(&mut self, _whom: Drained) {
         self.begin(Step::Interrupt).unwrap();
         self.end(Step::Interrupt);
     }
@@ -251,6 +255,12 @@ impl Backend for Fake<'_> {
         self.begin(Step::Commit).unwrap();
         self.serving = self.next.take().unwrap();
         self.end(Step::Commit);
+    }
+
+    fn roll(&mut self) -> usize {
+        self.serving = self.next.take().unwrap();
+        self.gate.roll().unwrap();
+        self.gate.counts().stragglers
     }
 
     fn roll_back(&mut self) {

@@ -130,7 +130,7 @@ impl Faults {
         self.plan(point, skip, Fault::Panic);
     }
 
-    /// The hook blocks until it is released, or the manager is destroyed, as a host should.
+    /// The hook blocks until it is released, or nobody waits for it any more, as a host should.
     pub fn hold(&self, point: Point, skip: usize) -> Held {
         self.block(point, skip, Ok(()))
     }
@@ -177,6 +177,11 @@ impl Faults {
     }
 
     fn pass(&self, point: Point) -> Result<()> {
+        self.pass_with(point, None)
+    }
+
+    /// * `lease`: of a hook, which is given up as soon as nobody waits for it.
+    fn pass_with(&self, point: Point, lease: Option<&Arc<Lease>>) -> Result<()> {
         let fault = {
             let mut planned = self.planned();
             let Some(index) = planned.iter().position(|p| p.point == point) else {
@@ -203,10 +208,11 @@ impl Faults {
                 let Some(manager) = self.manager() else {
                     panic!("a hook is held, and no manager is attached")
                 };
+                let given_up = lease.and_then(|lease| lease.cancelled());
                 select! {
                     recv(go_on) -> _ => then,
-                    recv(manager.destroyed()) -> _ => {
-                        Err(Error::new(ErrorCode::Closed, "the manager was destroyed meanwhile"))
+                    recv(given_up.unwrap_or(manager.destroyed())) -> _ => {
+                        Err(Error::new(ErrorCode::Closed, "nobody waits for the hook any more"))
                     }
                     default(PATIENCE) => panic!("{point:?} was held for {PATIENCE:?}"),
                 }
@@ -234,17 +240,21 @@ impl Host for Faults {
     }
 
     fn initialize(&self, lease: &Arc<Lease>) -> Result<()> {
-        self.pass(Point::Initialize)?;
+        self.pass_with(Point::Initialize, Some(lease))?;
         self.inner.initialize(lease)
     }
 
+    fn saves_state(&self) -> bool {
+        self.inner.saves_state()
+    }
+
     fn save_state(&self, lease: &Arc<Lease>, replica: usize) -> Result<Option<HostRef>> {
-        self.pass(Point::Save)?;
+        self.pass_with(Point::Save, Some(lease))?;
         self.inner.save_state(lease, replica)
     }
 
     fn restore_state(&self, lease: &Arc<Lease>, state: &HostRef, replica: usize) -> Result<()> {
-        self.pass(Point::Restore)?;
+        self.pass_with(Point::Restore, Some(lease))?;
         self.inner.restore_state(lease, state, replica)
     }
 
@@ -257,6 +267,10 @@ impl Host for Faults {
         // It cannot fail, so only the other faults make sense here.
         drop(self.pass(Point::Replaced));
         self.inner.replaced(change);
+    }
+
+    fn revoked(&self, lease: &Arc<Lease>) {
+        self.inner.revoked(lease);
     }
 
     fn released(&self) {

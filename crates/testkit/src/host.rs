@@ -265,6 +265,10 @@ impl Host for TestHost {
             .map_or(Ok(()), |hook| hook(lease))
     }
 
+    fn saves_state(&self) -> bool {
+        self.script.save.is_some()
+    }
+
     fn save_state(&self, lease: &Arc<Lease>, replica: usize) -> Result<Option<HostRef>> {
         self.script
             .save
@@ -307,6 +311,9 @@ impl Host for TestHost {
             }
         }
     }
+
+    /// There are no views, and the engine releases the lease itself.
+    fn revoked(&self, _lease: &Arc<Lease>) {}
 
     fn released(&self) {
         self.log().released += 1;

@@ -231,7 +231,7 @@ fn a_function_that_is_not_there_is_answered_too() {
         args: Vec::new(),
     };
     let (ended, _) = rig.work("no function", work, wasm_molt_engine::CallLimits::default());
-    assert_eq!(code(ended.get()), ErrorCode::Internal);
+    assert_eq!(code(ended.get()), ErrorCode::ExportNotFound);
     assert_eq!(rig.number("add", &[1, 1]), 2);
 }
 

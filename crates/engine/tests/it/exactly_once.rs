@@ -402,6 +402,7 @@ impl History {
                         OnDrainTimeout::Abort
                     },
                     skip_save: *skip_save,
+                    ..ReloadOptions::default()
                 });
                 self.reloads.push(reload);
             }

@@ -197,7 +197,8 @@ fn the_peak_is_what_there_really_was() {
     let stats = rig.stats();
     assert_eq!(
         (stats.memory_bytes, stats.memory_bytes_peak),
-        (PAGE, 10 * PAGE)
+        (PAGE, 11 * PAGE),
+        "both generations, when the new one took over"
     );
 }
 
