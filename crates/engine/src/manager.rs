@@ -152,32 +152,32 @@ impl Waiter for Job {
         match self {
             Self::Call(job) => {
                 let shared = Arc::clone(&job.shared);
-                let Some(replica) = shared.lock_serving().replica_of(ticket.id()) else {
+                let place = shared.lock_serving().place_of(ticket.id());
+                let Some((replica, pool)) = place else {
                     ticket.retire();
                     job.refuse(Error::internal("a slot without an instance"));
                     return;
                 };
                 // With a control the job stays within reach of a stop until a thread takes it.
                 let Some(control) = job.control.clone() else {
-                    shared
-                        .pool
-                        .spawn(move || job.run(&replica, Seat::Ticket(ticket)));
+                    pool.spawn(move || job.run(&replica, Seat::Ticket(ticket)));
                     return;
                 };
                 control.park(job, ticket);
-                shared.pool.spawn(move || {
+                pool.spawn(move || {
                     if let Some((job, ticket)) = control.unpark() {
                         job.run(&replica, Seat::Ticket(ticket));
                     }
                 });
             }
             Self::Lease(LeaseJob { shared, done }) => {
-                let Some(replica) = shared.lock_serving().replica_of(ticket.id()) else {
+                let place = shared.lock_serving().place_of(ticket.id());
+                let Some((replica, pool)) = place else {
                     ticket.retire();
                     done(Err(Error::internal("a slot without an instance")));
                     return;
                 };
-                done(Ok(shared.lease_with(replica, ticket)));
+                done(Ok(shared.lease_with(replica, pool, ticket)));
             }
         }
     }
@@ -259,7 +259,6 @@ pub(crate) struct Shared {
     pub(crate) options: ManagerOptions,
     pub(crate) host: Arc<dyn Host>,
     pub(crate) gate: Gate<Job>,
-    pub(crate) pool: Pool,
     pub(crate) stats: Stats,
     pub(crate) serving: Mutex<Serving>,
     /// Every instance that may still be running, so that `destroy` finds it.
@@ -330,11 +329,7 @@ impl Manager {
     pub fn new(options: ManagerOptions, host: Arc<dyn Host>) -> Result<(Self, Option<Home<Job>>)> {
         check(&options)?;
         let name = options.name.clone().unwrap_or_else(|| "wasm".into());
-        let parallelism = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = options
-            .threads
-            .unwrap_or_else(|| options.instances.min(parallelism));
-        let pool = Pool::new(&name, threads, options.limits.stack_bytes())?;
+        let pool = Arc::new(new_pool(&name, &options)?);
         let gate = Gate::new(GateOptions {
             slots: options.instances,
             max_queue: options.max_queue,
@@ -348,9 +343,8 @@ impl Manager {
             options,
             host,
             gate,
-            pool,
             stats: Stats::new()?,
-            serving: Mutex::new(Serving::new()),
+            serving: Mutex::new(Serving::new(pool)),
             known: Mutex::default(),
             leases: Mutex::default(),
             hook_lease: Mutex::default(),
@@ -604,6 +598,14 @@ impl Manager {
     }
 }
 
+/// The threads that run calls.
+pub(crate) fn new_pool(name: &str, options: &ManagerOptions) -> Result<Pool> {
+    let parallelism = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = options.threads;
+    let threads = threads.unwrap_or_else(|| options.instances.min(parallelism));
+    Pool::new(name, threads, options.limits.stack_bytes())
+}
+
 fn check(options: &ManagerOptions) -> Result<()> {
     const MOST: usize = 4096;
     if options.instances == 0 || options.instances > MOST {
@@ -806,7 +808,8 @@ impl Shared {
             .stack_size(stack)
             .spawn(move || on_thread());
         if started.is_err() {
-            self.pool.spawn(move || run());
+            let pool = Arc::clone(&self.lock_serving().pool);
+            pool.spawn(move || run());
         }
     }
 
@@ -890,7 +893,8 @@ impl Shared {
 
     fn bring_up_first(self: &Arc<Self>, source: &Source, is_sync: bool) -> Result<()> {
         let options = &self.options;
-        let module = Arc::new(self.load(&self.pool, source, options.name.as_deref())?);
+        let pool = Arc::clone(&self.lock_serving().pool);
+        let module = Arc::new(self.load(&pool, source, options.name.as_deref())?);
         let _ = self.name.set(module.name().to_owned());
         let blueprint = Arc::new(Blueprint {
             engine: module.engine.clone(),
@@ -1037,8 +1041,13 @@ impl Shared {
     }
 
     /// A lease that holds a ticket.
-    fn lease_with(self: &Arc<Self>, replica: Arc<Replica>, ticket: Ticket<Job>) -> Arc<Lease> {
-        let lease = Lease::with_ticket(self, replica, ticket);
+    fn lease_with(
+        self: &Arc<Self>,
+        replica: Arc<Replica>,
+        pool: Arc<Pool>,
+        ticket: Ticket<Job>,
+    ) -> Arc<Lease> {
+        let lease = Lease::with_ticket(self, replica, pool, ticket);
         let mut leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
         leases.retain(|lease| lease.strong_count() > 0);
         leases.push(Arc::downgrade(&lease));
@@ -1601,13 +1610,14 @@ impl Shared {
         let control = self.wait_repaired(self.lock_control());
         let is_seeing_off = |c: &mut Control| c.seeing_off > 0;
         drop(self.control_changed.wait_while(control, is_seeing_off));
-        let (replicas, generation) = {
+        let (replicas, generation, pool) = {
             let mut serving = self.lock_serving();
-            (std::mem::take(&mut serving.replicas), serving.generation)
+            let replicas = std::mem::take(&mut serving.replicas);
+            (replicas, serving.generation, Arc::clone(&serving.pool))
         };
         // The home may be gone (its environment ends): releasing does not depend on it.
         let _ = self.discard(replicas, generation);
-        self.pool.end();
+        pool.end();
     }
 
     fn finish_closing(self: &Arc<Self>, outcome: Result<()>, is_destroy: bool) -> Answer {

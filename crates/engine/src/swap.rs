@@ -11,8 +11,11 @@ use wasm_molt_lifecycle::{
 };
 
 use crate::error::{Error, ErrorCode, Result};
-use crate::manager::{Event, HookScope, Making, ManagerState, Replaced, Shared, impatient};
+use crate::manager::{
+    Event, HookScope, Making, ManagerState, Replaced, Shared, impatient, new_pool,
+};
 use crate::options::Source;
+use crate::pool::Pool;
 use crate::replica::{Blueprint, Replica};
 use crate::value::HostRef;
 
@@ -170,6 +173,7 @@ pub(crate) fn run(
         states: Vec::new(),
         next: Vec::new(),
         old,
+        pool: None,
         memory_bytes_before: 0,
         is_homeless: false,
         published: Arc::default(),
@@ -247,6 +251,8 @@ struct Swap<'a> {
     states: Vec<Option<HostRef>>,
     next: Vec<Arc<Replica>>,
     old: Vec<Arc<Replica>>,
+    /// Rolling: the threads of the next generation.
+    pool: Option<Arc<Pool>>,
     memory_bytes_before: usize,
     /// The home is gone: there is nobody to publish to.
     is_homeless: bool,
@@ -348,6 +354,11 @@ impl Backend for Swap<'_> {
         self.blueprint = self
             .next_blueprint()
             .map_err(|error| (FailedPhase::Instantiate, error))?;
+        if self.options.strategy == Strategy::Rolling && !self.scope.is_sync {
+            let pool = new_pool(self.shared.name(), &self.shared.options)
+                .map_err(|error| (FailedPhase::Instantiate, error))?;
+            self.pool = Some(Arc::new(pool));
+        }
         self.make_next().map_err(|(phase, error)| {
             let does_not_fit = self.options.source.is_some() && error.code() == Some(ErrorCode::Link);
             if does_not_fit {
@@ -465,6 +476,7 @@ impl Backend for Swap<'_> {
         let change = self.change(Vec::new());
         let reason = self.options.reason.clone();
         let published = Arc::clone(&self.published);
+        let pool = self.pool.take();
         let _ = self.shared.host.at_home(Box::new(move |home| {
             // Steps do not run at home while it is inside; if one did, it must not swap what is in use.
             if home.is_some_and(|home| home.depth() > 0) {
@@ -473,7 +485,8 @@ impl Backend for Swap<'_> {
             let cohort = {
                 let mut serving = shared.lock_serving();
                 serving.blueprint = Some(blueprint);
-                serving.roll(change.generation, change.new.clone())
+                let pool = pool.unwrap_or_else(|| Arc::clone(&serving.pool));
+                serving.roll(change.generation, change.new.clone(), pool)
             };
             shared.stats.reloaded(&reason);
             shared.set_state(ManagerState::Ready);
