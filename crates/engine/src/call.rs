@@ -18,6 +18,7 @@ use crate::invoke;
 use crate::lease::Lease;
 use crate::manager::{Job, Shared};
 use crate::replica::Replica;
+use crate::trace;
 use crate::value::Value;
 
 /// What is to be done.
@@ -294,7 +295,11 @@ impl CallJob {
             ));
             return;
         }
+        let (Work::Call { function, .. } | Work::Invoke { function, .. }) = &work;
+        let function = *function;
+        let span = trace::Span::call(shared.name(), || shared.function_name(function));
         let outcome = run_guarded(&shared, replica, run, work);
+        span.end(&outcome);
         if let Some(control) = &control {
             control.finish();
         }

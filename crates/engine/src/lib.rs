@@ -29,6 +29,7 @@ mod serving;
 mod stack;
 mod stats;
 mod swap;
+mod trace;
 mod trap;
 mod value;
 

@@ -17,6 +17,7 @@ use crate::manager::{
 use crate::options::Source;
 use crate::pool::Pool;
 use crate::replica::{Blueprint, Replica};
+use crate::trace;
 use crate::value::HostRef;
 
 /// What new calls do while the old generation is still in use.
@@ -147,6 +148,17 @@ impl ReloadReport {
 
 /// Runs one swap to its end, on this thread.
 pub(crate) fn run(
+    shared: &Arc<Shared>,
+    options: &ReloadOptions,
+    scope: HookScope,
+) -> Result<Arc<ReloadReport>> {
+    let span = trace::Span::reload(shared.name(), &options.reason, options.strategy.as_str());
+    let outcome = run_traced(shared, options, scope);
+    span.end(&outcome);
+    outcome
+}
+
+fn run_traced(
     shared: &Arc<Shared>,
     options: &ReloadOptions,
     scope: HookScope,
@@ -530,6 +542,7 @@ impl Backend for Swap<'_> {
     }
 
     fn done(&mut self, step: Step, took: Duration) {
+        trace::step(step.as_str(), took);
         self.shared.tell(Event::Step(ReloadStep {
             step,
             took,
