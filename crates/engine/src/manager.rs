@@ -273,9 +273,10 @@ pub(crate) struct Shared {
     is_destroyed: AtomicBool,
     /// Becomes disconnected when the manager is destroyed: wakes everything that waits for the host.
     cancel: (Mutex<Option<Sender<()>>>, Receiver<()>),
-    /// Becomes disconnected when nobody waits for hooks any more; what has not been committed by then
-    /// is rolled back.
-    hooks: (Mutex<Option<Sender<()>>>, Receiver<()>),
+    /// Becomes disconnected when nobody waits any more for the hooks that run now; what has not been
+    /// committed by then is rolled back. Repairs that come later get hooks again: calls wait for them.
+    hooks: Mutex<(Sender<()>, Receiver<()>)>,
+    are_hooks_given_up: AtomicBool,
     settling: AtomicUsize,
     memory_bytes_peak: AtomicUsize,
 }
@@ -337,7 +338,6 @@ impl Manager {
         });
         let home = gate.take_home();
         let (alive, cancelled) = bounded(0);
-        let (wanted, given_up) = bounded(0);
         let shared = Arc::new(Shared {
             name: OnceLock::new(),
             options,
@@ -353,7 +353,8 @@ impl Manager {
             state: AtomicU8::new(ManagerState::Starting as u8),
             is_destroyed: AtomicBool::new(false),
             cancel: (Mutex::new(Some(alive)), cancelled),
-            hooks: (Mutex::new(Some(wanted)), given_up),
+            hooks: Mutex::new(bounded(0)),
+            are_hooks_given_up: AtomicBool::new(false),
             settling: AtomicUsize::new(0),
             memory_bytes_peak: AtomicUsize::new(0),
         });
@@ -1159,20 +1160,19 @@ impl Shared {
     }
 
     fn hook_scope(&self, is_sync: bool) -> HookScope {
-        HookScope {
-            is_sync,
-            cancelled: self.hooks.1.clone(),
-        }
-    }
-
-    /// Whether hooks are not waited for any more.
-    pub(crate) fn are_hooks_given_up(&self) -> bool {
-        matches!(self.hooks.1.try_recv(), Err(TryRecvError::Disconnected))
+        let hooks = self.hooks.lock().unwrap_or_else(PoisonError::into_inner);
+        let cancelled = if self.is_destroyed() {
+            // Disconnected, or about to be.
+            self.cancel.1.clone()
+        } else {
+            hooks.1.clone()
+        };
+        HookScope { is_sync, cancelled }
     }
 
     fn run_reload(self: &Arc<Self>, pending: PendingReload) -> Answer {
         let PendingReload { options, done } = pending;
-        if self.are_hooks_given_up() {
+        if self.are_hooks_given_up.load(Ordering::Acquire) {
             let error = self.closed();
             return Box::new(move || {
                 for done in done {
@@ -1205,10 +1205,12 @@ impl Shared {
 
     /// Hooks are not waited for any more, nor for what they have left running.
     fn give_hooks_up(&self) {
-        let wanted = &self.hooks.0;
-        drop(wanted.lock().unwrap_or_else(PoisonError::into_inner).take());
+        self.are_hooks_given_up.store(true, Ordering::Release);
+        *self.hooks.lock().unwrap_or_else(PoisonError::into_inner) = bounded(0);
         let lease = self.hook_lease().clone();
-        if let Some(lease) = lease {
+        if let Some(lease) = lease
+            && lease.is_cancelled()
+        {
             lease.cut(&self.closing_stop());
         }
         // A drain that is under way looks again.
@@ -1714,6 +1716,12 @@ pub(crate) struct HookScope {
     pub(crate) is_sync: bool,
     /// Disconnected as soon as nobody waits for them any more.
     pub(crate) cancelled: Receiver<()>,
+}
+
+impl HookScope {
+    pub(crate) fn is_cancelled(&self) -> bool {
+        matches!(self.cancelled.try_recv(), Err(TryRecvError::Disconnected))
+    }
 }
 
 /// Why a reload stops what it should have waited for.

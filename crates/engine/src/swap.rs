@@ -176,6 +176,7 @@ fn run_traced(
         (serving.replicas.clone(), serving.generation)
     };
     let is_sync = scope.is_sync;
+    let cancelled = scope.clone();
     let mut swap = Swap {
         shared,
         options,
@@ -213,7 +214,7 @@ fn run_traced(
             restore.to = None;
             Ok(Arc::new(swap.finish(&timings)))
         }
-        Err(failure) => Err(failed(shared, options, failure, is_sync)),
+        Err(failure) => Err(failed(shared, options, failure, &cancelled)),
     }
 }
 
@@ -221,17 +222,17 @@ fn failed(
     shared: &Shared,
     options: &ReloadOptions,
     failure: Failure<Error>,
-    is_sync: bool,
+    scope: &HookScope,
 ) -> Error {
     match failure {
-        Failure::DrainTimeout(in_flight) if is_sync => shared.in_flight(in_flight.0),
+        Failure::DrainTimeout(in_flight) if scope.is_sync => shared.in_flight(in_flight.0),
         Failure::DrainTimeout(in_flight) => Error::DrainTimeout {
             what: format!("the reload of {}", shared.name()),
             in_flight: in_flight.0,
             waited_ms: options.drain_timeout.unwrap_or_default().as_millis(),
         },
         Failure::Cancelled => shared.closed(),
-        Failure::Step { .. } if shared.are_hooks_given_up() => shared.closed(),
+        Failure::Step { .. } if scope.is_cancelled() => shared.closed(),
         Failure::Step {
             cause: cause @ Error::Incompatible { .. },
             ..
@@ -356,10 +357,9 @@ impl Backend for Swap<'_> {
     type Cause = Error;
 
     fn drain_stragglers(&mut self, timeout: Option<Duration>) -> Result<(), InFlight> {
-        let shared = self.shared;
-        shared
-            .gate
-            .wait_stragglers(1, timeout, || shared.are_hooks_given_up())
+        let scope = &self.scope;
+        let gate = &self.shared.gate;
+        gate.wait_stragglers(1, timeout, || scope.is_cancelled())
     }
 
     fn instantiate(&mut self) -> Result<(), (FailedPhase, Error)> {
@@ -408,10 +408,9 @@ impl Backend for Swap<'_> {
         } else {
             timeout
         };
-        let shared = self.shared;
-        shared
-            .gate
-            .wait_drained_unless(timeout, || shared.are_hooks_given_up())?;
+        let (shared, scope) = (self.shared, &self.scope);
+        let give_up = || scope.is_cancelled();
+        shared.gate.wait_drained_unless(timeout, give_up)?;
         shared.wait_settled();
         Shared::resume(&self.old);
         shared.set_state(ManagerState::Reloading);
@@ -538,7 +537,7 @@ impl Backend for Swap<'_> {
     }
 
     fn is_cancelled(&self) -> bool {
-        self.is_homeless || self.shared.are_hooks_given_up()
+        self.is_homeless || self.scope.is_cancelled()
     }
 
     fn done(&mut self, step: Step, took: Duration) {
