@@ -116,6 +116,10 @@ impl Lease {
         &self.replica
     }
 
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
     /// The lease has ended.
     pub fn is_released(&self) -> bool {
         self.word.load(Ordering::Acquire) == RELEASED
@@ -217,6 +221,7 @@ impl Lease {
             return;
         }
         if self.replica.is_poisoned() && !state.waiting.is_empty() {
+            let _settling = self.shared.settling();
             let waiting = std::mem::take(&mut state.waiting);
             drop(state);
             for (_, job) in waiting {

@@ -493,6 +493,7 @@ impl Manager {
 
     /// Takes a lease that still waits out of the queue and answers it with `error`.
     pub fn cancel_lease(&self, id: WaitId, error: Error) {
+        let _settling = self.shared.settling();
         if let Some(job) = self.shared.gate.cancel(id) {
             job.refuse(error);
         }
@@ -865,6 +866,7 @@ impl Shared {
         let outcome = guarded(|| self.bring_up_first(source, is_sync));
         if outcome.is_err() {
             self.set_state(ManagerState::Failed);
+            let _settling = self.settling();
             for job in self.gate.cut() {
                 job.refuse(self.closed());
             }
@@ -1487,6 +1489,7 @@ impl Shared {
         } else {
             error.clone()
         };
+        let _settling = self.settling();
         for job in self.gate.take_waiting() {
             job.refuse(error.clone());
         }
@@ -1560,6 +1563,9 @@ impl Shared {
         if was_destroyed || self.state() == ManagerState::Closed {
             return;
         }
+        let settling = self.settling();
+        // Before anybody is woken: a swap that gives up opens the gate, and nothing may start then.
+        let waiting = self.gate.cut();
         drop(
             self.cancel
                 .0
@@ -1567,9 +1573,10 @@ impl Shared {
                 .unwrap_or_else(PoisonError::into_inner)
                 .take(),
         );
-        for job in self.gate.cut() {
+        for job in waiting {
             job.refuse(self.closed());
         }
+        drop(settling);
         self.give_hooks_up();
         self.stop_all(&destroyed());
         // Leases end now: the operation under way may be waiting for one.
