@@ -4,6 +4,7 @@
 
 const { EventEmitter } = require('node:events')
 const { fileURLToPath } = require('node:url')
+const { isMainThread } = require('node:worker_threads')
 const binding = require('./binding.js')
 
 // Older runtimes lack the well-known symbols; TypeScript's and Babel's `using` look for the same fallback.
@@ -136,6 +137,7 @@ const look = () => {
 }
 
 binding.setup({
+  isMainThread,
   lookSoon: () => {
     setImmediate(look)
   },

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crossbeam_channel::{Receiver, Sender, bounded, never, select};
 use wasm_molt_engine::{
     Error, ErrorCode, Event, HomeStep, Host, HostRef, ImportValue, Lease, Module, Replaced,
-    Replica, Result,
+    Replica, Result, Watch,
 };
 
 use crate::env::EnvState;
@@ -28,6 +28,7 @@ pub(crate) struct JsHost {
     /// The environment's address, to find its state on its own thread.
     env: usize,
     destroyed: std::sync::OnceLock<Receiver<()>>,
+    watch: Option<Arc<Watch>>,
     /// Trap events that have not been delivered yet.
     traps_due: Arc<AtomicUsize>,
 }
@@ -63,6 +64,7 @@ impl JsHost {
             manager,
             env: env.js().raw() as usize,
             destroyed: std::sync::OnceLock::new(),
+            watch: env.watch.clone(),
             traps_due: Arc::default(),
         }
     }
@@ -173,6 +175,10 @@ impl Host for JsHost {
                 side.forget(env);
             }
         }));
+    }
+
+    fn watch(&self) -> Option<Arc<Watch>> {
+        self.watch.clone()
     }
 
     fn event(&self, event: Event) {

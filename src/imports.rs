@@ -16,7 +16,7 @@ use napi::sys;
 use smallvec::SmallVec;
 use wasm_molt_engine::{
     Error, ErrorCode, FuncHandle, HostCall, HostFunction, Import, ImportKind, ImportValue, Module,
-    Result, Signature, Value, ValueType,
+    Result, Signature, Stop, Value, ValueType,
 };
 
 use crate::env::EnvState;
@@ -276,8 +276,16 @@ impl JsEnd {
         self.to_pool
             .send(ToPool::Call(func, args))
             .map_err(|_| stopped())?;
+        let stop = || {
+            let why = Stop::Interrupted("its worker is ending".into());
+            side.replica.interrupter().stop_current(why);
+        };
         loop {
-            match self.from_pool.recv().map_err(|_| stopped())? {
+            let message = match &env.watch {
+                Some(watch) => watch.wait_for(&self.from_pool, stop),
+                None => self.from_pool.recv(),
+            };
+            match message.map_err(|_| stopped())? {
                 ToJs::Done(outcome) => return outcome,
                 ToJs::Request(request) => {
                     let reply = env.js().scoped(|| self.serve(&request));

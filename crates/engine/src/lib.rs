@@ -30,6 +30,7 @@ mod stats;
 mod swap;
 mod trap;
 mod value;
+mod watch;
 
 pub use call::{CallControl, CallLimits, Outcome, Settle, Work};
 pub use error::{Error, ErrorCode, Result, TrapInfo};
@@ -49,3 +50,4 @@ pub use value::{FuncHandle, HostRef, Signature, Value, ValueType};
 pub use wasm_molt_lifecycle::{
     Away, FailedPhase, Generation, Home, Inside, OnDrainTimeout, WaitId,
 };
+pub use watch::Watch;
