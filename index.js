@@ -144,8 +144,8 @@ binding.setup({
   error: (code, message, fields, cause) => new WasmError(code, message, fields, cause),
   toBigInt64: (value) => BigInt.asIntN(64, value),
   toArray: (iterable) => [...iterable],
-  follow: (promise, id) => {
-    promise.then(
+  follow: (thenable, id) => {
+    Promise.resolve(thenable).then(
       (value) => binding.settleHost(id, true, value),
       (reason) => binding.settleHost(id, false, reason),
     )

@@ -23,7 +23,7 @@ pub(crate) struct Helpers {
     pub(crate) to_bigint64: sys::napi_ref,
     /// `iterable => [...iterable]`
     pub(crate) to_array: sys::napi_ref,
-    /// `(promise, id) => …`: reports through `settleHost`.
+    /// `(thenable, id) => …`: reports through `settleHost`.
     pub(crate) follow: sys::napi_ref,
     /// `(lease) => LeasedInstance`
     pub(crate) make_lease: sys::napi_ref,
@@ -282,7 +282,7 @@ impl EnvState {
 
     // ------------------------------------------------------------------ promises of the host
 
-    /// Waits for a promise of the user; `then` runs when it settles.
+    /// Waits for a promise or thenable of the user; `then` runs when it settles.
     pub(crate) fn follow(&self, promise: Val, then: Settled) -> JsResult<()> {
         let js = self.js();
         let id = self.next_id.get().wrapping_add(1);
@@ -295,9 +295,12 @@ impl EnvState {
         Ok(())
     }
 
-    /// For a promise that nobody here will wait for: its rejection must not count as unhandled.
+    /// For what nobody here will wait for: the rejection of a promise must not count as unhandled.
+    /// Other thenables are left alone, because asking starts some of them (query builders).
     pub(crate) fn ignore(&self, promise: Val) {
-        if self.follow(promise, Box::new(|_, _| {})).is_err() {
+        if self.js().is_promise(promise).unwrap_or(false)
+            && self.follow(promise, Box::new(|_, _| {})).is_err()
+        {
             self.js().take_exception();
         }
     }

@@ -291,7 +291,8 @@ fn run_sync(
     let Some(value) = returned? else {
         return Ok(None);
     };
-    if env.js().is_promise(value).unwrap_or(false) {
+    let is_thenable = env.js().is_thenable(value);
+    if is_thenable.map_err(|Pending| env.take_thrown())? {
         env.ignore(value);
         return Err(Error::new(
             ErrorCode::AsyncImport,
@@ -332,9 +333,10 @@ fn run_async(
             return;
         }
     };
-    if !env.js().is_promise(outcome).unwrap_or(false) {
-        let kept = env
-            .keep(outcome)
+    let is_thenable = env.js().is_thenable(outcome);
+    if !matches!(is_thenable, Ok(true)) {
+        let kept = is_thenable
+            .and_then(|_| env.keep(outcome))
             .map(Some)
             .map_err(|Pending| env.take_thrown());
         let _ = tell.send(kept);

@@ -521,6 +521,16 @@ impl Js {
         Ok(value)
     }
 
+    /// Whether `await` would wait for it: a promise, or anything else with a method `then`. Asking may
+    /// run a getter of the user's.
+    pub(crate) fn is_thenable(self, value: Val) -> JsResult<bool> {
+        if self.is_promise(value).unwrap_or(false) {
+            return Ok(true);
+        }
+        Ok(matches!(self.kind(value)?, Kind::Object | Kind::Function)
+            && self.kind(self.property(value, c"then")?)? == Kind::Function)
+    }
+
     pub(crate) fn set_element(self, array: Val, index: u32, value: Val) -> JsResult<()> {
         napi!(self, napi_set_element(array, index, value))
     }
