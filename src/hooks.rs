@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crossbeam_channel::{Sender, bounded, never, select};
 use wasm_molt_engine::{
     Error, ErrorCode, Event, HomeStep, Host, HostRef, ImportValue, Lease, Module, Replaced,
-    Replica, Result,
+    Replica, Result, Watch,
 };
 
 use crate::env::EnvState;
@@ -29,6 +29,7 @@ pub(crate) struct JsHost {
     env: usize,
     saves_state: bool,
     watches_steps: Arc<AtomicBool>,
+    watch: Option<Arc<Watch>>,
     /// Trap events that have not been delivered yet.
     traps_due: Arc<AtomicUsize>,
 }
@@ -70,6 +71,7 @@ impl JsHost {
             env: env.js().raw() as usize,
             saves_state: hooks.save_state.get().is_some(),
             watches_steps: Arc::clone(watches_steps),
+            watch: env.watch.clone(),
             traps_due: Arc::default(),
         }
     }
@@ -187,6 +189,10 @@ impl Host for JsHost {
         }));
     }
 
+    fn watch(&self) -> Option<Arc<Watch>> {
+        self.watch.clone()
+    }
+
     fn event(&self, event: Event) {
         let (manager, address) = (self.manager, self.env);
         if matches!(event, Event::Step(_)) && !self.watches_steps.load(Ordering::Relaxed) {
@@ -300,7 +306,8 @@ fn run_sync(
     let Some(value) = returned? else {
         return Ok(None);
     };
-    if env.js().is_promise(value).unwrap_or(false) {
+    let is_thenable = env.js().is_thenable(value);
+    if is_thenable.map_err(|Pending| env.take_thrown())? {
         env.ignore(value);
         return Err(Error::new(
             ErrorCode::AsyncImport,
@@ -341,9 +348,10 @@ fn run_async(
             return;
         }
     };
-    if !env.js().is_promise(outcome).unwrap_or(false) {
-        let kept = env
-            .keep(outcome)
+    let is_thenable = env.js().is_thenable(outcome);
+    if !matches!(is_thenable, Ok(true)) {
+        let kept = is_thenable
+            .and_then(|_| env.keep(outcome))
             .map(Some)
             .map_err(|Pending| env.take_thrown());
         let _ = tell.send(kept);
