@@ -302,9 +302,16 @@ impl CallJob {
         } = self;
         let interrupter = replica.interrupter();
         let run = interrupter.begin();
-        if let Some(control) = &control
-            && let Err(stop) = control.start(interrupter, run)
-        {
+        let started_by = match &control {
+            Some(control) => control.start(interrupter, run),
+            None => Ok(()),
+        };
+        // Halted before it began: the instance stays as it is.
+        let may_run = started_by.and_then(|()| interrupter.halted().map_or(Ok(()), Err));
+        if let Err(stop) = may_run {
+            if let Some(control) = &control {
+                control.finish();
+            }
             interrupter.end(run);
             let settling = shared.settling();
             seat.give_back(&shared, replica);

@@ -167,6 +167,11 @@ impl Interrupter {
         }
     }
 
+    /// Why no run may begin, if that is so.
+    pub(crate) fn halted(&self) -> Option<Stop> {
+        self.lock().halt.clone()
+    }
+
     /// Runs may begin again.
     pub(crate) fn resume(&self) {
         self.lock().halt = None;

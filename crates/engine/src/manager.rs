@@ -1060,9 +1060,6 @@ impl Shared {
     /// Stops what runs or is about to on these instances, until they [resume](Self::resume), and takes
     /// leases on them away from their holders.
     pub(crate) fn interrupt(self: &Arc<Self>, replicas: &[Arc<Replica>], why: &Stop) {
-        for replica in replicas {
-            replica.interrupter().halt(why.clone());
-        }
         let is_meant = {
             let ids: Vec<_> = replicas.iter().map(|r| r.id()).collect();
             move |lease: &Arc<Lease>| ids.contains(&lease.replica().id())
@@ -1072,6 +1069,13 @@ impl Shared {
             let all = leases.iter().filter_map(Weak::upgrade);
             all.filter(is_meant).collect()
         };
+        // What waits first: a call that is stopped leaves an instance that refuses them for its own reason.
+        for lease in &leases {
+            lease.refuse_waiting(why);
+        }
+        for replica in replicas {
+            replica.interrupter().halt(why.clone());
+        }
         if leases.is_empty() {
             return;
         }
@@ -1547,10 +1551,13 @@ impl Shared {
         }))?;
         self.gate
             .wait_idle(until.map(|until| until.saturating_duration_since(Instant::now())))
-            .map_err(|in_flight| Error::DrainTimeout {
-                what: format!("close() of {}", self.name()),
-                in_flight: in_flight.0,
-                waited_ms: asked_at.elapsed().as_millis(),
+            .map_err(|in_flight| {
+                self.give_hooks_up();
+                Error::DrainTimeout {
+                    what: format!("close() of {}", self.name()),
+                    in_flight: in_flight.0,
+                    waited_ms: asked_at.elapsed().as_millis(),
+                }
             })?;
         self.wait_settled();
         self.release_all();

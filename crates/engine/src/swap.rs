@@ -430,6 +430,9 @@ impl Backend for Swap<'_> {
     }
 
     fn save(&mut self) -> Result<(), Error> {
+        if !self.shared.host.saves_state() {
+            return Ok(());
+        }
         for (slot, replica) in self.old.iter().enumerate() {
             // A poisoned guest's memory means nothing any more: it is not asked.
             let state = if replica.is_poisoned() {
