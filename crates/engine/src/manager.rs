@@ -330,7 +330,11 @@ impl Manager {
     pub fn new(options: ManagerOptions, host: Arc<dyn Host>) -> Result<(Self, Option<Home<Job>>)> {
         check(&options)?;
         let name = options.name.clone().unwrap_or_else(|| "wasm".into());
-        let pool = Arc::new(new_pool(&name, &options)?);
+        let parallelism = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = options
+            .threads
+            .unwrap_or_else(|| options.instances.min(parallelism));
+        let pool = Arc::new(Pool::new(&name, threads, options.limits.stack_bytes())?);
         let gate = Gate::new(GateOptions {
             slots: options.instances,
             max_queue: options.max_queue,
@@ -598,14 +602,6 @@ impl Manager {
             self.shared.repair_retired();
         }
     }
-}
-
-/// The threads that run calls.
-pub(crate) fn new_pool(name: &str, options: &ManagerOptions) -> Result<Pool> {
-    let parallelism = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = options.threads;
-    let threads = threads.unwrap_or_else(|| options.instances.min(parallelism));
-    Pool::new(name, threads, options.limits.stack_bytes())
 }
 
 fn check(options: &ManagerOptions) -> Result<()> {

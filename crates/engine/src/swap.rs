@@ -367,8 +367,9 @@ impl Backend for Swap<'_> {
             .next_blueprint()
             .map_err(|error| (FailedPhase::Instantiate, error))?;
         if self.options.strategy == Strategy::Rolling && !self.scope.is_sync {
-            let pool = new_pool(self.shared.name(), &self.shared.options)
-                .map_err(|error| (FailedPhase::Instantiate, error))?;
+            let pool = Arc::clone(&self.shared.lock_serving().pool);
+            let pool = pool.another();
+            let pool = pool.map_err(|error| (FailedPhase::Instantiate, error))?;
             self.pool = Some(Arc::new(pool));
         }
         self.make_next().map_err(|(phase, error)| {
