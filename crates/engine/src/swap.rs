@@ -11,9 +11,7 @@ use wasm_molt_lifecycle::{
 };
 
 use crate::error::{Error, ErrorCode, Result};
-use crate::manager::{
-    Event, HookScope, Making, ManagerState, Replaced, Shared, impatient, new_pool,
-};
+use crate::manager::{Event, HookScope, Making, ManagerState, Replaced, Shared, impatient};
 use crate::options::Source;
 use crate::pool::Pool;
 use crate::replica::{Blueprint, Replica};
