@@ -245,7 +245,8 @@ impl Host for Faults {
     }
 
     fn saves_state(&self) -> bool {
-        self.inner.saves_state()
+        // A fault in the hook needs the hook to be asked.
+        self.inner.saves_state() || self.planned().iter().any(|p| p.point == Point::Save)
     }
 
     fn save_state(&self, lease: &Arc<Lease>, replica: usize) -> Result<Option<HostRef>> {
