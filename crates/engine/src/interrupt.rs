@@ -156,8 +156,12 @@ impl Interrupter {
         current.0 != 0 && self.stop(current, stop)
     }
 
-    /// Stops the run that is under way, and each one that begins before [`resume`](Self::resume). Any
-    /// thread.
+    /// Refuses each run that begins before [`resume`](Self::resume). Any thread.
+    pub(crate) fn forbid(&self, stop: Stop) {
+        self.lock().halt = Some(stop);
+    }
+
+    /// Likewise, and stops the run that is under way. Any thread.
     pub(crate) fn halt(&self, stop: Stop) {
         let mut state = self.lock();
         state.halt = Some(stop.clone());

@@ -1069,6 +1069,10 @@ impl Shared {
         for lease in &leases {
             lease.refuse_waiting(why);
         }
+        // All first: who is stopped frees a thread for a call that has another of these instances.
+        for replica in replicas {
+            replica.interrupter().forbid(why.clone());
+        }
         for replica in replicas {
             replica.interrupter().halt(why.clone());
         }

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use wasm_molt_lifecycle::{
     Backend, Drained, FailedPhase, Failure, Generation, Home, InFlight, OnDrainTimeout, Plan, Step,
@@ -187,6 +187,7 @@ fn run_traced(
         pool: None,
         memory_bytes_before: 0,
         is_homeless: false,
+        closed_at: Arc::default(),
         published: Arc::default(),
     };
     let plan = Plan {
@@ -267,14 +268,21 @@ struct Swap<'a> {
     memory_bytes_before: usize,
     /// The home is gone: there is nobody to publish to.
     is_homeless: bool,
+    /// Set at home, when the gate closes.
+    closed_at: Arc<OnceLock<Instant>>,
     /// Set at home, by the commit.
     published: Arc<OnceLock<Published>>,
 }
 
-/// What the commit has left behind.
+/// What the commit has done, noted at home: the control thread hears of it late where the cores are
+/// taken, when callers have long been served.
 struct Published {
     /// Rolling: the cohort that the old instances served, and how many of it are still inside.
     left_behind: Option<(u64, usize)>,
+    /// Exclusive: who waited when the gate opened.
+    queued: usize,
+    /// How long nobody was admitted.
+    pause: Duration,
 }
 
 impl Swap<'_> {
@@ -283,6 +291,7 @@ impl Swap<'_> {
         match self.published.get() {
             Some(Published {
                 left_behind: Some((cohort, _)),
+                ..
             }) => self.shared.see_off(*cohort, self.options),
             _ => {
                 for replica in &self.old {
@@ -292,6 +301,7 @@ impl Swap<'_> {
                 }
             }
         }
+        let published = self.published.get();
         ReloadReport {
             generation: self.previous.next(),
             previous_generation: self.previous,
@@ -299,7 +309,7 @@ impl Swap<'_> {
             strategy: self.options.strategy,
             drained: timings.drained,
             queued: timings.queued,
-            pause: timings.pause,
+            pause: published.map_or(timings.pause, |published| published.pause),
             drain: timings.drain,
             save: timings.save,
             instantiate: timings.instantiate,
@@ -389,9 +399,11 @@ impl Backend for Swap<'_> {
     fn close_gate(&mut self) -> usize {
         let in_flight = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&in_flight);
+        let closed_at = Arc::clone(&self.closed_at);
         let shared = Arc::clone(self.shared);
         // If the home is gone there is nobody to call, and the next step finds the swap cancelled.
         let told = self.shared.host.at_home(Box::new(move |home| {
+            let _ = closed_at.set(Instant::now());
             let n = home.map_or_else(|| shared.gate.close(), Home::close);
             shared.set_state(ManagerState::Draining);
             count.store(n, Ordering::Release);
@@ -465,10 +477,10 @@ impl Backend for Swap<'_> {
         let blueprint = Arc::clone(&self.blueprint);
         let change = self.change(self.old.clone());
         let reason = self.options.reason.clone();
+        let closed_at = Arc::clone(&self.closed_at);
         let published = Arc::clone(&self.published);
         // If the home is gone nothing is published, and `run` sees that.
         let _ = self.shared.host.at_home(Box::new(move |_| {
-            let _ = published.set(Published { left_behind: None });
             {
                 let mut serving = shared.lock_serving();
                 serving.generation = change.generation;
@@ -479,6 +491,15 @@ impl Backend for Swap<'_> {
             shared.set_state(ManagerState::Ready);
             shared.host.replaced(&change);
             shared.gate.reinstate_all();
+            let queued = shared.gate.counts().queued;
+            // Here, and not one hand-over between threads later.
+            shared.gate.open();
+            let pause = closed_at.get().map_or(Duration::ZERO, Instant::elapsed);
+            let _ = published.set(Published {
+                left_behind: None,
+                queued,
+                pause,
+            });
         }));
     }
 
@@ -495,6 +516,7 @@ impl Backend for Swap<'_> {
             if home.is_some_and(|home| home.depth() > 0) {
                 return;
             }
+            let started = Instant::now();
             let cohort = {
                 let mut serving = shared.lock_serving();
                 serving.blueprint = Some(blueprint);
@@ -512,6 +534,8 @@ impl Backend for Swap<'_> {
             let left = shared.gate.counts().stragglers;
             let _ = published.set(Published {
                 left_behind: Some((cohort, left)),
+                queued: 0,
+                pause: started.elapsed(),
             });
         }));
         let published = self.published.get();
@@ -533,6 +557,9 @@ impl Backend for Swap<'_> {
     }
 
     fn open_gate(&mut self) -> usize {
+        if let Some(published) = self.published.get() {
+            return published.queued;
+        }
         let queued = self.shared.gate.counts().queued;
         self.shared.gate.open();
         queued
