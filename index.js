@@ -6,6 +6,7 @@ const { AsyncLocalStorage } = require('node:async_hooks')
 const { channel, tracingChannel } = require('node:diagnostics_channel')
 const { EventEmitter } = require('node:events')
 const { fileURLToPath } = require('node:url')
+const { isMainThread } = require('node:worker_threads')
 const binding = require('./binding.js')
 
 // Older runtimes lack the well-known symbols; TypeScript's and Babel's `using` look for the same fallback.
@@ -138,14 +139,15 @@ const look = () => {
 }
 
 binding.setup({
+  isMainThread,
   lookSoon: () => {
     setImmediate(look)
   },
   error: (code, message, fields, cause) => new WasmError(code, message, fields, cause),
   toBigInt64: (value) => BigInt.asIntN(64, value),
   toArray: (iterable) => [...iterable],
-  follow: (promise, id) => {
-    promise.then(
+  follow: (thenable, id) => {
+    Promise.resolve(thenable).then(
       (value) => binding.settleHost(id, true, value),
       (reason) => binding.settleHost(id, false, reason),
     )

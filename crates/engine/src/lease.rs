@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use crossbeam_channel::{Receiver, TryRecvError};
+use crossbeam_channel::Receiver;
 use wasm_molt_lifecycle::Ticket;
 
 use crate::call::{CallJob, Queue, Seat};
@@ -108,15 +108,16 @@ impl Lease {
 
     /// Whether that has happened.
     pub fn is_cancelled(&self) -> bool {
-        let is_over = |cancelled: &Receiver<()>| {
-            matches!(cancelled.try_recv(), Err(TryRecvError::Disconnected))
-        };
-        self.cancelled().is_some_and(is_over)
+        self.hook.as_ref().is_some_and(HookScope::is_cancelled)
     }
 
     /// The instance. Entering it needs [`Lease::enter`].
     pub fn replica(&self) -> &Arc<Replica> {
         &self.replica
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
     }
 
     /// The lease has ended.
@@ -220,6 +221,7 @@ impl Lease {
             return;
         }
         if self.replica.is_poisoned() && !state.waiting.is_empty() {
+            let _settling = self.shared.settling();
             let waiting = std::mem::take(&mut state.waiting);
             drop(state);
             for (_, job) in waiting {

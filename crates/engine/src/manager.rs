@@ -273,9 +273,10 @@ pub(crate) struct Shared {
     is_destroyed: AtomicBool,
     /// Becomes disconnected when the manager is destroyed: wakes everything that waits for the host.
     cancel: (Mutex<Option<Sender<()>>>, Receiver<()>),
-    /// Becomes disconnected when nobody waits for hooks any more; what has not been committed by then
-    /// is rolled back.
-    hooks: (Mutex<Option<Sender<()>>>, Receiver<()>),
+    /// Becomes disconnected when nobody waits any more for the hooks that run now; what has not been
+    /// committed by then is rolled back. Repairs that come later get hooks again: calls wait for them.
+    hooks: Mutex<(Sender<()>, Receiver<()>)>,
+    are_hooks_given_up: AtomicBool,
     settling: AtomicUsize,
     memory_bytes_peak: AtomicUsize,
 }
@@ -329,7 +330,11 @@ impl Manager {
     pub fn new(options: ManagerOptions, host: Arc<dyn Host>) -> Result<(Self, Option<Home<Job>>)> {
         check(&options)?;
         let name = options.name.clone().unwrap_or_else(|| "wasm".into());
-        let pool = Arc::new(new_pool(&name, &options)?);
+        let parallelism = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = options
+            .threads
+            .unwrap_or_else(|| options.instances.min(parallelism));
+        let pool = Arc::new(Pool::new(&name, threads, options.limits.stack_bytes())?);
         let gate = Gate::new(GateOptions {
             slots: options.instances,
             max_queue: options.max_queue,
@@ -337,7 +342,6 @@ impl Manager {
         });
         let home = gate.take_home();
         let (alive, cancelled) = bounded(0);
-        let (wanted, given_up) = bounded(0);
         let shared = Arc::new(Shared {
             name: OnceLock::new(),
             options,
@@ -353,7 +357,8 @@ impl Manager {
             state: AtomicU8::new(ManagerState::Starting as u8),
             is_destroyed: AtomicBool::new(false),
             cancel: (Mutex::new(Some(alive)), cancelled),
-            hooks: (Mutex::new(Some(wanted)), given_up),
+            hooks: Mutex::new(bounded(0)),
+            are_hooks_given_up: AtomicBool::new(false),
             settling: AtomicUsize::new(0),
             memory_bytes_peak: AtomicUsize::new(0),
         });
@@ -492,6 +497,7 @@ impl Manager {
 
     /// Takes a lease that still waits out of the queue and answers it with `error`.
     pub fn cancel_lease(&self, id: WaitId, error: Error) {
+        let _settling = self.shared.settling();
         if let Some(job) = self.shared.gate.cancel(id) {
             job.refuse(error);
         }
@@ -596,14 +602,6 @@ impl Manager {
             self.shared.repair_retired();
         }
     }
-}
-
-/// The threads that run calls.
-pub(crate) fn new_pool(name: &str, options: &ManagerOptions) -> Result<Pool> {
-    let parallelism = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = options.threads;
-    let threads = threads.unwrap_or_else(|| options.instances.min(parallelism));
-    Pool::new(name, threads, options.limits.stack_bytes())
 }
 
 fn check(options: &ManagerOptions) -> Result<()> {
@@ -864,6 +862,7 @@ impl Shared {
         let outcome = guarded(|| self.bring_up_first(source, is_sync));
         if outcome.is_err() {
             self.set_state(ManagerState::Failed);
+            let _settling = self.settling();
             for job in self.gate.cut() {
                 job.refuse(self.closed());
             }
@@ -1057,9 +1056,6 @@ impl Shared {
     /// Stops what runs or is about to on these instances, until they [resume](Self::resume), and takes
     /// leases on them away from their holders.
     pub(crate) fn interrupt(self: &Arc<Self>, replicas: &[Arc<Replica>], why: &Stop) {
-        for replica in replicas {
-            replica.interrupter().halt(why.clone());
-        }
         let is_meant = {
             let ids: Vec<_> = replicas.iter().map(|r| r.id()).collect();
             move |lease: &Arc<Lease>| ids.contains(&lease.replica().id())
@@ -1069,6 +1065,13 @@ impl Shared {
             let all = leases.iter().filter_map(Weak::upgrade);
             all.filter(is_meant).collect()
         };
+        // What waits first: a call that is stopped leaves an instance that refuses them for its own reason.
+        for lease in &leases {
+            lease.refuse_waiting(why);
+        }
+        for replica in replicas {
+            replica.interrupter().halt(why.clone());
+        }
         if leases.is_empty() {
             return;
         }
@@ -1159,20 +1162,19 @@ impl Shared {
     }
 
     fn hook_scope(&self, is_sync: bool) -> HookScope {
-        HookScope {
-            is_sync,
-            cancelled: self.hooks.1.clone(),
-        }
-    }
-
-    /// Whether hooks are not waited for any more.
-    pub(crate) fn are_hooks_given_up(&self) -> bool {
-        matches!(self.hooks.1.try_recv(), Err(TryRecvError::Disconnected))
+        let hooks = self.hooks.lock().unwrap_or_else(PoisonError::into_inner);
+        let cancelled = if self.is_destroyed() {
+            // Disconnected, or about to be.
+            self.cancel.1.clone()
+        } else {
+            hooks.1.clone()
+        };
+        HookScope { is_sync, cancelled }
     }
 
     fn run_reload(self: &Arc<Self>, pending: PendingReload) -> Answer {
         let PendingReload { options, done } = pending;
-        if self.are_hooks_given_up() {
+        if self.are_hooks_given_up.load(Ordering::Acquire) {
             let error = self.closed();
             return Box::new(move || {
                 for done in done {
@@ -1205,10 +1207,12 @@ impl Shared {
 
     /// Hooks are not waited for any more, nor for what they have left running.
     fn give_hooks_up(&self) {
-        let wanted = &self.hooks.0;
-        drop(wanted.lock().unwrap_or_else(PoisonError::into_inner).take());
+        self.are_hooks_given_up.store(true, Ordering::Release);
+        *self.hooks.lock().unwrap_or_else(PoisonError::into_inner) = bounded(0);
         let lease = self.hook_lease().clone();
-        if let Some(lease) = lease {
+        if let Some(lease) = lease
+            && lease.is_cancelled()
+        {
             lease.cut(&self.closing_stop());
         }
         // A drain that is under way looks again.
@@ -1485,6 +1489,7 @@ impl Shared {
         } else {
             error.clone()
         };
+        let _settling = self.settling();
         for job in self.gate.take_waiting() {
             job.refuse(error.clone());
         }
@@ -1542,10 +1547,13 @@ impl Shared {
         }))?;
         self.gate
             .wait_idle(until.map(|until| until.saturating_duration_since(Instant::now())))
-            .map_err(|in_flight| Error::DrainTimeout {
-                what: format!("close() of {}", self.name()),
-                in_flight: in_flight.0,
-                waited_ms: asked_at.elapsed().as_millis(),
+            .map_err(|in_flight| {
+                self.give_hooks_up();
+                Error::DrainTimeout {
+                    what: format!("close() of {}", self.name()),
+                    in_flight: in_flight.0,
+                    waited_ms: asked_at.elapsed().as_millis(),
+                }
             })?;
         self.wait_settled();
         self.release_all();
@@ -1558,6 +1566,9 @@ impl Shared {
         if was_destroyed || self.state() == ManagerState::Closed {
             return;
         }
+        let settling = self.settling();
+        // Before anybody is woken: a swap that gives up opens the gate, and nothing may start then.
+        let waiting = self.gate.cut();
         drop(
             self.cancel
                 .0
@@ -1565,9 +1576,10 @@ impl Shared {
                 .unwrap_or_else(PoisonError::into_inner)
                 .take(),
         );
-        for job in self.gate.cut() {
+        for job in waiting {
             job.refuse(self.closed());
         }
+        drop(settling);
         self.give_hooks_up();
         self.stop_all(&destroyed());
         // Leases end now: the operation under way may be waiting for one.
@@ -1714,6 +1726,12 @@ pub(crate) struct HookScope {
     pub(crate) is_sync: bool,
     /// Disconnected as soon as nobody waits for them any more.
     pub(crate) cancelled: Receiver<()>,
+}
+
+impl HookScope {
+    pub(crate) fn is_cancelled(&self) -> bool {
+        matches!(self.cancelled.try_recv(), Err(TryRecvError::Disconnected))
+    }
 }
 
 /// Why a reload stops what it should have waited for.

@@ -14,20 +14,43 @@ const HOST_STACK_BYTES: usize = 2 << 20;
 
 /// Threads that run calls and compile modules, until [`Pool::end`].
 #[derive(Debug)]
-pub(crate) struct Pool(RwLock<Option<Arc<ThreadPool>>>);
+pub(crate) struct Pool {
+    prefix: String,
+    threads: usize,
+    stack_bytes: usize,
+    inner: RwLock<Option<Arc<ThreadPool>>>,
+}
 
 impl Pool {
     /// * `guest_stack_bytes`: what a call may use (`limits.stackBytes`).
     pub(crate) fn new(name: &str, threads: usize, guest_stack_bytes: usize) -> Result<Self> {
-        let prefix = thread_name(name);
+        Self::build(
+            thread_name(name),
+            threads,
+            guest_stack_bytes + HOST_STACK_BYTES,
+        )
+    }
+
+    /// Another one of the same kind.
+    pub(crate) fn another(&self) -> Result<Self> {
+        Self::build(self.prefix.clone(), self.threads, self.stack_bytes)
+    }
+
+    fn build(prefix: String, threads: usize, stack_bytes: usize) -> Result<Self> {
+        let named = prefix.clone();
         ThreadPoolBuilder::new()
             .num_threads(threads)
-            .thread_name(move |index| format!("{prefix}-{index}"))
-            .stack_size(guest_stack_bytes + HOST_STACK_BYTES)
+            .thread_name(move |index| format!("{named}-{index}"))
+            .stack_size(stack_bytes)
             // Rayon aborts the process on a panic that nobody handles. Jobs catch their own; this is the net.
             .panic_handler(drop)
             .build()
-            .map(|pool| Self(RwLock::new(Some(Arc::new(pool)))))
+            .map(|pool| Self {
+                prefix,
+                threads,
+                stack_bytes,
+                inner: RwLock::new(Some(Arc::new(pool))),
+            })
             .map_err(|e| {
                 Error::new(
                     ErrorCode::Internal,
@@ -38,7 +61,7 @@ impl Pool {
 
     /// Runs `job` on a pool thread; on this one if the pool has ended, so that nothing is lost.
     pub(crate) fn spawn(&self, job: impl FnOnce() + Send + 'static) {
-        let pool = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let pool = self.inner.read().unwrap_or_else(PoisonError::into_inner);
         match &*pool {
             Some(pool) => pool.spawn_fifo(job),
             None => {
@@ -51,7 +74,7 @@ impl Pool {
     /// Runs `job` inside the pool and waits for it, so that parallel compilation uses these threads.
     pub(crate) fn install<R: Send>(&self, job: impl FnOnce() -> R + Send) -> R {
         let pool = self
-            .0
+            .inner
             .read()
             .unwrap_or_else(PoisonError::into_inner)
             .clone();
@@ -64,7 +87,7 @@ impl Pool {
     /// Ends the threads once they are idle. They must have nothing left to do.
     pub(crate) fn end(&self) {
         let pool = self
-            .0
+            .inner
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .take();

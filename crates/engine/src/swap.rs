@@ -17,6 +17,7 @@ use crate::manager::{
 use crate::options::Source;
 use crate::pool::Pool;
 use crate::replica::{Blueprint, Replica};
+use crate::trace;
 use crate::value::HostRef;
 
 /// What new calls do while the old generation is still in use.
@@ -151,6 +152,17 @@ pub(crate) fn run(
     options: &ReloadOptions,
     scope: HookScope,
 ) -> Result<Arc<ReloadReport>> {
+    let span = trace::Span::reload(shared.name(), &options.reason, options.strategy.as_str());
+    let outcome = run_traced(shared, options, scope);
+    span.end(&outcome);
+    outcome
+}
+
+fn run_traced(
+    shared: &Arc<Shared>,
+    options: &ReloadOptions,
+    scope: HookScope,
+) -> Result<Arc<ReloadReport>> {
     let blueprint = shared.blueprint()?;
     // Whatever happens in here, a panic included, the state is not left behind.
     let before = shared.state();
@@ -164,6 +176,7 @@ pub(crate) fn run(
         (serving.replicas.clone(), serving.generation)
     };
     let is_sync = scope.is_sync;
+    let cancelled = scope.clone();
     let mut swap = Swap {
         shared,
         options,
@@ -201,7 +214,7 @@ pub(crate) fn run(
             restore.to = None;
             Ok(Arc::new(swap.finish(&timings)))
         }
-        Err(failure) => Err(failed(shared, options, failure, is_sync)),
+        Err(failure) => Err(failed(shared, options, failure, &cancelled)),
     }
 }
 
@@ -209,17 +222,17 @@ fn failed(
     shared: &Shared,
     options: &ReloadOptions,
     failure: Failure<Error>,
-    is_sync: bool,
+    scope: &HookScope,
 ) -> Error {
     match failure {
-        Failure::DrainTimeout(in_flight) if is_sync => shared.in_flight(in_flight.0),
+        Failure::DrainTimeout(in_flight) if scope.is_sync => shared.in_flight(in_flight.0),
         Failure::DrainTimeout(in_flight) => Error::DrainTimeout {
             what: format!("the reload of {}", shared.name()),
             in_flight: in_flight.0,
             waited_ms: options.drain_timeout.unwrap_or_default().as_millis(),
         },
         Failure::Cancelled => shared.closed(),
-        Failure::Step { .. } if shared.are_hooks_given_up() => shared.closed(),
+        Failure::Step { .. } if scope.is_cancelled() => shared.closed(),
         Failure::Step {
             cause: cause @ Error::Incompatible { .. },
             ..
@@ -344,10 +357,9 @@ impl Backend for Swap<'_> {
     type Cause = Error;
 
     fn drain_stragglers(&mut self, timeout: Option<Duration>) -> Result<(), InFlight> {
-        let shared = self.shared;
-        shared
-            .gate
-            .wait_stragglers(1, timeout, || shared.are_hooks_given_up())
+        let scope = &self.scope;
+        let gate = &self.shared.gate;
+        gate.wait_stragglers(1, timeout, || scope.is_cancelled())
     }
 
     fn instantiate(&mut self) -> Result<(), (FailedPhase, Error)> {
@@ -355,8 +367,9 @@ impl Backend for Swap<'_> {
             .next_blueprint()
             .map_err(|error| (FailedPhase::Instantiate, error))?;
         if self.options.strategy == Strategy::Rolling && !self.scope.is_sync {
-            let pool = new_pool(self.shared.name(), &self.shared.options)
-                .map_err(|error| (FailedPhase::Instantiate, error))?;
+            let pool = Arc::clone(&self.shared.lock_serving().pool);
+            let pool = pool.another();
+            let pool = pool.map_err(|error| (FailedPhase::Instantiate, error))?;
             self.pool = Some(Arc::new(pool));
         }
         self.make_next().map_err(|(phase, error)| {
@@ -396,10 +409,9 @@ impl Backend for Swap<'_> {
         } else {
             timeout
         };
-        let shared = self.shared;
-        shared
-            .gate
-            .wait_drained_unless(timeout, || shared.are_hooks_given_up())?;
+        let (shared, scope) = (self.shared, &self.scope);
+        let give_up = || scope.is_cancelled();
+        shared.gate.wait_drained_unless(timeout, give_up)?;
         shared.wait_settled();
         Shared::resume(&self.old);
         shared.set_state(ManagerState::Reloading);
@@ -419,6 +431,9 @@ impl Backend for Swap<'_> {
     }
 
     fn save(&mut self) -> Result<(), Error> {
+        if !self.shared.host.saves_state() {
+            return Ok(());
+        }
         for (slot, replica) in self.old.iter().enumerate() {
             // A poisoned guest's memory means nothing any more: it is not asked.
             let state = if replica.is_poisoned() {
@@ -526,10 +541,11 @@ impl Backend for Swap<'_> {
     }
 
     fn is_cancelled(&self) -> bool {
-        self.is_homeless || self.shared.are_hooks_given_up()
+        self.is_homeless || self.scope.is_cancelled()
     }
 
     fn done(&mut self, step: Step, took: Duration) {
+        trace::step(step.as_str(), took);
         self.shared.tell(Event::Step(ReloadStep {
             step,
             took,
