@@ -447,8 +447,8 @@ export interface DrainOptions {
 export interface ReloadOptions extends DrainOptions {
   /** In the report and in `stats().reloads`. Default 'manual'. */
   reason?: string
-  /** 'exclusive': new calls wait while the old generation drains. The only one by now, and the default. */
-  strategy?: 'exclusive'
+  /** 'exclusive' (the default): new calls wait while the old generation drains. 'rolling': they go to the new one at once; not with saveState. */
+  strategy?: 'exclusive' | 'rolling'
   /** Leave state behind, for a guest whose save traps: neither `saveState` nor `restoreState` is called. Default false. */
   skipSave?: boolean
 }
@@ -461,7 +461,7 @@ export interface ReloadReport {
   previousGeneration: number
   /** As given; 'trap' for a replica that was replaced because it trapped or was stopped. */
   reason: string
-  strategy: 'exclusive'
+  strategy: 'exclusive' | 'rolling'
   /** In flight when the gate closed. */
   drained: number
   /** Waited at the gate when it opened. */

@@ -202,13 +202,13 @@ expectTypeOf(manager.reloadSync).toEqualTypeOf<(options?: ReloadOptions) => Relo
 expectTypeOf<keyof ReloadOptions>().toEqualTypeOf<
   'reason' | 'strategy' | 'skipSave' | 'drainTimeoutMs' | 'onDrainTimeout'
 >()
-expectTypeOf<ReloadOptions['strategy']>().toEqualTypeOf<'exclusive' | undefined>()
+expectTypeOf<ReloadOptions['strategy']>().toEqualTypeOf<'exclusive' | 'rolling' | undefined>()
 expectTypeOf<DrainOptions>().toEqualTypeOf<{ drainTimeoutMs?: number; onDrainTimeout?: 'abort' | 'interrupt' }>()
 expectTypeOf<ReloadReport>().toEqualTypeOf<{
   generation: number
   previousGeneration: number
   reason: string
-  strategy: 'exclusive'
+  strategy: 'exclusive' | 'rolling'
   drained: number
   queued: number
   pauseMs: number
@@ -219,7 +219,6 @@ expectTypeOf<ReloadReport>().toEqualTypeOf<{
   memoryBytesBefore: number
   memoryBytesAfter: number
 }>()
-// @ts-expect-error rolling reloads have not arrived
 manager.reload({ strategy: 'rolling' })
 // @ts-expect-error swapping to another build has not arrived
 manager.reload({ source: 'other.wasm' })

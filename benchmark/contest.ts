@@ -71,7 +71,13 @@ export function slow(count: number, prepare: () => (() => unknown) | Promise<() 
 
 /** The ratio of two contestants, round by round, and then its median: what disturbs a whole round cancels out. */
 export function ratio(over: Standing, under: Standing): number {
-  return median(over.turns.map((ns, round) => ns / (under.turns[round] ?? under.ns)))
+  return ratios(over, under).ratio
+}
+
+/** The same, with the smallest and the greatest of the rounds. */
+export function ratios(over: Standing, under: Standing): { ratio: number; spread: [number, number] } {
+  const all = over.turns.map((ns, round) => ns / (under.turns[round] ?? under.ns))
+  return { ratio: median(all), spread: [Math.min(...all), Math.max(...all)] }
 }
 
 export function median(values: number[]): number {
@@ -79,4 +85,10 @@ export function median(values: number[]): number {
   const middle = sorted.length >> 1
   const upper = sorted[middle] ?? Number.NaN
   return sorted.length % 2 === 1 ? upper : (upper + (sorted[middle - 1] ?? upper)) / 2
+}
+
+/** The smallest value that a share `p` of all does not exceed. */
+export function quantile(values: number[], p: number): number {
+  const sorted = [...values].sort((a, b) => a - b)
+  return sorted[Math.max(0, Math.ceil(p * sorted.length) - 1)] ?? Number.NaN
 }

@@ -60,3 +60,27 @@ export const caller = assemble(
         (br_if $again (local.tee $n (i32.sub (local.get $n) (i32.const 1)))))
       (local.get $value)))`,
 )
+
+/** Bytes of state that a ledger has: how many entries it took, and where they left their marks. */
+export const ledgerBytes = 64 * 1024
+
+/** Keeps state: counts its calls at address 0, and each call spends some tens of microseconds on marking the rest. */
+export const ledger = assemble(
+  'ledger',
+  `(module
+    (memory (export "memory") 1)
+    (func (export "count") (result i32) (i32.load (i32.const 0)))
+    (func (export "work") (param $value i32) (result i32)
+      (local $left i32)
+      (local $at i32)
+      (local.set $left (i32.const 20000))
+      (loop $again
+        (local.set $value (i32.xor (local.get $value) (i32.shl (local.get $value) (i32.const 13))))
+        (local.set $value (i32.xor (local.get $value) (i32.shr_u (local.get $value) (i32.const 17))))
+        (local.set $value (i32.xor (local.get $value) (i32.shl (local.get $value) (i32.const 5))))
+        (local.set $at (i32.or (i32.and (local.get $value) (i32.const 65532)) (i32.const 4)))
+        (i32.store (local.get $at) (i32.add (i32.load (local.get $at)) (i32.const 1)))
+        (br_if $again (local.tee $left (i32.sub (local.get $left) (i32.const 1)))))
+      (i32.store (i32.const 0) (i32.add (i32.load (i32.const 0)) (i32.const 1)))
+      (local.get $value)))`,
+)

@@ -1,5 +1,5 @@
 // npm run bench [-- GROUP… --smoke --rounds N --strict --save]
-//   GROUP     exports, calls, imports, create, throughput, interruptible; default all
+//   GROUP     exports, calls, imports, create, throughput, interruptible, pause, reloads; default all
 //   --smoke   one short round, to see that everything runs
 //   --rounds  how often each contestant has its turn (default 9)
 //   --strict  exit 1 when a goal is missed
@@ -14,6 +14,8 @@ import create from './groups/create.ts'
 import exportCalls from './groups/exports.ts'
 import importCalls from './groups/imports.ts'
 import interruptible from './groups/interruptible.ts'
+import pause from './groups/pause.ts'
+import reloads from './groups/reloads.ts'
 import throughput from './groups/throughput.ts'
 import { circumstances, type Group, passes, show, verdict } from './report.ts'
 
@@ -24,6 +26,8 @@ const groups: Record<string, (effort: Effort) => Promise<Group>> = {
   create,
   throughput,
   interruptible,
+  pause,
+  reloads,
 }
 
 const { values: flags, positionals } = readFlags()

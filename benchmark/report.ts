@@ -4,12 +4,13 @@ import { cpus, loadavg } from 'node:os'
 import { styleText } from 'node:util'
 import type { Standing } from './contest.ts'
 
-export interface Figure {
+export type Figure = {
   /** Reads on from the number: "3.9× the time of an empty Node-API function". */
   what: string
-  ratio: number
   goal?: { atMost: number } | { atLeast: number }
-}
+  /** Of the rounds: the smallest and the greatest. */
+  spread?: [number, number]
+} & ({ ratio: number } | { /** Where the goal is a time. */ ms: number })
 
 export interface Group {
   name: string
@@ -17,9 +18,11 @@ export interface Group {
   figures: Figure[]
 }
 
-export function passes({ ratio, goal }: Figure): boolean | undefined {
+export function passes(figure: Figure): boolean | undefined {
+  const { goal } = figure
+  const value = 'ms' in figure ? figure.ms : figure.ratio
   if (!goal) return undefined
-  return 'atMost' in goal ? ratio <= goal.atMost : ratio >= goal.atLeast
+  return 'atMost' in goal ? value <= goal.atMost : value >= goal.atLeast
 }
 
 export function show({ name, standings, figures }: Group): string {
@@ -34,13 +37,18 @@ export function show({ name, standings, figures }: Group): string {
 
 /** One line: number, meaning, goal, and whether it is met. */
 export function verdict(figure: Figure): string {
-  const { what, ratio, goal } = figure
-  // Three digits: a goal of 1.03 needs them.
-  const digits = ratio < 2 ? 3 : ratio < 10 ? 2 : ratio < 100 ? 1 : 0
-  const line = `  ${`${ratio.toFixed(digits)}×`.padStart(7)} ${what}`
+  const { what, goal, spread } = figure
+  const unit = 'ms' in figure ? ' ms' : '×'
+  const range = spread ? ` (${spread.map(number).join(' … ')})` : ''
+  const line = `  ${`${number('ms' in figure ? figure.ms : figure.ratio)}${unit}`.padStart(8)} ${what}${range}`
   if (!goal) return line
-  const wanted = 'atMost' in goal ? `at most ${goal.atMost}×` : `at least ${goal.atLeast}×`
+  const wanted = 'atMost' in goal ? `at most ${goal.atMost}${unit}` : `at least ${goal.atLeast}${unit}`
   return `${line}; goal: ${wanted}  ${passes(figure) ? paint('green', 'PASS') : paint('red', 'MISS')}`
+}
+
+/** Three digits: a goal of 1.03 needs them. */
+function number(value: number): string {
+  return value.toFixed(value < 2 ? 3 : value < 10 ? 2 : value < 100 ? 1 : 0)
 }
 
 function paint(color: 'green' | 'red', text: string): string {

@@ -6,9 +6,12 @@ import { root } from './tools.mjs'
 const result = JSON.parse(readFileSync(join(root, 'benchmark/results/reference.json'), 'utf8'))
 const rows = result.groups.flatMap((group) => group.figures.map((figure) => [group.name.split(':')[0], figure]))
 const table = [
-  '| what | ratio | goal |',
+  '| what | figure | goal |',
   '| --- | --- | --- |',
-  ...rows.map(([group, figure]) => `| ${group}: ${figure.what} | ${number(figure.ratio)} × | ${goal(figure)} |`),
+  ...rows.map(
+    ([group, figure]) =>
+      `| ${group}: ${figure.what} | ${number(figure.ms ?? figure.ratio)} ${unit(figure)} | ${goal(figure)} |`,
+  ),
 ].join('\n')
 const where = `Measured ${result.date.slice(0, 10)} on ${result.cores} cores (${result.cpu}), Node ${result.node}, ${result.system}, load ${Number(result.load ?? 0).toFixed(1)} when it began.`
 
@@ -24,8 +27,12 @@ function number(ratio) {
   return ratio >= 100 ? ratio.toFixed(0) : ratio.toPrecision(3)
 }
 
-function goal({ goal, pass }) {
+function unit({ ms }) {
+  return ms === undefined ? '×' : 'ms'
+}
+
+function goal({ goal, pass, ms }) {
   if (!goal) return ''
-  const bound = goal.atMost === undefined ? `at least ${goal.atLeast} ×` : `at most ${goal.atMost} ×`
+  const bound = `${goal.atMost === undefined ? `at least ${goal.atLeast}` : `at most ${goal.atMost}`} ${unit({ ms })}`
   return `${bound}: ${pass ? 'met' : 'missed'}`
 }

@@ -1,8 +1,8 @@
 import { readFileSync } from 'node:fs'
 import { type RealModule, read, resolve, take, write } from './module.ts'
 
-const input = readFileSync(new URL('../../examples/gofmt/input.go', import.meta.url))
-const expected = readFileSync(new URL('../../examples/gofmt/expected.go', import.meta.url), 'utf8')
+export const input = readFileSync(new URL('../../examples/gofmt/input.go', import.meta.url))
+export const expected = readFileSync(new URL('../../examples/gofmt/expected.go', import.meta.url), 'utf8')
 
 export const gofmt: RealModule = {
   name: 'gofmt',
