@@ -31,6 +31,9 @@ const WORKER = `
 /** The text of a worker that gets to `point` and does `act` there. */
 const scene = (act: string, point: Point) => JSON.stringify(`${WORKER}${SCENE}${act}\n${STAY}${point.program}`)
 
+/** An endless guest tells of itself before its loop, and cannot from within: a moment later it is inside. */
+const isInside = (point: Point) => (point.isBlocking ? 'await new Promise((resolve) => setTimeout(resolve, 30))' : '')
+
 describe('a worker ends', { concurrency: 2 }, () => {
   for (const [name, point] of Object.entries(POINTS)) {
     test(`however it is made to, while ${name}, and the program goes on`, LIMIT, async () => {
@@ -39,6 +42,7 @@ describe('a worker ends', { concurrency: 2 }, () => {
         const seen = {}
         const terminated = launch(${scene(`const act = () => parentPort.postMessage('there')`, point)})
         await terminated.there
+        ${isInside(point)}
         seen.terminate = await terminated.terminate()
         const exited = launch(${scene(deferred('process.exit(7)', point), point)})
         seen.exit = await exited.ended
@@ -63,7 +67,10 @@ describe('a worker ends', { concurrency: 2 }, () => {
 
     test(`with the program, by process.exit(), while ${name}`, LIMIT, async () => {
       const text = scene(`const act = () => parentPort.postMessage('there')`, point)
-      assertEnded(await child(`${LAUNCH}\nawait launch(${text}).there\nprocess.exit(5)`, { env }), 5)
+      assertEnded(
+        await child(`${LAUNCH}\nawait launch(${text}).there\n${isInside(point)}\nprocess.exit(5)`, { env }),
+        5,
+      )
     })
   }
 })
