@@ -67,6 +67,7 @@ pub(crate) struct EnvState {
     pub(crate) watch: Option<Arc<Watch>>,
     pub(crate) managers: RefCell<HashMap<u64, Rc<ManagerSide>>>,
     pub(crate) replicas: RefCell<HashMap<u64, Rc<ReplicaSide>>>,
+    lookout: Cell<sys::napi_ref>,
     settled: RefCell<HashMap<u32, Settled>>,
     next_id: Cell<u32>,
 }
@@ -109,6 +110,7 @@ impl EnvState {
             helpers,
             managers: RefCell::default(),
             replicas: RefCell::default(),
+            lookout: Cell::new(ptr::null_mut()),
             settled: RefCell::default(),
             next_id: Cell::new(0),
         });
@@ -227,6 +229,30 @@ impl EnvState {
         luck.skip = luck.skip.saturating_sub(1);
         self.look_luck.set(luck);
         may
+    }
+
+    // ------------------------------------------------------------------ moved views
+
+    /// A buffer over linear memory has been made: has somebody look, when this worker ends, whether it is
+    /// still here.
+    pub(crate) fn look_out(&self) -> JsResult<()> {
+        if self.watch.is_none() {
+            return Ok(());
+        }
+        let js = self.js();
+        let mut byte = Box::new(0);
+        let data = &raw mut *byte;
+        let lookout = Lookout {
+            env: self.env as usize,
+            _byte: byte,
+        };
+        if let Some(buffer) = js.external_buffer(data, 1, lookout, Rc::default())? {
+            let old = self.lookout.replace(js.reference(buffer)?);
+            if !old.is_null() {
+                js.unreference(old);
+            }
+        }
+        Ok(())
     }
 
     // ------------------------------------------------------------------ the slab
@@ -369,6 +395,27 @@ impl EnvState {
         }
         self.replicas.borrow_mut().clear();
         drop(self.inbox.take_graves());
+    }
+}
+
+/// The youngest external buffer of an environment, and so the first that Node finalizes when it ends. Each
+/// of the others is detached first, and cannot tell any more whether JavaScript has moved its bytes.
+struct Lookout {
+    env: usize,
+    _byte: Box<u8>,
+}
+
+impl Drop for Lookout {
+    fn drop(&mut self) {
+        let Some(env) = EnvState::at(self.env) else {
+            return;
+        };
+        // Else it was only replaced by a younger one.
+        if env.js().is_ending() {
+            for side in env.replicas.borrow().values() {
+                side.view.look_whether_moved(env.js());
+            }
+        }
     }
 }
 

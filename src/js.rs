@@ -694,11 +694,13 @@ impl Js {
         data: *mut u8,
         len: usize,
         pin: P,
+        is_moved: Rc<Cell<bool>>,
     ) -> JsResult<Option<Val>> {
         let is_finalized = Rc::new(Cell::new(false));
         let hint = Box::into_raw(Box::new(Hint {
             is_finalized: Rc::clone(&is_finalized),
-            _pin: pin,
+            is_moved,
+            pin,
         }));
         let mut value = ptr::null_mut();
         // SAFETY: valid environment; `data..len` stays mapped until the finalizer drops the pin.
@@ -818,14 +820,20 @@ unsafe extern "C" fn drop_box<T>(_env: sys::napi_env, data: *mut c_void, _hint: 
 /// What an external buffer holds on to.
 struct Hint<P> {
     is_finalized: Rc<Cell<bool>>,
-    _pin: P,
+    is_moved: Rc<Cell<bool>>,
+    pin: P,
 }
 
-unsafe extern "C" fn drop_hint<P>(_env: sys::napi_env, _data: *mut c_void, hint: *mut c_void) {
+unsafe extern "C" fn drop_hint<P>(env: sys::napi_env, _data: *mut c_void, hint: *mut c_void) {
     guard_drop(|| {
         // SAFETY: `hint` came out of `Box::into_raw` as a `Hint<P>`, and finalizers run once.
         let hint = unsafe { Box::from_raw(hint.cast::<Hint<P>>()) };
         hint.is_finalized.set(true);
+        // An environment that goes runs its finalizers whether or not the bytes are still in use. What
+        // JavaScript has moved may be in another worker by now, which nobody will ever tell us of.
+        if hint.is_moved.get() && Js(env).is_ending() {
+            std::mem::forget(hint.pin);
+        }
     });
 }
 

@@ -1,15 +1,18 @@
 //! `memory.buffer`: one `ArrayBuffer` over the live pages, until they move or change in number.
 //!
 //! The buffer pins the address range, so a view that outlives its instance (transferred away, kept by
-//! mistake) reads zeros at worst. It is made once and kept: each new one would count its whole length
+//! mistake) reads zeros at worst. Only what has been moved out of a buffer can outlive the environment,
+//! in another worker, and its address range is then never given back. It is made once and kept: each new one would count its whole length
 //! as fresh external memory in V8.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::ptr;
+use std::rc::Rc;
 
 use napi::sys;
 use wasm_molt_engine::{MemoryRecord, OutOfBounds};
 
+use crate::env::EnvState;
 use crate::js::{Js, JsResult, Val};
 
 /// The `ArrayBuffer` that JavaScript has of one memory.
@@ -17,6 +20,9 @@ pub(crate) struct View {
     buffer: Cell<sys::napi_ref>,
     base: Cell<*mut u8>,
     len: Cell<usize>,
+    /// JavaScript has moved the bytes to another buffer, perhaps in another worker: their address range
+    /// must not go with this environment.
+    is_moved: RefCell<Rc<Cell<bool>>>,
 }
 
 impl Default for View {
@@ -25,6 +31,7 @@ impl Default for View {
             buffer: Cell::new(ptr::null_mut()),
             base: Cell::new(ptr::null_mut()),
             len: Cell::new(0),
+            is_moved: RefCell::default(),
         }
     }
 }
@@ -64,8 +71,11 @@ impl View {
             return js.empty_buffer();
         }
         let (base, len) = (view.base, view.byte_length);
-        match js.external_buffer(base, len, view.pin)? {
+        let is_moved = Rc::default();
+        match js.external_buffer(base, len, view.pin, Rc::clone(&is_moved))? {
             Some(buffer) => {
+                EnvState::of(js)?.look_out()?;
+                *self.is_moved.borrow_mut() = is_moved;
                 self.buffer.set(js.reference(buffer)?);
                 self.base.set(base);
                 self.len.set(len);
@@ -76,7 +86,22 @@ impl View {
         }
     }
 
+    /// Only JavaScript detaches a buffer that is still in use here.
+    pub(crate) fn look_whether_moved(&self, js: Js) {
+        if !self.is_live() {
+            return;
+        }
+        js.scoped(|| {
+            if let Some(buffer) = js.dereference(self.buffer.get())
+                && js.is_detached(buffer)
+            {
+                self.is_moved.borrow().set(true);
+            }
+        });
+    }
+
     pub(crate) fn detach(&self, js: Js) {
+        self.look_whether_moved(js);
         // Tried again later if it cannot be done now; the pin keeps a view harmless meanwhile.
         if !self.is_live() || !js.scoped(|| js.can_run()) {
             return;

@@ -239,6 +239,7 @@ impl Interrupter {
     }
 
     /// Whether a fault at that address is one of this instance's polls.
+    #[cfg(unix)]
     pub(crate) fn has_poll_at(&self, address: usize) -> bool {
         self.poll.get().is_some_and(|poll| poll.contains(address))
     }

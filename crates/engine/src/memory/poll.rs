@@ -57,6 +57,7 @@ impl PollPage {
     }
 
     /// Whether a fault at that address is a poll's.
+    #[cfg(unix)]
     pub(crate) fn contains(&self, address: usize) -> bool {
         let base = self.0.reservation.base().addr();
         (base..base + POLL_BYTES).contains(&address)
