@@ -166,7 +166,7 @@ export class WasmModuleManager extends EventEmitter implements AsyncDisposable {
    *
    * Safe to keep for ever, the object and each of its functions. Exported memories, tables and globals are not in it.
    * Inside a host call it stands for the instance that called.
-   * It cannot be changed by its users. A swap to another build changes it: new functions appear, gone ones disappear, and those
+   * Its functions cannot be assigned to. A swap to another build changes the object: new functions appear, gone ones disappear, and those
    * that stay keep their identity.
    *
    * Errors, thrown by its functions: as {@link WasmModuleManager.callSync}. While an exclusive `reload()` has not settled they
