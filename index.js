@@ -6,6 +6,7 @@ const { AsyncLocalStorage } = require('node:async_hooks')
 const { channel, tracingChannel } = require('node:diagnostics_channel')
 const { EventEmitter } = require('node:events')
 const { fileURLToPath } = require('node:url')
+const { isPromise } = require('node:util').types
 const binding = require('./binding.js')
 
 // Older runtimes lack the well-known symbols; TypeScript's and Babel's `using` look for the same fallback.
@@ -177,26 +178,25 @@ function toReload(options) {
 const hookScope = new AsyncLocalStorage()
 let hooksRunning = 0
 
-function hookDone() {
-  hooksRunning -= 1
-  if (hooksRunning === 0) hookScope.disable()
-}
-
 /** * `token`: stands for the manager, which the hook must not keep alive. */
 function scoped(token, hook) {
   return (...args) => {
-    const scope = { token, outer: hookScope.getStore() }
+    const scope = { token, outer: hookScope.getStore(), isOver: false }
+    const done = () => {
+      scope.isOver = true
+      hooksRunning -= 1
+      if (hooksRunning === 0) hookScope.disable()
+    }
     hooksRunning += 1
     let isPending = false
     try {
       const outcome = hookScope.run(scope, () => hook(...args))
-      if (typeof outcome?.then === 'function') {
-        isPending = true
-        outcome.then(hookDone, hookDone)
-      }
+      // Only what the native side waits for as well: the `then` of any other state is not ours to call.
+      isPending = isPromise(outcome)
+      if (isPending) outcome.then(done, done)
       return outcome
     } finally {
-      if (!isPending) hookDone()
+      if (!isPending) done()
     }
   }
 }
@@ -204,7 +204,8 @@ function scoped(token, hook) {
 function isInHook(token) {
   if (hooksRunning === 0) return false
   for (let scope = hookScope.getStore(); scope !== undefined; scope = scope.outer) {
-    if (scope.token === token) return true
+    // What a hook has left behind, such as a timer, outlives it and is inside no hook.
+    if (scope.token === token && !scope.isOver) return true
   }
   return false
 }
