@@ -323,7 +323,8 @@ export interface ManagerOptions {
   /**
    * What the module imports, as for `WebAssembly.instantiate`; a function is called once per instance, so that imports can close over *their* instance.
    *
-   * A promise-returning import makes the guest wait; that needs a pool thread (`call`, `invoke`), and is ERR_WASM_ASYNC_IMPORT in a synchronous call.
+   * A promise-returning import makes the guest wait, as does one that returns any other thenable, unless its result is a
+   * reference (then the thenable is the value); that needs a pool thread (`call`, `invoke`), and is ERR_WASM_ASYNC_IMPORT in a synchronous call.
    * Imports run on the JS thread. What one throws comes out of the call as the same object, and the instance serves on.
    */
   imports?: Imports | ((instance: InstanceContext) => Imports)
@@ -331,11 +332,11 @@ export interface ManagerOptions {
    * Runs in each fresh instance before it serves, after its start function and `_initialize`: at the start, in every reload,
    * and when a trapped instance is replaced.
    *
-   * Must be synchronous for `createSync`, for `reloadSync`, and for synchronous calls that find a trapped instance.
+   * A promise or another thenable is awaited, but it must be synchronous for `createSync`, for `reloadSync`, and for synchronous calls that find a trapped instance.
    */
   initialize?: (instance: LeasedInstance) => void | Promise<void>
   /**
-   * Reads what must survive out of the OLD, quiescent instance. Any JS value; a promise is awaited by `reload`.
+   * Reads what must survive out of the OLD, quiescent instance. Any JS value; a promise or another thenable is awaited by `reload`.
    *
    * Not called with `skipSave`, nor for an instance that has trapped.
    * * `replica`: its number, from 0.

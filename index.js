@@ -7,6 +7,7 @@ const { channel, tracingChannel } = require('node:diagnostics_channel')
 const { EventEmitter } = require('node:events')
 const { fileURLToPath } = require('node:url')
 const { isPromise } = require('node:util').types
+const { isMainThread } = require('node:worker_threads')
 const binding = require('./binding.js')
 
 // Older runtimes lack the well-known symbols; TypeScript's and Babel's `using` look for the same fallback.
@@ -139,14 +140,15 @@ const look = () => {
 }
 
 binding.setup({
+  isMainThread,
   lookSoon: () => {
     setImmediate(look)
   },
   error: (code, message, fields, cause) => new WasmError(code, message, fields, cause),
   toBigInt64: (value) => BigInt.asIntN(64, value),
   toArray: (iterable) => [...iterable],
-  follow: (promise, id) => {
-    promise.then(
+  follow: (thenable, id) => {
+    Promise.resolve(thenable).then(
       (value) => binding.settleHost(id, true, value),
       (reason) => binding.settleHost(id, false, reason),
     )
@@ -181,23 +183,42 @@ let hooksRunning = 0
 /** * `token`: stands for the manager, which the hook must not keep alive. */
 function scoped(token, hook) {
   return (...args) => {
-    const scope = { token, outer: hookScope.getStore(), isOver: false }
-    const done = () => {
+    const scope = { token, outer: hookScope.getStore(), isOver: true }
+    const begin = () => {
+      scope.isOver = false
+      hooksRunning += 1
+    }
+    const end = () => {
       scope.isOver = true
       hooksRunning -= 1
       if (hooksRunning === 0) hookScope.disable()
     }
-    hooksRunning += 1
+    begin()
     let isPending = false
     try {
       const outcome = hookScope.run(scope, () => hook(...args))
-      // Only what the native side waits for as well: the `then` of any other state is not ours to call.
       isPending = isPromise(outcome)
-      if (isPending) outcome.then(done, done)
+      if (isPending) outcome.then(end, end)
+      else if (typeof outcome?.then === 'function') return inScope(outcome, scope, begin, end)
       return outcome
     } finally {
-      if (!isPending) done()
+      if (!isPending) end()
     }
+  }
+}
+
+/** A thenable that goes on with the hook once somebody asks it, which starts some of them: so not before, and not twice. */
+function inScope(thenable, scope, begin, end) {
+  return {
+    // biome-ignore lint/suspicious/noThenProperty: it stands for one that has it.
+    then: (onValue, onReason) => {
+      begin()
+      const followed = new Promise((resolve, reject) => {
+        hookScope.run(scope, () => thenable.then(resolve, reject))
+      })
+      followed.then(end, end)
+      followed.then(onValue, onReason)
+    },
   }
 }
 

@@ -1,10 +1,10 @@
-// Environments: worker threads, exits in mid-call, several copies of the addon, V8's own engine beside ours.
+// Environments: worker threads, exits inside imports, several copies of the addon. See guest.spec.ts and workers.spec.ts, too.
 import assert from 'node:assert/strict'
 import { copyFileSync, mkdirSync, symlinkSync } from 'node:fs'
 import { join } from 'node:path'
 import { test } from 'node:test'
 import { fileURLToPath } from 'node:url'
-import { binary, temporaryFolder, wat, workbench } from './guests.ts'
+import { temporaryFolder, workbench } from './guests.ts'
 import { child, INDEX_URL, LIMIT, reported } from './support.ts'
 
 const ROOT = fileURLToPath(new URL('..', import.meta.url))
@@ -62,49 +62,6 @@ test('eight worker threads load the addon, use it at once, and end well', LIMIT,
   assert.deepEqual(exits, Array(8).fill(0))
 })
 
-for (const [what, call] of [
-  ['an asynchronous call loops for ever', `manager.call('spin').catch(() => {})`],
-  ['a call waits for a promise that never settles', `manager.call('hold', [99]).catch(() => {})`],
-  [
-    'a hook waits for a promise that never settles',
-    `manager.use(async () => { parentPort.postMessage('entered'); await new Promise(() => {}) })`,
-  ],
-] as const) {
-  test(`terminating a worker while ${what} neither crashes nor hangs the process`, LIMIT, async () => {
-    const ended = await child(
-      `${LAUNCH}
-      for (let round = 0; round < 5; round += 1) {
-        const worker = launch('stop', ${JSON.stringify(`${call}\nawait new Promise(() => {})`)})
-        await message(worker)
-        worker.removeAllListeners('exit')
-        await worker.terminate()
-      }
-      report('survived')
-      `,
-      { env },
-    )
-    assert.equal(reported(ended), 'survived')
-  })
-
-  test(`process.exit() while ${what} ends the process with that code`, LIMIT, async () => {
-    const ended = await child(
-      `
-      const parentPort = { postMessage: () => setImmediate(() => process.exit(7)) }
-      const manager = await WasmModuleManager.create(process.env.WORKBENCH, {
-        cache: false,
-        imports: { env: {
-          entered: () => { parentPort.postMessage() },
-          hold: async (key) => { parentPort.postMessage(); await new Promise(() => {}) },
-        } },
-      })
-      ${call}
-      `,
-      { env },
-    )
-    assert.deepEqual([ended.code, ended.signal, ended.stderr], [7, null, ''])
-  })
-}
-
 test(
   'process.exit() inside an import that the guest called on the JS thread ends the process with that code',
   LIMIT,
@@ -138,34 +95,6 @@ test(
     assert.deepEqual([ended.code, ended.signal, ended.stderr], [9, null, ''])
   },
 )
-
-test('process.exit() during a reload whose hook never settles ends the process with that code', LIMIT, async () => {
-  const ended = await child(
-    `
-    const manager = await WasmModuleManager.create(process.env.WORKBENCH, {
-      cache: false, imports: { env: { entered: () => {}, hold: () => 0 } },
-      saveState: () => { setImmediate(() => process.exit(5)); return new Promise(() => {}) },
-    })
-    await manager.reload()
-    `,
-    { env },
-  )
-  assert.deepEqual([ended.code, ended.signal, ended.stderr], [5, null, ''])
-})
-
-test('an uncaught exception in an import ends the process as it would without us, not by a crash', LIMIT, async () => {
-  const ended = await child(
-    `
-    const manager = WasmModuleManager.createSync(process.env.WORKBENCH, {
-      cache: false, imports: { env: { entered: () => { throw new Error('from the import') }, hold: () => 0 } },
-    })
-    manager.exports.entered()
-    `,
-    { env },
-  )
-  assert.equal(ended.code, 1)
-  assert.match(ended.stderr, /Error: from the import/)
-})
 
 test('requiring the package twice, with an emptied cache, gives two working copies in one process', LIMIT, async () => {
   const ended = await child(
@@ -225,68 +154,6 @@ test('a second copy of the addon file lives beside the first', LIMIT, async () =
   assert.deepEqual(reported(ended), [...each, ...each])
 })
 
-const TRAPS = wat(
-  `(module $traps
-    (memory 1 1)
-    (table 1 funcref)
-    (func (export "oob") (param i32) (result i32) (i32.load (local.get 0)))
-    (func (export "unreachable") unreachable)
-    (func (export "divide") (param i32 i32) (result i32) (i32.div_s (local.get 0) (local.get 1)))
-    (func $deep (export "deep") (param i32) (result i32)
-      (i32.add (call $deep (i32.add (local.get 0) (i32.const 1))) (i32.const 1)))
-    (func (export "null") (call_indirect (i32.const 0))))`,
-  'traps',
-)
-
-/** The same functions in bytes, for V8. */
-const THEIRS = Buffer.from(
-  binary({
-    memory: 1,
-    functions: [
-      { name: 'oob', params: ['i32'], results: ['i32'], body: [0x20, 0, 0x28, 2, 0] },
-      { name: 'unreachable', params: [], results: [], body: [0] },
-      { name: 'divide', params: ['i32', 'i32'], results: ['i32'], body: [0x20, 0, 0x20, 1, 0x6d] },
-      { name: 'deep', params: ['i32'], results: ['i32'], body: [0x20, 0, 0x41, 1, 0x6a, 0x10, 3, 0x41, 1, 0x6a] },
-    ],
-  }),
-).toString('base64')
-
-test("our traps and V8's own alternate in one process, on the JS thread and on the pool", LIMIT, async () => {
-  const ended = await child(
-    `
-    const ours = await WasmModuleManager.create(process.env.TRAPS, { cache: false })
-    const bytes = Buffer.from(process.env.THEIRS, 'base64')
-    const theirs = new WebAssembly.Instance(new WebAssembly.Module(bytes)).exports
-    const args = { oob: [0x7ffffff0], unreachable: [], divide: [1, 0], deep: [0] }
-    const seen = {}
-    for (let round = 0; round < 25; round += 1) {
-      for (const [name, values] of Object.entries(args)) {
-        try { theirs[name](...values); seen[name + ' of V8'] = 'no trap' } catch (error) {
-          if (!(error instanceof WebAssembly.RuntimeError || error instanceof RangeError)) throw error
-        }
-        try { ours.exports[name](...values); seen[name] = 'no trap' } catch (error) { seen[name] = error.trap }
-        await ours.call(name, values).then(
-          () => { seen[name + ' on the pool'] = 'no trap' },
-          (error) => { seen[name + ' on the pool'] = error.trap },
-        )
-      }
-    }
-    report(seen)
-    `,
-    { env: { TRAPS, THEIRS } },
-  )
-  assert.deepEqual(reported(ended), {
-    oob: 'out-of-bounds-memory',
-    'oob on the pool': 'out-of-bounds-memory',
-    unreachable: 'unreachable',
-    'unreachable on the pool': 'unreachable',
-    divide: 'integer-divide-by-zero',
-    'divide on the pool': 'integer-divide-by-zero',
-    deep: 'stack-overflow',
-    'deep on the pool': 'stack-overflow',
-  })
-})
-
 test('a worker that ends while its manager is idle takes its memory and threads along', LIMIT, async () => {
   const ended = await child(
     `${LAUNCH}
@@ -320,7 +187,7 @@ test('a worker that ends while its manager is idle takes its memory and threads 
 })
 
 for (const [what, call] of [
-  // An endless *guest* loop on the JS thread of a worker is a known limit (docs/limits.md).
+  // Endless guests are in workers.spec.ts.
   [
     'its own thread is inside an endless import of a synchronous call',
     `nested = () => { for (;;) {} }; setImmediate(() => manager.exports.entered())`,

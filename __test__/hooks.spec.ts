@@ -2,7 +2,7 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import type { LeasedInstance, LinearMemory, ManagerOptions } from '../index.js'
-import { barrier, bench, failure, hasCode, LIMIT, outcome, turns, until, type WasmError } from './support.ts'
+import { barrier, bench, failure, hasCode, LIMIT, outcome, thrownBy, turns, until, type WasmError } from './support.ts'
 
 const stale = hasCode('ERR_WASM_STALE_HANDLE')
 
@@ -212,31 +212,35 @@ function misbehaving(name: HookName, body: (instance: LeasedInstance) => unknown
 }
 
 for (const name of HOOKS) {
-  test(`a ${name} that never settles keeps the reload pending, until close({ drainTimeoutMs })`, LIMIT, async (t) => {
-    const inside = barrier<LeasedInstance>()
-    const { manager } = await bench(
-      t,
-      misbehaving(name, (instance) => {
-        inside.open(instance)
-        return new Promise(() => {})
-      }),
-    )
-    await manager.call('set', [9])
-    const reload = outcome(manager.reload({ drainTimeoutMs: 1 }))
-    const instance = await inside.promise
-    await turns(20)
-    assert.equal(manager.state, 'reloading')
-    // The old generation serves on where the gate is still open.
-    if (name === 'initialize') assert.equal(await manager.call('peek'), 9)
-    await manager.close({ drainTimeoutMs: 20 })
-    const end = await reload
-    assert.ok('error' in end)
-    hasCode('ERR_WASM_CLOSED')(end.error)
-    assert.deepEqual([manager.state, manager.generation, manager.stats().memoryBytes], ['closed', 1, 0])
-    assert.throws(() => instance.exports.peek?.(), stale)
-  })
+  test(
+    `${name}: one that never settles keeps the reload pending, until close({ drainTimeoutMs })`,
+    LIMIT,
+    async (t) => {
+      const inside = barrier<LeasedInstance>()
+      const { manager } = await bench(
+        t,
+        misbehaving(name, (instance) => {
+          inside.open(instance)
+          return new Promise(() => {})
+        }),
+      )
+      await manager.call('set', [9])
+      const reload = outcome(manager.reload({ drainTimeoutMs: 1 }))
+      const instance = await inside.promise
+      await turns(20)
+      assert.equal(manager.state, 'reloading')
+      // The old generation serves on where the gate is still open.
+      if (name === 'initialize') assert.equal(await manager.call('peek'), 9)
+      await manager.close({ drainTimeoutMs: 20 })
+      const end = await reload
+      assert.ok('error' in end)
+      hasCode('ERR_WASM_CLOSED')(end.error)
+      assert.deepEqual([manager.state, manager.generation, manager.stats().memoryBytes], ['closed', 1, 0])
+      assert.throws(() => instance.exports.peek?.(), stale)
+    },
+  )
 
-  test(`a ${name} that never settles is cut by destroy, with what waited`, LIMIT, async (t) => {
+  test(`${name}: one that never settles is cut by destroy, with what waited`, LIMIT, async (t) => {
     const inside = barrier()
     const { manager } = await bench(
       t,
@@ -259,7 +263,7 @@ for (const name of HOOKS) {
     ['returns', (door: () => void) => door()],
     ['rejects', (_door: () => void, fail: (reason: unknown) => void) => fail(new Error('too late'))],
   ] as const) {
-    test(`a ${name} that ${late} after the close that gave it up changes nothing`, LIMIT, async (t) => {
+    test(`${name}: one that ${late} after the close that gave it up changes nothing`, LIMIT, async (t) => {
       const inside = barrier<LeasedInstance>()
       const door = barrier()
       const { manager } = await bench(
@@ -390,7 +394,7 @@ for (const name of ['initialize', 'restoreState'] as const) {
       instance.call('boom').catch(() => {})
     },
   })) {
-    test(`a ${name} that traps its guest ${kind} and hides it fails all the same`, LIMIT, async (t) => {
+    test(`${name}: one that traps its guest ${kind} and hides it fails all the same`, LIMIT, async (t) => {
       let isArmed = true
       const { manager } = await bench(
         t,
@@ -492,43 +496,58 @@ test('a hook that fails for one replica of several leaves all of them as they we
   }
 })
 
-test('state that looks like a promise is carried over as it is, and is not asked to settle', LIMIT, async (t) => {
+test('a thenable of a hook is asked once, and what it does is inside the hook', LIMIT, async (t) => {
   let asked = 0
-  const state = {
-    // biome-ignore lint/suspicious/noThenProperty: this is the case.
-    then: () => {
-      asked += 1
-    },
-  }
   const seen: unknown[] = []
   const { manager } = await bench(t, {
-    saveState: () => state,
-    restoreState: (_instance, given) => void seen.push(given),
+    saveState: () => ({
+      // biome-ignore lint/suspicious/noThenProperty: this is the case.
+      then: (resolve: (value: unknown) => void) => {
+        asked += 1
+        void manager.reload().catch((error: WasmError) => resolve(error.code))
+      },
+    }),
+    restoreState: (_instance, state) => void seen.push(state),
   })
   await manager.reload()
-  manager.reloadSync()
-  assert.ok(seen.length === 2 && seen.every((one) => one === state))
-  assert.equal(asked, 0)
+  assert.deepEqual([asked, seen], [1, ['ERR_WASM_RELOADING']])
+  const error = await failure(
+    thrownBy(() => manager.reloadSync()),
+    'ERR_WASM_RELOAD_FAILED',
+  )
+  hasCode('ERR_WASM_ASYNC_IMPORT')(error.cause)
+  assert.equal(asked, 1)
+  // Outside again.
+  assert.equal((await Promise.all([manager.reload(), manager.call('peek')]))[0].generation, 3)
 })
 
 test(
-  'an initialize that never settles during a replacement is cut by destroy, with what waits for it',
+  'an initialize that never settles during a replacement is given up by close, and cut by destroy',
   LIMIT,
   async (t) => {
-    const inside = barrier()
-    const { manager } = await bench(
-      t,
-      misbehaving('initialize', () => {
-        inside.open()
-        return new Promise(() => {})
-      }),
-    )
-    await failure(manager.call('boom'), 'ERR_WASM_TRAP')
-    await inside.promise
-    const waits = failure(manager.call('count'), 'ERR_WASM_CLOSED')
-    await manager.destroy()
-    await waits
-    assert.equal(manager.state, 'closed')
+    for (const end of ['close', 'destroy'] as const) {
+      const inside = barrier()
+      let hangs = true
+      const { manager } = await bench(
+        t,
+        misbehaving('initialize', () => {
+          inside.open()
+          return hangs ? new Promise(() => {}) : undefined
+        }),
+      )
+      await failure(manager.call('boom'), 'ERR_WASM_TRAP')
+      await inside.promise
+      const waits = outcome(manager.call('count'))
+      hangs = false
+      if (end === 'destroy') await manager.destroy()
+      else await failure(manager.close({ drainTimeoutMs: 10 }), 'ERR_WASM_DRAIN_TIMEOUT')
+      const answer = await waits
+      assert.ok('error' in answer)
+      assert.match((answer.error as WasmError).code, end === 'destroy' ? /CLOSED/ : /ERR_WASM_(CLOSED|RELOAD_FAILED)/)
+      // What comes now waits for a replacement whose hook does settle.
+      await manager.close()
+      assert.equal(manager.state, 'closed')
+    }
   },
 )
 

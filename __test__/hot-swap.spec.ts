@@ -118,7 +118,7 @@ test('the file is read again at each swap', LIMIT, async (t) => {
 })
 
 test('all replicas swap as one generation', LIMIT, async (t) => {
-  const manager = await managed(t, first, { instances: 4, threads: 4 })
+  const manager = await managed(t, first, { instances: 4, threads: 2 })
   await manager.reload({ source: second })
   const held = await Promise.all([1, 2, 3, 4].map(() => manager.acquire()))
   assert.deepEqual(
@@ -409,7 +409,7 @@ test('calls that wait at the gate across the swap run in the new build, in order
 })
 
 test('a rolling swap leaves leases on the old build and takes new calls to the new one', LIMIT, async (t) => {
-  const manager = await managed(t, first, { threads: 2 })
+  const manager = await managed(t, first)
   const lease = await manager.acquire()
   const { version } = manager.exports
   await manager.reload({ source: second, strategy: 'rolling' })
@@ -420,7 +420,7 @@ test('a rolling swap leaves leases on the old build and takes new calls to the n
 
 test('swaps back and forth under load: each call runs in one build, none is lost', LIMIT, async (t) => {
   for (const strategy of ['exclusive', 'rolling'] as const) {
-    const manager = await managed(t, first, { instances: 2, threads: 4 })
+    const manager = await managed(t, first, { instances: 2, threads: 2 })
     let isDone = false
     const seen = new Set<unknown>()
     const caller = async () => {

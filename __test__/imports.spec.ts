@@ -347,7 +347,74 @@ for (const [path, run] of POOL) {
   )
 }
 
+/** Like a query builder: nothing happens before somebody asks. */
+function lazy(value: unknown, fails = false) {
+  const made = {
+    asked: 0,
+    // biome-ignore lint/suspicious/noThenProperty: that is what these tests are about.
+    then(resolve: (value: unknown) => void, reject: (reason: unknown) => void) {
+      made.asked += 1
+      setImmediate(() => (fails ? reject(value) : resolve(value)))
+    },
+  }
+  return made
+}
+
+for (const [path, run] of POOL) {
+  test(`${path}: a thenable that is no promise is waited for like one`, LIMIT, async (t) => {
+    const reason = { why: 'refused' }
+    const returned = [lazy(5), Object.assign(() => {}, lazy(6)), lazy(lazy(7)), lazy(reason, true)]
+    const manager = await managed(
+      t,
+      SIMPLE,
+      simple(() => returned.shift()),
+    )
+    assert.deepEqual(
+      [await run(manager, 'run', [1]), await run(manager, 'run', [1]), await run(manager, 'run', [1])],
+      [6, 7, 8],
+    )
+    assert.deepEqual(await outcome(run(manager, 'run', [1])), { error: reason })
+    assert.equal(manager.generation, 1)
+  })
+
+  test(`${path}: a getter of then that throws is what the call ends with`, LIMIT, async (t) => {
+    const reason = new Error('from the getter')
+    const manager = await managed(
+      t,
+      SIMPLE,
+      simple(() => Object.defineProperty({}, 'then', { get: () => assert.fail(reason) })),
+    )
+    const end = await outcome(run(manager, 'run', [1]))
+    assert.ok('error' in end)
+    assert.equal(end.error, reason)
+  })
+}
+
+test('where the result is a reference, a thenable that is no promise is the value itself', LIMIT, async (t) => {
+  const thenable = lazy(1)
+  const source = wat(
+    `(module (import "env" "f" (func $f (result externref)))
+      (func (export "is") (param externref) (result externref) (call $f)))`,
+  )
+  const manager = await managed(t, source, { imports: { env: { f: () => thenable } } })
+  assert.equal(manager.exports.is?.(null), thenable)
+  assert.equal(thenable.asked, 0)
+})
+
 for (const [path, run] of HERE) {
+  test(`${path}: a thenable cannot be waited for either, and a lazy one is not started`, LIMIT, async (t) => {
+    const thenable = lazy(1)
+    const manager = await managed(
+      t,
+      SIMPLE,
+      simple(() => thenable),
+    )
+    const end = await outcome(run(manager, 'run', [1]))
+    assert.ok('error' in end)
+    hasCode('ERR_WASM_ASYNC_IMPORT', /'?env\.f'?[\s\S]*call\(\)/)(end.error)
+    assert.equal(thenable.asked, 0)
+  })
+
   test(
     `${path}: a promise of an import cannot be waited for: ERR_WASM_ASYNC_IMPORT names the import and the remedy`,
     LIMIT,

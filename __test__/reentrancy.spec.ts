@@ -504,7 +504,7 @@ test('inside an import of a pool call: the same, with another replica at once', 
 })
 
 test('a promise import may await calls on another replica, and a rolling reload', BOUND, async (t) => {
-  const { manager, box } = await withImport(t, { instances: 2, threads: 4 })
+  const { manager, box } = await withImport(t, { instances: 2, threads: 2 })
   const generations: number[] = []
   box.body = async (context) => {
     assert.equal(await manager.call('add', [1, 2]), 3)

@@ -151,6 +151,33 @@ test('state of any kind travels as the very same value, undefined included', LIM
   for (const [index, value] of values.entries()) assert.ok(Object.is(seen[index], value), String(index))
 })
 
+test('hooks may return thenables that are no promises: they are awaited, as `await` would', LIMIT, async (t) => {
+  const steps: unknown[] = []
+  /** Bluebird and query builders are such objects. */
+  const later = (step: string, value?: unknown) => ({
+    // biome-ignore lint/suspicious/noThenProperty: that is what this test is about.
+    then(resolve: (value: unknown) => void) {
+      setImmediate(() => {
+        steps.push(step)
+        resolve(value)
+      })
+    },
+  })
+  const { manager } = await bench(t, {
+    initialize: () => later('initialized') as unknown as Promise<void>,
+    saveState: () => later('saved', 'state'),
+    restoreState: (_, state) => {
+      steps.push(state)
+      return later('restored') as unknown as Promise<void>
+    },
+  })
+  assert.deepEqual(steps.splice(0), ['initialized'])
+  await manager.reload()
+  assert.deepEqual(steps.splice(0), ['initialized', 'saved', 'state', 'restored'])
+  assert.throws(() => manager.reloadSync(), hasCode('ERR_WASM_RELOAD_FAILED', /reloadSync|synchronous/))
+  assert.deepEqual([steps, manager.generation], [[], 2])
+})
+
 test('the hooks get an instance whose handle ends with the hook', LIMIT, async (t) => {
   const kept: LeasedInstance[] = []
   const { manager } = await bench(t, {

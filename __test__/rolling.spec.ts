@@ -30,7 +30,7 @@ async function holding(one: Awaited<ReturnType<typeof bench>>, keys: number[]) {
 }
 
 test('a rolling reload resolves when the new generation serves, and the old one ends behind it', LIMIT, async (t) => {
-  const one = await bench(t, { threads: 2 })
+  const one = await bench(t)
   const { manager, release } = one
   manager.exports.set?.(100)
   const [held] = await holding(one, [1])
@@ -49,7 +49,7 @@ test('a rolling reload resolves when the new generation serves, and the old one 
 })
 
 test('what waits when the gate rolls begins at once, in the new generation, in order', LIMIT, async (t) => {
-  const one = await bench(t, { threads: 2 })
+  const one = await bench(t)
   const { manager, release } = one
   manager.exports.set?.(50)
   const [held] = await holding(one, [1])
@@ -66,7 +66,7 @@ test('what waits when the gate rolls begins at once, in the new generation, in o
 })
 
 test('inFlight and memoryBytes count both generations, busy only the replicas that serve', LIMIT, async (t) => {
-  const one = await bench(t, { instances: 3, threads: 6 })
+  const one = await bench(t, { instances: 3, threads: 3 })
   const { manager, release } = one
   const held = await holding(one, [1, 2])
   manager.exports.grow?.(4)
@@ -94,7 +94,7 @@ test('inFlight and memoryBytes count both generations, busy only the replicas th
 })
 
 test('a lease on the old generation stays valid until it is released', LIMIT, async (t) => {
-  const { manager } = await bench(t, { threads: 2 })
+  const { manager } = await bench(t)
   const lease = await manager.acquire()
   lease.exports.set?.(7)
   lease.memory.write(100, 'kept')
@@ -155,7 +155,7 @@ test(
 
 test('a further rolling reload waits until the generation before the serving one is left', LIMIT, async (t) => {
   const made: number[] = []
-  const one = await bench(t, { threads: 2, initialize: (instance) => void made.push(instance.generation) })
+  const one = await bench(t, { initialize: (instance) => void made.push(instance.generation) })
   const { manager, release } = one
   const [held] = await holding(one, [1])
   await manager.reload(rolling)
@@ -178,7 +178,7 @@ test(
   'a further rolling reload that would wait too long gives up with inFlight; both generations run on',
   LIMIT,
   async (t) => {
-    const one = await bench(t, { instances: 2, threads: 4 })
+    const one = await bench(t, { instances: 2, threads: 2 })
     const { manager, release } = one
     const held = await holding(one, [1, 2])
     await manager.reload(rolling)
@@ -201,7 +201,7 @@ test(
     let sum: unknown
     const one = await bench(t, {
       instances: 2,
-      threads: 4,
+      threads: 2,
       // After the generation before is gone, and before the roll.
       initialize: (instance) => {
         if (instance.generation === 3) sum = kept?.exports.add?.(1, 2)
@@ -228,7 +228,7 @@ test(
 )
 
 test('an exclusive reload after a rolling one waits for both generations', LIMIT, async (t) => {
-  const one = await bench(t, { threads: 2 })
+  const one = await bench(t)
   const { manager, release } = one
   const [old] = await holding(one, [1])
   await manager.reload(rolling)
@@ -246,7 +246,7 @@ test('an exclusive reload after a rolling one waits for both generations', LIMIT
 })
 
 test('reloadSync is busy while an earlier generation is in use', LIMIT, async (t) => {
-  const one = await bench(t, { threads: 2 })
+  const one = await bench(t)
   const { manager, release } = one
   const [held] = await holding(one, [1])
   await manager.reload(rolling)
@@ -262,7 +262,7 @@ test('reloadSync is busy while an earlier generation is in use', LIMIT, async (t
 // ---------------------------------------------------------------- who is left behind
 
 test("onDrainTimeout 'interrupt' stops what is left after drainTimeoutMs, and takes leases away", LIMIT, async (t) => {
-  const one = await bench(t, { instances: 3, threads: 6 })
+  const one = await bench(t, { instances: 3, threads: 3 })
   const { manager, entered } = one
   const [held] = await holding(one, [1])
   const inside = entered()
@@ -289,7 +289,7 @@ test("onDrainTimeout 'interrupt' stops what is left after drainTimeoutMs, and ta
 })
 
 test("onDrainTimeout 'abort' lets what is left run on, however long it takes", LIMIT, async (t) => {
-  const one = await bench(t, { instances: 2, threads: 4 })
+  const one = await bench(t, { instances: 2, threads: 2 })
   const { manager, release } = one
   manager.exports.set?.(5)
   const [held] = await holding(one, [1])
@@ -305,7 +305,7 @@ test("onDrainTimeout 'abort' lets what is left run on, however long it takes", L
 })
 
 test('a call that traps on the old generation costs the new one nothing', LIMIT, async (t) => {
-  const { manager } = await bench(t, { threads: 2 })
+  const { manager } = await bench(t)
   const traps: unknown[] = []
   manager.on('trap', (error) => traps.push(error.code))
   const lease = await manager.acquire()
@@ -357,7 +357,7 @@ test(
     assert.deepEqual(await old, [1, 71])
     assert.deepEqual(await manager.call('read', [0]), [2, 2])
     const thrown = new Error('from the old one')
-    const other = await bench(t, { threads: 2 })
+    const other = await bench(t)
     other.close(1)
     const held = outcome(other.manager.call('hold', [1]))
     await other.arrived(1)
@@ -403,7 +403,7 @@ test('a rolling reload that fails leaves everything as it was, and no call waits
   const cause = new Error('not today')
   const one = await bench(t, {
     instances: 2,
-    threads: 4,
+    threads: 2,
     initialize: () => {
       if (isArmed) throw cause
     },
@@ -429,7 +429,7 @@ test('a rolling reload that fails leaves everything as it was, and no call waits
 // ---------------------------------------------------------------- joining, the end, load
 
 test('equal rolling reloads join; another strategy runs after it', LIMIT, async (t) => {
-  const one = await bench(t, { threads: 2 })
+  const one = await bench(t)
   const { manager, release } = one
   const reports: ReloadReport[] = []
   manager.on('reload', (report) => reports.push(report))
@@ -445,7 +445,7 @@ test('equal rolling reloads join; another strategy runs after it', LIMIT, async 
 })
 
 test('close waits for what was left behind', LIMIT, async (t) => {
-  const one = await bench(t, { threads: 2 })
+  const one = await bench(t)
   const { manager, release } = one
   const [held] = await holding(one, [1])
   await manager.reload(rolling)
@@ -459,7 +459,7 @@ test('close waits for what was left behind', LIMIT, async (t) => {
 })
 
 test('destroy stops what was left behind, and ends leases on it', LIMIT, async (t) => {
-  const one = await bench(t, { instances: 2, threads: 4 })
+  const one = await bench(t, { instances: 2, threads: 2 })
   const { manager } = one
   const [held] = await holding(one, [1])
   const lease = await manager.acquire()
@@ -494,7 +494,7 @@ test('under load no call sees a mixture of two generations, is lost, or runs in 
   for (const strategy of ['rolling', 'exclusive'] as const) {
     const manager = await managed(t, stamped, {
       instances: 3,
-      threads: 6,
+      threads: 3,
       imports: { env: { pause: () => turns(1) } },
       initialize: (instance) => void instance.exports.stamp?.(instance.generation),
     })

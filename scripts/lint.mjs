@@ -8,3 +8,5 @@ step('biome')
 tool('@biomejs/biome', 'biome', ['lint', '--error-on-warnings'])
 step('clippy')
 run('cargo', ['clippy', '--release', '--workspace', '--all-targets', '--', '-D', 'warnings'])
+// What only embedders in Rust switch on.
+run('cargo', ['clippy', '--release', '-p', 'wasm-molt-engine', '--features', 'tracing', '--', '-D', 'warnings'])

@@ -1,11 +1,13 @@
 // npm run ready: everything that must hold before a change is offered; .ci/run runs it too. Quick checks first.
-import { buildAddon, ensureDependencies, node, step } from './tools.mjs'
+import { buildAddon, ensureDependencies, node, run, step } from './tools.mjs'
 
 ensureDependencies()
 node(['scripts/fmt.mjs', '--check'])
 node(['scripts/lint.mjs'])
 buildAddon()
 node(['scripts/test.mjs'])
+step('tracing')
+run('cargo', 'test --release -p wasm-molt-engine --features tracing --test trace'.split(' '))
 node(['scripts/loom.mjs'])
 step('generated files')
 node(['scripts/generated.mjs'])

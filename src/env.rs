@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use napi::sys;
-use wasm_molt_engine::HostRef;
+use wasm_molt_engine::{HostRef, Watch};
 
 use crate::inbox::{Inbox, Task};
 use crate::js::{Js, JsResult, Val};
@@ -23,7 +23,7 @@ pub(crate) struct Helpers {
     pub(crate) to_bigint64: sys::napi_ref,
     /// `iterable => [...iterable]`
     pub(crate) to_array: sys::napi_ref,
-    /// `(promise, id) => …`: reports through `settleHost`.
+    /// `(thenable, id) => …`: reports through `settleHost`.
     pub(crate) follow: sys::napi_ref,
     /// `(lease) => LeasedInstance`
     pub(crate) make_lease: sys::napi_ref,
@@ -62,6 +62,9 @@ pub(crate) struct EnvState {
     slab_free: RefCell<Vec<u32>>,
     slab_len: Cell<u32>,
     pub(crate) helpers: Helpers,
+    /// Ends guests on this thread when the environment is ended from outside, which only happens to
+    /// workers.
+    pub(crate) watch: Option<Arc<Watch>>,
     pub(crate) managers: RefCell<HashMap<u64, Rc<ManagerSide>>>,
     pub(crate) replicas: RefCell<HashMap<u64, Rc<ReplicaSide>>>,
     settled: RefCell<HashMap<u32, Settled>>,
@@ -76,6 +79,7 @@ thread_local! {
 impl EnvState {
     /// Sets this environment up with the helpers of `index.js`.
     pub(crate) fn set_up(js: Js, helpers: Val) -> JsResult<()> {
+        let is_main = js.get_bool(js.property(helpers, c"isMainThread")?) == Some(true);
         let helper = |name| js.reference(js.property(helpers, name)?);
         let helpers = Helpers {
             error: helper(c"error")?,
@@ -88,9 +92,12 @@ impl EnvState {
         };
         let slab = js.reference(js.array(0)?)?;
         let wake = make_wake(js)?;
+        let inbox = Inbox::new(wake);
+        let watch = (!is_main).then(|| watch_over(js, &inbox));
         let state = Rc::new(Self {
             env: js.raw(),
-            inbox: Inbox::new(wake),
+            inbox,
+            watch,
             wake,
             busy: Cell::new(0),
             look_until: Cell::new(None),
@@ -275,7 +282,7 @@ impl EnvState {
 
     // ------------------------------------------------------------------ promises of the host
 
-    /// Waits for a promise of the user; `then` runs when it settles.
+    /// Waits for a promise or thenable of the user; `then` runs when it settles.
     pub(crate) fn follow(&self, promise: Val, then: Settled) -> JsResult<()> {
         let js = self.js();
         let id = self.next_id.get().wrapping_add(1);
@@ -288,9 +295,12 @@ impl EnvState {
         Ok(())
     }
 
-    /// For a promise that nobody here will wait for: its rejection must not count as unhandled.
+    /// For what nobody here will wait for: the rejection of a promise must not count as unhandled.
+    /// Other thenables are left alone, because asking starts some of them (query builders).
     pub(crate) fn ignore(&self, promise: Val) {
-        if self.follow(promise, Box::new(|_, _| {})).is_err() {
+        if self.js().is_promise(promise).unwrap_or(false)
+            && self.follow(promise, Box::new(|_, _| {})).is_err()
+        {
             self.js().take_exception();
         }
     }
@@ -352,9 +362,10 @@ impl EnvState {
         }
         // After the managers know that they are destroyed: a swap that loses its home must not go on.
         drop(self.inbox.close());
+        // A guest stops at its next poll; a bound keeps stuck ones from hanging the exit.
+        let latest = Instant::now() + LONGEST_GOODBYE;
         for told in ends {
-            // A guest stops at its next poll; a bound keeps a stuck one from hanging the exit.
-            let _ = told.recv_timeout(LONGEST_GOODBYE);
+            let _ = told.recv_deadline(latest);
         }
         self.replicas.borrow_mut().clear();
         drop(self.inbox.take_graves());
@@ -381,7 +392,18 @@ impl Luck {
     }
 }
 
+/// For all managers of an environment together.
 const LONGEST_GOODBYE: Duration = Duration::from_secs(5);
+
+/// What tells guests on this environment's thread that it is ending.
+fn watch_over(js: Js, inbox: &Arc<Inbox>) -> Arc<Watch> {
+    let inbox = Arc::clone(inbox);
+    let env = js.raw() as usize;
+    Watch::new(move || {
+        // Guests on other threads are ended by `tear_down`, when this thread gets there.
+        inbox.is_js_thread() && EnvState::at(env).is_none_or(|env| env.js().is_ending())
+    })
+}
 
 fn find(env: sys::napi_env) -> Option<Rc<EnvState>> {
     ENVS.with_borrow(|envs| envs.iter().find(|e| e.env == env).map(Rc::clone))

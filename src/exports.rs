@@ -226,7 +226,8 @@ pub(crate) fn function_of(js: Js, function: Val) -> Option<Value> {
 fn resolve(replica: &Replica, which: Which) -> Option<FuncHandle> {
     match which {
         Which::Export(index) => {
-            if let Some(export) = replica.module().functions().get(index) {
+            let export = replica.module().functions().get(index);
+            if let Some(export) = export.filter(|export| export.is_offered) {
                 export.mark_used();
             }
             replica.function(index)

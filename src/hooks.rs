@@ -7,10 +7,10 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use crossbeam_channel::{Sender, bounded, never, select};
+use crossbeam_channel::{RecvError, Sender, bounded, never, select};
 use wasm_molt_engine::{
     Error, ErrorCode, Event, HomeStep, Host, HostRef, ImportValue, Lease, Module, Replaced,
-    Replica, Result,
+    Replica, Result, Watch,
 };
 
 use crate::env::EnvState;
@@ -27,8 +27,10 @@ pub(crate) struct JsHost {
     manager: u64,
     /// The environment's address, to find its state on its own thread.
     env: usize,
+    does_initialize: bool,
     saves_state: bool,
     watches_steps: Arc<AtomicBool>,
+    watch: Option<Arc<Watch>>,
     /// Trap events that have not been delivered yet.
     traps_due: Arc<AtomicUsize>,
 }
@@ -68,8 +70,10 @@ impl JsHost {
             inbox: Arc::clone(&env.inbox),
             manager,
             env: env.js().raw() as usize,
+            does_initialize: hooks.initialize.get().is_some(),
             saves_state: hooks.save_state.get().is_some(),
             watches_steps: Arc::clone(watches_steps),
+            watch: env.watch.clone(),
             traps_due: Arc::default(),
         }
     }
@@ -116,16 +120,18 @@ impl JsHost {
         let forever = never();
         let cancelled = lease.cancelled().unwrap_or(&forever);
         let outcome = select! {
-            recv(told) -> outcome => outcome.unwrap_or_else(|_| Err(no_environment())),
-            recv(cancelled) -> _ => Err(no_environment()),
+            recv(told) -> outcome => outcome,
+            recv(cancelled) -> _ => Err(RecvError),
         };
-        // Whatever became of the hook, its handle ends here, on the JS thread, before anybody else
-        // touches the instance.
-        let leased = Arc::clone(lease);
-        let _ = self.on_js(move |_, side| {
-            side.expire_leases(|s| s.replica.id() == leased.replica().id());
-        });
-        outcome
+        // A hook that has ended has ended its handle too. One that was given up has not, and nobody else
+        // may touch the instance before that.
+        outcome.unwrap_or_else(|RecvError| {
+            let leased = Arc::clone(lease);
+            let _ = self.on_js(move |_, side| {
+                side.expire_leases(|s| s.replica.id() == leased.replica().id());
+            });
+            Err(no_environment())
+        })
     }
 }
 
@@ -143,6 +149,10 @@ impl Host for JsHost {
     }
 
     fn initialize(&self, lease: &Arc<Lease>) -> Result<()> {
+        // Each hook costs a turn of the event loop; one that is not there costs nothing.
+        if !self.does_initialize {
+            return Ok(());
+        }
         self.hook(lease, Hook::Initialize).map(drop)
     }
 
@@ -185,6 +195,10 @@ impl Host for JsHost {
                 side.forget(env);
             }
         }));
+    }
+
+    fn watch(&self) -> Option<Arc<Watch>> {
+        self.watch.clone()
     }
 
     fn event(&self, event: Event) {
@@ -300,7 +314,8 @@ fn run_sync(
     let Some(value) = returned? else {
         return Ok(None);
     };
-    if env.js().is_promise(value).unwrap_or(false) {
+    let is_thenable = env.js().is_thenable(value);
+    if is_thenable.map_err(|Pending| env.take_thrown())? {
         env.ignore(value);
         return Err(Error::new(
             ErrorCode::AsyncImport,
@@ -330,29 +345,28 @@ fn run_async(
             return;
         }
     };
+    // The handle ends before the answer is given: whoever gets it may touch the instance.
+    let end = |lease: &LeaseSide, outcome: HookResult, tell: &Sender<HookResult>| {
+        lease.expire();
+        let _ = tell.send(outcome);
+    };
     let outcome = match call_hook(env, manager, &lease, hook) {
         Ok(Some(value)) => value,
-        Ok(None) => {
-            let _ = tell.send(Ok(None));
-            return;
-        }
-        Err(Pending) => {
-            let _ = tell.send(Err(env.take_thrown()));
-            return;
-        }
+        Ok(None) => return end(&lease, Ok(None), &tell),
+        Err(Pending) => return end(&lease, Err(env.take_thrown()), &tell),
     };
-    if !env.js().is_promise(outcome).unwrap_or(false) {
-        let kept = env
-            .keep(outcome)
+    let is_thenable = env.js().is_thenable(outcome);
+    if !matches!(is_thenable, Ok(true)) {
+        let kept = is_thenable
+            .and_then(|_| env.keep(outcome))
             .map(Some)
             .map_err(|Pending| env.take_thrown());
-        let _ = tell.send(kept);
-        return;
+        return end(&lease, kept, &tell);
     }
-    // The lease lives until the promise settles: a collected handle would end it.
-    let teller = tell.clone();
+    let pending = (Rc::clone(&lease), tell.clone());
     let then = move |env: &EnvState, outcome: std::result::Result<Val, Val>| {
-        drop(lease);
+        // The lease lives until the promise settles: a collected handle would end it.
+        let (lease, tell) = pending;
         let outcome = match outcome {
             Ok(value) => env
                 .keep(value)
@@ -360,10 +374,10 @@ fn run_async(
                 .map_err(|Pending| env.take_thrown()),
             Err(reason) => Err(env.thrown(reason)),
         };
-        let _ = teller.send(outcome);
+        end(&lease, outcome, &tell);
     };
     if env.follow(outcome, Box::new(then)).is_err() {
-        let _ = tell.send(Err(env.take_thrown()));
+        end(&lease, Err(env.take_thrown()), &tell);
     }
 }
 

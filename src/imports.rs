@@ -16,11 +16,11 @@ use napi::sys;
 use smallvec::SmallVec;
 use wasm_molt_engine::{
     Error, ErrorCode, FuncHandle, HostCall, HostFunction, Import, ImportKind, ImportValue, Module,
-    Result, Signature, Value, ValueType,
+    Result, Signature, Stop, Value, ValueType,
 };
 
 use crate::env::EnvState;
-use crate::js::{Js, JsResult, Kind, Pending, Val};
+use crate::js::{JsResult, Kind, Pending, Val};
 use crate::js_only::JsOnly;
 use crate::side::{Frame, ManagerSide, ReplicaSide};
 
@@ -104,7 +104,7 @@ impl JsImport {
             let returned = Self::call_js(bound, &call.args);
             bound.manager.pop_frame(&bound.side);
             let returned = returned.map_err(|Pending| bound.env.take_thrown())?;
-            if is_promise(js, returned, call.signature) {
+            if must_wait(&bound.env, returned, call.signature)? {
                 bound.env.ignore(returned);
                 return Err(self.async_import());
             }
@@ -208,13 +208,14 @@ fn answer(request: &Arc<Request>, end: JsEnd) {
         return;
     };
     let end = Rc::new(end);
-    let js = bound.env.js();
     let returned = match run_request(bound, request, &end) {
         Ok(returned) => returned,
         Err(error) => return end.reply(Err(error)),
     };
-    if !is_promise(js, returned, &request.signature) {
-        return end.reply(converted(&bound.env, returned, &request.signature));
+    match must_wait(&bound.env, returned, &request.signature) {
+        Ok(true) => {}
+        Ok(false) => return end.reply(converted(&bound.env, returned, &request.signature)),
+        Err(error) => return end.reply(Err(error)),
     }
     *bound.side.awaiting.borrow_mut() = Some(Rc::clone(&end));
     let side = Rc::clone(&bound.side);
@@ -276,8 +277,16 @@ impl JsEnd {
         self.to_pool
             .send(ToPool::Call(func, args))
             .map_err(|_| stopped())?;
+        let stop = || {
+            let why = Stop::Interrupted("its worker is ending".into());
+            side.replica.interrupter().stop_current(why);
+        };
         loop {
-            match self.from_pool.recv().map_err(|_| stopped())? {
+            let message = match &env.watch {
+                Some(watch) => watch.wait_for(&self.from_pool, stop),
+                None => self.from_pool.recv(),
+            };
+            match message.map_err(|_| stopped())? {
                 ToJs::Done(outcome) => return outcome,
                 ToJs::Request(request) => {
                     let reply = env.js().scoped(|| self.serve(&request));
@@ -292,7 +301,7 @@ impl JsEnd {
         let import = &*request.import;
         let bound = import.bound.get().ok_or_else(gone)?;
         let returned = run_request(bound, request, self)?;
-        if is_promise(bound.env.js(), returned, &request.signature) {
+        if must_wait(&bound.env, returned, &request.signature)? {
             bound.env.ignore(returned);
             return Err(import.async_import());
         }
@@ -300,16 +309,25 @@ impl JsEnd {
     }
 }
 
-/// Whether the guest has to wait. Plain numbers, the usual case, are not looked at twice.
-fn is_promise(js: Js, value: Val, signature: &Signature) -> bool {
+/// Whether the guest has to wait: for a promise, and for any other thenable where it cannot be meant as
+/// the value itself. Plain numbers, the usual case, are not looked at twice.
+fn must_wait(env: &EnvState, value: Val, signature: &Signature) -> Result<bool> {
+    let js = env.js();
     let is_number = matches!(
         &*signature.results,
         [ValueType::I32 | ValueType::F32 | ValueType::F64]
     ) && js.get_number(value).is_some();
     if is_number || matches!(js.kind(value), Ok(Kind::Undefined)) {
-        return false;
+        return Ok(false);
     }
-    js.is_promise(value).unwrap_or(false)
+    let is_reference = matches!(
+        &*signature.results,
+        [ValueType::ExternRef | ValueType::FuncRef]
+    );
+    if is_reference {
+        return Ok(js.is_promise(value).unwrap_or(false));
+    }
+    js.is_thenable(value).map_err(|Pending| env.take_thrown())
 }
 
 fn converted(env: &EnvState, value: Val, signature: &Signature) -> Result<SmallVec<[Value; 2]>> {

@@ -108,6 +108,15 @@ impl Js {
         pending
     }
 
+    /// Whether the environment is being ended from outside (`worker.terminate()`, `process.exit()`):
+    /// Node then refuses whatever might run JavaScript. Asking makes, allocates and runs nothing, so
+    /// it may be done in a signal handler on the JS thread, and V8 has no other way to ask.
+    pub(crate) fn is_ending(self) -> bool {
+        // SAFETY: valid environment; nothing is thrown, because there is no value to throw.
+        let status = unsafe { sys::napi_throw(self.0, ptr::null_mut()) };
+        status != sys::Status::napi_invalid_arg && !self.is_exception_pending()
+    }
+
     /// The pending exception, no longer pending; `undefined` if there is none.
     pub(crate) fn take_exception(self) -> Val {
         let mut error = ptr::null_mut();
@@ -510,6 +519,16 @@ impl Js {
         let mut value = ptr::null_mut();
         napi!(self, napi_get_element(array, index, &raw mut value))?;
         Ok(value)
+    }
+
+    /// Whether `await` would wait for it: a promise, or anything else with a method `then`. Asking may
+    /// run a getter of the user's.
+    pub(crate) fn is_thenable(self, value: Val) -> JsResult<bool> {
+        if self.is_promise(value).unwrap_or(false) {
+            return Ok(true);
+        }
+        Ok(matches!(self.kind(value)?, Kind::Object | Kind::Function)
+            && self.kind(self.property(value, c"then")?)? == Kind::Function)
     }
 
     pub(crate) fn set_element(self, array: Val, index: u32, value: Val) -> JsResult<()> {

@@ -18,6 +18,7 @@ use crate::invoke;
 use crate::lease::Lease;
 use crate::manager::{Job, Shared};
 use crate::replica::Replica;
+use crate::trace;
 use crate::value::Value;
 
 /// What is to be done.
@@ -154,9 +155,7 @@ impl CallControl {
                 let queue = queue.clone();
                 *state = State::Stopped(stop, queue.clone());
                 drop(state);
-                if let Some(job) = queue.and_then(Queue::take) {
-                    job.refuse_stopped();
-                } else {
+                if !queue.is_some_and(Queue::refuse_stopped) {
                     self.refuse_parked();
                 }
             }
@@ -172,9 +171,7 @@ impl CallControl {
         let Some((_, Some(queue))) = self.stopped_in() else {
             return;
         };
-        if let Some(job) = queue.take() {
-            job.refuse_stopped();
-        }
+        queue.refuse_stopped();
     }
 
     fn stopped_in(&self) -> Option<(Stop, Option<Queue>)> {
@@ -204,8 +201,11 @@ impl CallControl {
 
     fn refuse_parked(&self) {
         if let Some((job, ticket)) = self.unpark() {
+            let shared = Arc::clone(&job.shared);
+            let settling = shared.settling();
             drop(ticket);
             job.refuse_stopped();
+            drop(settling);
         }
     }
 
@@ -235,14 +235,33 @@ impl CallControl {
 }
 
 impl Queue {
-    fn take(self) -> Option<Box<CallJob>> {
+    /// Takes a stopped call out and answers it; `false`: it was not there.
+    ///
+    /// Settling begins before it leaves: the end must not find the queue empty and overtake the answer.
+    fn refuse_stopped(self) -> bool {
         match self {
-            Self::Gate(shared, id) => match shared.upgrade()?.gate.cancel(id)? {
-                Job::Call(job) => Some(job),
-                Job::Lease(_) => None,
-            },
-            Self::Lease(lease, id) => lease.upgrade()?.take_waiting(id),
+            Self::Gate(shared, id) => {
+                let Some(shared) = shared.upgrade() else {
+                    return false;
+                };
+                let _settling = shared.settling();
+                match shared.gate.cancel(id) {
+                    Some(Job::Call(job)) => job.refuse_stopped(),
+                    Some(Job::Lease(_)) | None => return false,
+                }
+            }
+            Self::Lease(lease, id) => {
+                let Some(lease) = lease.upgrade() else {
+                    return false;
+                };
+                let _settling = lease.shared().settling();
+                match lease.take_waiting(id) {
+                    Some(job) => job.refuse_stopped(),
+                    None => return false,
+                }
+            }
         }
+        true
     }
 }
 
@@ -283,18 +302,31 @@ impl CallJob {
         } = self;
         let interrupter = replica.interrupter();
         let run = interrupter.begin();
-        if let Some(control) = &control
-            && let Err(stop) = control.start(interrupter, run)
-        {
+        let started_by = match &control {
+            Some(control) => control.start(interrupter, run),
+            None => Ok(()),
+        };
+        // Halted before it began: the instance stays as it is.
+        let may_run = started_by.and_then(|()| interrupter.halted().map_or(Ok(()), Err));
+        if let Err(stop) = may_run {
+            if let Some(control) = &control {
+                control.finish();
+            }
             interrupter.end(run);
+            let settling = shared.settling();
             seat.give_back(&shared, replica);
             shared.stats.rejected();
             settle(Err(
                 stop.into_error(&format!("{} (still waiting)", shared.name()))
             ));
+            drop(settling);
             return;
         }
+        let (Work::Call { function, .. } | Work::Invoke { function, .. }) = &work;
+        let function = *function;
+        let span = trace::Span::call(shared.name(), || shared.function_name(function));
         let outcome = run_guarded(&shared, replica, run, work);
+        span.end(&outcome);
         if let Some(control) = &control {
             control.finish();
         }
@@ -304,7 +336,7 @@ impl CallJob {
             shared.tell_trap(error);
         }
         // The seat goes back before the answer: whoever gets the answer finds the instance free.
-        // `settling` keeps a swap from overtaking the answer.
+        // `settling` keeps a swap, or the end, from overtaking the answer.
         let settling = shared.settling();
         seat.give_back(&shared, replica);
         settle(outcome);

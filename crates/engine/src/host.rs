@@ -18,6 +18,7 @@ use crate::manager::{Event, Job, Replaced};
 use crate::module::Module;
 use crate::replica::{Guest, Replica};
 use crate::value::{HostRef, Signature, Value, ValueType};
+use crate::watch::Watch;
 
 /// A function that the guest imports.
 pub trait HostFunction: Send + Sync + 'static {
@@ -137,6 +138,11 @@ pub trait Host: Send + Sync + 'static {
 
     /// Something happened; called on any thread, must not block.
     fn event(&self, event: Event);
+
+    /// Who tells guests that their thread must end, where that can happen.
+    fn watch(&self) -> Option<Arc<Watch>> {
+        None
+    }
 }
 
 /// Restores the previous context however the host function ends.

@@ -5,16 +5,19 @@
 //! signals (`signalsBasedTraps: false`) the engine's epoch checks are used: bumping the epoch makes
 //! every instance of the engine look at its own flag, and only the one that is meant stops.
 //!
+//! The same page makes a guest look up without stopping it, where a `Watch` wants that.
+//!
 //! A run is numbered. A stop names the run it means, so one that comes too late never hits the next.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::error::{Error, ErrorCode};
 use crate::memory::PollPage;
 use crate::value::HostRef;
+use crate::watch::Watch;
 
 /// Why a run was stopped.
 #[derive(Debug, Clone)]
@@ -58,6 +61,8 @@ struct State {
     is_for_good: bool,
     /// Stops every run that begins.
     halt: Option<Stop>,
+    /// A guest that runs is to look up, and has not yet.
+    is_called: bool,
 }
 
 /// Stops the runs of one instance.
@@ -90,6 +95,8 @@ impl Interrupter {
         let state = self.lock();
         if state.stop.is_some() {
             self.strike();
+        } else if state.is_called {
+            self.interrupt();
         }
     }
 
@@ -122,6 +129,7 @@ impl Interrupter {
             return state.stop.clone();
         }
         let stop = state.stop.take()?;
+        state.is_called = false;
         self.flag.store(false, Ordering::Release);
         if let Some(poll) = self.poll.get() {
             // Failing to map the page back leaves an instance that stops at once: it is poisoned anyway.
@@ -159,6 +167,11 @@ impl Interrupter {
         }
     }
 
+    /// Why no run may begin, if that is so.
+    pub(crate) fn halted(&self) -> Option<Stop> {
+        self.lock().halt.clone()
+    }
+
     /// Runs may begin again.
     pub(crate) fn resume(&self) {
         self.lock().halt = None;
@@ -179,13 +192,51 @@ impl Interrupter {
     /// Called with the lock held, so that `end` cannot slip in between.
     fn strike(&self) {
         self.flag.store(true, Ordering::Release);
+        self.interrupt();
+        let _ = self.cancel.0.try_send(());
+    }
+
+    /// The guest comes by at its next poll.
+    fn interrupt(&self) {
         if let Some(poll) = self.poll.get() {
             let _ = poll.revoke();
         }
         if let Some(engine) = &self.epochs {
             engine.increment_epoch();
         }
-        let _ = self.cancel.0.try_send(());
+    }
+
+    /// Has the guest look up at its next poll; tells whether it has done so since the last time.
+    pub(crate) fn have_look_up(&self) -> bool {
+        let mut state = self.lock();
+        if state.is_called || state.stop.is_some() {
+            return false;
+        }
+        state.is_called = true;
+        self.interrupt();
+        true
+    }
+
+    /// The guest has come by, on its own thread, inside the signal handler or the epoch callback;
+    /// tells whether it may go on. A guest at a poll holds no lock, so this may take some.
+    pub(crate) fn looks_up(&self, watch: &Arc<Watch>) -> bool {
+        let mut state = self.lock();
+        if state.stop.is_some() {
+            return false;
+        }
+        state.is_called = false;
+        let is_granted = self.poll.get().is_none_or(|poll| poll.grant().is_ok());
+        drop(state);
+        if is_granted && !watch.ask() {
+            return true;
+        }
+        self.stop_for_good(Stop::Interrupted("its thread is ending".into()));
+        false
+    }
+
+    /// Whether a fault at that address is one of this instance's polls.
+    pub(crate) fn has_poll_at(&self, address: usize) -> bool {
+        self.poll.get().is_some_and(|poll| poll.contains(address))
     }
 
     /// Epoch mode: whether this very instance is meant.

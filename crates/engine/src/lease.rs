@@ -10,13 +10,14 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use crossbeam_channel::{Receiver, TryRecvError};
+use crossbeam_channel::Receiver;
 use wasm_molt_lifecycle::Ticket;
 
 use crate::call::{CallJob, Queue, Seat};
 use crate::error::{Error, ErrorCode, Result};
 use crate::interrupt::Stop;
 use crate::manager::{HookScope, Job, Shared};
+use crate::pool::Pool;
 use crate::replica::Replica;
 
 const IDLE: u8 = 0;
@@ -27,6 +28,8 @@ const RELEASED: u8 = 2;
 pub struct Lease {
     replica: Arc<Replica>,
     shared: Arc<Shared>,
+    /// Runs its calls; `None` for a hook's, which get threads of their own.
+    pool: Option<Arc<Pool>>,
     /// Serves a hook, under these terms.
     hook: Option<HookScope>,
     word: AtomicU8,
@@ -59,9 +62,10 @@ impl Lease {
     pub(crate) fn with_ticket(
         shared: &Arc<Shared>,
         replica: Arc<Replica>,
+        pool: Arc<Pool>,
         ticket: Ticket<Job>,
     ) -> Arc<Self> {
-        Self::new(shared, replica, Some(ticket), None)
+        Self::new(shared, replica, Some((ticket, pool)), None)
     }
 
     /// Lent to a hook; nobody else can reach the instance.
@@ -76,10 +80,12 @@ impl Lease {
     fn new(
         shared: &Arc<Shared>,
         replica: Arc<Replica>,
-        ticket: Option<Ticket<Job>>,
+        held: Option<(Ticket<Job>, Arc<Pool>)>,
         hook: Option<HookScope>,
     ) -> Arc<Self> {
+        let (ticket, pool) = held.unzip();
         Arc::new(Self {
+            pool,
             replica,
             shared: Arc::clone(shared),
             hook,
@@ -102,15 +108,16 @@ impl Lease {
 
     /// Whether that has happened.
     pub fn is_cancelled(&self) -> bool {
-        let is_over = |cancelled: &Receiver<()>| {
-            matches!(cancelled.try_recv(), Err(TryRecvError::Disconnected))
-        };
-        self.cancelled().is_some_and(is_over)
+        self.hook.as_ref().is_some_and(HookScope::is_cancelled)
     }
 
     /// The instance. Entering it needs [`Lease::enter`].
     pub fn replica(&self) -> &Arc<Replica> {
         &self.replica
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
     }
 
     /// The lease has ended.
@@ -214,6 +221,7 @@ impl Lease {
             return;
         }
         if self.replica.is_poisoned() && !state.waiting.is_empty() {
+            let _settling = self.shared.settling();
             let waiting = std::mem::take(&mut state.waiting);
             drop(state);
             for (_, job) in waiting {
@@ -221,7 +229,6 @@ impl Lease {
             }
             state = self.lock();
         }
-        let is_hook = self.hook.is_some();
         if let Some((_, job)) = state.waiting.pop_front() {
             state.is_running = true;
             if !state.is_released {
@@ -233,11 +240,10 @@ impl Lease {
                 let replica = Arc::clone(&lease.replica);
                 job.run(&replica, Seat::Lease(&lease));
             };
-            if is_hook {
+            match &self.pool {
+                Some(pool) => pool.spawn(run),
                 // The pool may be taken by calls that wait for the very swap that waits for this hook.
-                self.shared.spawn("hook", move |_| run());
-            } else {
-                self.shared.pool.spawn(run);
+                None => self.shared.spawn("hook", move |_| run()),
             }
             return;
         }

@@ -29,8 +29,10 @@ mod serving;
 mod stack;
 mod stats;
 mod swap;
+mod trace;
 mod trap;
 mod value;
+mod watch;
 
 pub use call::{CallControl, CallLimits, Outcome, Settle, Work};
 pub use error::{Error, ErrorCode, Result, TrapInfo};
@@ -50,3 +52,4 @@ pub use value::{FuncHandle, HostRef, Signature, Value, ValueType};
 pub use wasm_molt_lifecycle::{
     Away, FailedPhase, Generation, Home, Inside, OnDrainTimeout, Step, WaitId,
 };
+pub use watch::Watch;

@@ -152,32 +152,32 @@ impl Waiter for Job {
         match self {
             Self::Call(job) => {
                 let shared = Arc::clone(&job.shared);
-                let Some(replica) = shared.lock_serving().replica_of(ticket.id()) else {
+                let place = shared.lock_serving().place_of(ticket.id());
+                let Some((replica, pool)) = place else {
                     ticket.retire();
                     job.refuse(Error::internal("a slot without an instance"));
                     return;
                 };
                 // With a control the job stays within reach of a stop until a thread takes it.
                 let Some(control) = job.control.clone() else {
-                    shared
-                        .pool
-                        .spawn(move || job.run(&replica, Seat::Ticket(ticket)));
+                    pool.spawn(move || job.run(&replica, Seat::Ticket(ticket)));
                     return;
                 };
                 control.park(job, ticket);
-                shared.pool.spawn(move || {
+                pool.spawn(move || {
                     if let Some((job, ticket)) = control.unpark() {
                         job.run(&replica, Seat::Ticket(ticket));
                     }
                 });
             }
             Self::Lease(LeaseJob { shared, done }) => {
-                let Some(replica) = shared.lock_serving().replica_of(ticket.id()) else {
+                let place = shared.lock_serving().place_of(ticket.id());
+                let Some((replica, pool)) = place else {
                     ticket.retire();
                     done(Err(Error::internal("a slot without an instance")));
                     return;
                 };
-                done(Ok(shared.lease_with(replica, ticket)));
+                done(Ok(shared.lease_with(replica, pool, ticket)));
             }
         }
     }
@@ -259,7 +259,6 @@ pub(crate) struct Shared {
     pub(crate) options: ManagerOptions,
     pub(crate) host: Arc<dyn Host>,
     pub(crate) gate: Gate<Job>,
-    pub(crate) pool: Pool,
     pub(crate) stats: Stats,
     pub(crate) serving: Mutex<Serving>,
     /// Every instance that may still be running, so that `destroy` finds it.
@@ -274,9 +273,10 @@ pub(crate) struct Shared {
     is_destroyed: AtomicBool,
     /// Becomes disconnected when the manager is destroyed: wakes everything that waits for the host.
     cancel: (Mutex<Option<Sender<()>>>, Receiver<()>),
-    /// Becomes disconnected when nobody waits for hooks any more; what has not been committed by then
-    /// is rolled back.
-    hooks: (Mutex<Option<Sender<()>>>, Receiver<()>),
+    /// Becomes disconnected when nobody waits any more for the hooks that run now; what has not been
+    /// committed by then is rolled back. Repairs that come later get hooks again: calls wait for them.
+    hooks: Mutex<(Sender<()>, Receiver<()>)>,
+    are_hooks_given_up: AtomicBool,
     settling: AtomicUsize,
     memory_bytes_peak: AtomicUsize,
 }
@@ -330,11 +330,7 @@ impl Manager {
     pub fn new(options: ManagerOptions, host: Arc<dyn Host>) -> Result<(Self, Option<Home<Job>>)> {
         check(&options)?;
         let name = options.name.clone().unwrap_or_else(|| "wasm".into());
-        let parallelism = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = options
-            .threads
-            .unwrap_or_else(|| options.instances.min(parallelism));
-        let pool = Pool::new(&name, threads, options.limits.stack_bytes())?;
+        let pool = Arc::new(new_pool(&name, &options)?);
         let gate = Gate::new(GateOptions {
             slots: options.instances,
             max_queue: options.max_queue,
@@ -342,15 +338,13 @@ impl Manager {
         });
         let home = gate.take_home();
         let (alive, cancelled) = bounded(0);
-        let (wanted, given_up) = bounded(0);
         let shared = Arc::new(Shared {
             name: OnceLock::new(),
             options,
             host,
             gate,
-            pool,
             stats: Stats::new()?,
-            serving: Mutex::new(Serving::new()),
+            serving: Mutex::new(Serving::new(pool)),
             known: Mutex::default(),
             leases: Mutex::default(),
             hook_lease: Mutex::default(),
@@ -359,7 +353,8 @@ impl Manager {
             state: AtomicU8::new(ManagerState::Starting as u8),
             is_destroyed: AtomicBool::new(false),
             cancel: (Mutex::new(Some(alive)), cancelled),
-            hooks: (Mutex::new(Some(wanted)), given_up),
+            hooks: Mutex::new(bounded(0)),
+            are_hooks_given_up: AtomicBool::new(false),
             settling: AtomicUsize::new(0),
             memory_bytes_peak: AtomicUsize::new(0),
         });
@@ -498,6 +493,7 @@ impl Manager {
 
     /// Takes a lease that still waits out of the queue and answers it with `error`.
     pub fn cancel_lease(&self, id: WaitId, error: Error) {
+        let _settling = self.shared.settling();
         if let Some(job) = self.shared.gate.cancel(id) {
             job.refuse(error);
         }
@@ -602,6 +598,14 @@ impl Manager {
             self.shared.repair_retired();
         }
     }
+}
+
+/// The threads that run calls.
+pub(crate) fn new_pool(name: &str, options: &ManagerOptions) -> Result<Pool> {
+    let parallelism = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = options.threads;
+    let threads = threads.unwrap_or_else(|| options.instances.min(parallelism));
+    Pool::new(name, threads, options.limits.stack_bytes())
 }
 
 fn check(options: &ManagerOptions) -> Result<()> {
@@ -806,7 +810,8 @@ impl Shared {
             .stack_size(stack)
             .spawn(move || on_thread());
         if started.is_err() {
-            self.pool.spawn(move || run());
+            let pool = Arc::clone(&self.lock_serving().pool);
+            pool.spawn(move || run());
         }
     }
 
@@ -861,6 +866,7 @@ impl Shared {
         let outcome = guarded(|| self.bring_up_first(source, is_sync));
         if outcome.is_err() {
             self.set_state(ManagerState::Failed);
+            let _settling = self.settling();
             for job in self.gate.cut() {
                 job.refuse(self.closed());
             }
@@ -890,7 +896,8 @@ impl Shared {
 
     fn bring_up_first(self: &Arc<Self>, source: &Source, is_sync: bool) -> Result<()> {
         let options = &self.options;
-        let module = Arc::new(self.load(&self.pool, source, options.name.as_deref())?);
+        let pool = Arc::clone(&self.lock_serving().pool);
+        let module = Arc::new(self.load(&pool, source, options.name.as_deref())?);
         let _ = self.name.set(module.name().to_owned());
         let blueprint = Arc::new(Blueprint {
             engine: module.engine.clone(),
@@ -1037,8 +1044,13 @@ impl Shared {
     }
 
     /// A lease that holds a ticket.
-    fn lease_with(self: &Arc<Self>, replica: Arc<Replica>, ticket: Ticket<Job>) -> Arc<Lease> {
-        let lease = Lease::with_ticket(self, replica, ticket);
+    fn lease_with(
+        self: &Arc<Self>,
+        replica: Arc<Replica>,
+        pool: Arc<Pool>,
+        ticket: Ticket<Job>,
+    ) -> Arc<Lease> {
+        let lease = Lease::with_ticket(self, replica, pool, ticket);
         let mut leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
         leases.retain(|lease| lease.strong_count() > 0);
         leases.push(Arc::downgrade(&lease));
@@ -1048,9 +1060,6 @@ impl Shared {
     /// Stops what runs or is about to on these instances, until they [resume](Self::resume), and takes
     /// leases on them away from their holders.
     pub(crate) fn interrupt(self: &Arc<Self>, replicas: &[Arc<Replica>], why: &Stop) {
-        for replica in replicas {
-            replica.interrupter().halt(why.clone());
-        }
         let is_meant = {
             let ids: Vec<_> = replicas.iter().map(|r| r.id()).collect();
             move |lease: &Arc<Lease>| ids.contains(&lease.replica().id())
@@ -1060,6 +1069,13 @@ impl Shared {
             let all = leases.iter().filter_map(Weak::upgrade);
             all.filter(is_meant).collect()
         };
+        // What waits first: a call that is stopped leaves an instance that refuses them for its own reason.
+        for lease in &leases {
+            lease.refuse_waiting(why);
+        }
+        for replica in replicas {
+            replica.interrupter().halt(why.clone());
+        }
         if leases.is_empty() {
             return;
         }
@@ -1150,20 +1166,19 @@ impl Shared {
     }
 
     fn hook_scope(&self, is_sync: bool) -> HookScope {
-        HookScope {
-            is_sync,
-            cancelled: self.hooks.1.clone(),
-        }
-    }
-
-    /// Whether hooks are not waited for any more.
-    pub(crate) fn are_hooks_given_up(&self) -> bool {
-        matches!(self.hooks.1.try_recv(), Err(TryRecvError::Disconnected))
+        let hooks = self.hooks.lock().unwrap_or_else(PoisonError::into_inner);
+        let cancelled = if self.is_destroyed() {
+            // Disconnected, or about to be.
+            self.cancel.1.clone()
+        } else {
+            hooks.1.clone()
+        };
+        HookScope { is_sync, cancelled }
     }
 
     fn run_reload(self: &Arc<Self>, pending: PendingReload) -> Answer {
         let PendingReload { options, done } = pending;
-        if self.are_hooks_given_up() {
+        if self.are_hooks_given_up.load(Ordering::Acquire) {
             let error = self.closed();
             return Box::new(move || {
                 for done in done {
@@ -1196,10 +1211,12 @@ impl Shared {
 
     /// Hooks are not waited for any more, nor for what they have left running.
     fn give_hooks_up(&self) {
-        let wanted = &self.hooks.0;
-        drop(wanted.lock().unwrap_or_else(PoisonError::into_inner).take());
+        self.are_hooks_given_up.store(true, Ordering::Release);
+        *self.hooks.lock().unwrap_or_else(PoisonError::into_inner) = bounded(0);
         let lease = self.hook_lease().clone();
-        if let Some(lease) = lease {
+        if let Some(lease) = lease
+            && lease.is_cancelled()
+        {
             lease.cut(&self.closing_stop());
         }
         // A drain that is under way looks again.
@@ -1476,6 +1493,7 @@ impl Shared {
         } else {
             error.clone()
         };
+        let _settling = self.settling();
         for job in self.gate.take_waiting() {
             job.refuse(error.clone());
         }
@@ -1533,10 +1551,13 @@ impl Shared {
         }))?;
         self.gate
             .wait_idle(until.map(|until| until.saturating_duration_since(Instant::now())))
-            .map_err(|in_flight| Error::DrainTimeout {
-                what: format!("close() of {}", self.name()),
-                in_flight: in_flight.0,
-                waited_ms: asked_at.elapsed().as_millis(),
+            .map_err(|in_flight| {
+                self.give_hooks_up();
+                Error::DrainTimeout {
+                    what: format!("close() of {}", self.name()),
+                    in_flight: in_flight.0,
+                    waited_ms: asked_at.elapsed().as_millis(),
+                }
             })?;
         self.wait_settled();
         self.release_all();
@@ -1549,6 +1570,9 @@ impl Shared {
         if was_destroyed || self.state() == ManagerState::Closed {
             return;
         }
+        let settling = self.settling();
+        // Before anybody is woken: a swap that gives up opens the gate, and nothing may start then.
+        let waiting = self.gate.cut();
         drop(
             self.cancel
                 .0
@@ -1556,9 +1580,10 @@ impl Shared {
                 .unwrap_or_else(PoisonError::into_inner)
                 .take(),
         );
-        for job in self.gate.cut() {
+        for job in waiting {
             job.refuse(self.closed());
         }
+        drop(settling);
         self.give_hooks_up();
         self.stop_all(&destroyed());
         // Leases end now: the operation under way may be waiting for one.
@@ -1601,13 +1626,14 @@ impl Shared {
         let control = self.wait_repaired(self.lock_control());
         let is_seeing_off = |c: &mut Control| c.seeing_off > 0;
         drop(self.control_changed.wait_while(control, is_seeing_off));
-        let (replicas, generation) = {
+        let (replicas, generation, pool) = {
             let mut serving = self.lock_serving();
-            (std::mem::take(&mut serving.replicas), serving.generation)
+            let replicas = std::mem::take(&mut serving.replicas);
+            (replicas, serving.generation, Arc::clone(&serving.pool))
         };
         // The home may be gone (its environment ends): releasing does not depend on it.
         let _ = self.discard(replicas, generation);
-        self.pool.end();
+        pool.end();
     }
 
     fn finish_closing(self: &Arc<Self>, outcome: Result<()>, is_destroy: bool) -> Answer {
@@ -1704,6 +1730,12 @@ pub(crate) struct HookScope {
     pub(crate) is_sync: bool,
     /// Disconnected as soon as nobody waits for them any more.
     pub(crate) cancelled: Receiver<()>,
+}
+
+impl HookScope {
+    pub(crate) fn is_cancelled(&self) -> bool {
+        matches!(self.cancelled.try_recv(), Err(TryRecvError::Disconnected))
+    }
 }
 
 /// Why a reload stops what it should have waited for.

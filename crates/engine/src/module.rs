@@ -258,7 +258,7 @@ impl Module {
                 .as_ref()
                 .and_then(|f| f.as_ref())
                 .is_some_and(|f| f.signature == before.signature);
-            if !fits && before.is_used() {
+            if !fits && before.is_offered && before.is_used() {
                 let instead = match found.as_ref().and_then(|f| f.as_ref()) {
                     Some(other) => format!("is {}", other.signature),
                     None => "is missing".into(),

@@ -138,17 +138,27 @@ impl Blueprint {
         };
         let mut store = Store::new(&self.engine.wasmtime, guest);
         store.limiter(|guest| &mut guest.limiter);
+        let watch = options.interruptible.then(|| host.watch()).flatten();
         if epochs {
             // A deadline of 0 would trap at once; 1 is reached by the first strike.
             store.set_epoch_deadline(1);
             let interrupter = Arc::clone(&interrupter);
+            let watch = watch.clone();
             store.epoch_deadline_callback(move |_| {
-                if interrupter.is_struck() {
+                let looks_up = |watch| interrupter.looks_up(watch);
+                if interrupter.is_struck() || !watch.as_ref().is_none_or(looks_up) {
                     Ok(wasmtime::UpdateDeadline::Interrupt)
                 } else {
                     Ok(wasmtime::UpdateDeadline::Continue(1))
                 }
             });
+        }
+        if let Some(watch) = watch {
+            #[cfg(unix)]
+            if !epochs {
+                look_up_at_polls(&mut store, &interrupter, &watch);
+            }
+            watch.add(&interrupter);
         }
         let replica = Arc::new(Replica {
             id,
@@ -728,6 +738,32 @@ impl Replica {
         // SAFETY: contract of this function.
         let store = unsafe { &mut *self.store.get() }.take();
         drop(store);
+    }
+}
+
+/// Has guests of this store look up where the poll page was taken away for that.
+#[cfg(unix)]
+fn look_up_at_polls(
+    store: &mut Store<Guest>,
+    interrupter: &Arc<Interrupter>,
+    watch: &Arc<crate::watch::Watch>,
+) {
+    use wasmtime::unix::StoreExt;
+    let (interrupter, watch) = (Arc::clone(interrupter), Arc::clone(watch));
+    let looks_up =
+        move |address: usize| interrupter.has_poll_at(address) && interrupter.looks_up(&watch);
+    // SAFETY: wasmtime asks for what is safe in a signal handler, because a signal may come anywhere.
+    // Whatever follows the look at the address only happens at a poll, between two instructions of
+    // compiled code: no lock and no allocator can be in the middle of anything on this thread. The
+    // kernel gives the address of the fault with this signal.
+    unsafe {
+        store.set_signal_handler(move |_, info, _| {
+            let address = (*info).si_addr().addr();
+            // Nothing here panics; if it did, the guest would be stopped, not unwound from inside a
+            // signal handler.
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| looks_up(address)))
+                .unwrap_or(false)
+        });
     }
 }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use wasm_molt_lifecycle::{Generation, TicketId};
 
+use crate::pool::Pool;
 use crate::replica::{Blueprint, Replica};
 
 /// Under one lock. A ticket names its replica by slot and cohort, so that one which was given out
@@ -12,6 +13,8 @@ pub(crate) struct Serving {
     pub(crate) generation: Generation,
     pub(crate) blueprint: Option<Arc<Blueprint>>,
     pub(crate) replicas: Vec<Arc<Replica>>,
+    /// Runs their calls.
+    pub(crate) pool: Arc<Pool>,
     /// Goes up together with the gate's, in the same step at home.
     cohort: u64,
     left: Vec<Left>,
@@ -22,11 +25,14 @@ struct Left {
     cohort: u64,
     generation: Generation,
     replicas: Vec<Arc<Replica>>,
+    /// Theirs alone, so that a call that does not end keeps no thread from the next generation.
+    pool: Arc<Pool>,
 }
 
 impl Serving {
-    pub(crate) const fn new() -> Self {
+    pub(crate) const fn new(pool: Arc<Pool>) -> Self {
         Self {
+            pool,
             generation: Generation::FIRST,
             blueprint: None,
             replicas: Vec::new(),
@@ -35,22 +41,30 @@ impl Serving {
         }
     }
 
-    /// The instance that a ticket is for.
-    pub(crate) fn replica_of(&self, ticket: TicketId) -> Option<Arc<Replica>> {
+    /// The instance that a ticket is for, and the threads that it runs on.
+    pub(crate) fn place_of(&self, ticket: TicketId) -> Option<(Arc<Replica>, Arc<Pool>)> {
         if ticket.cohort == self.cohort {
-            return self.replicas.get(ticket.slot).cloned();
+            let replica = self.replicas.get(ticket.slot)?;
+            return Some((Arc::clone(replica), Arc::clone(&self.pool)));
         }
         let left = self.left.iter().find(|left| left.cohort == ticket.cohort)?;
         let is_meant = |replica: &&Arc<Replica>| replica.slot() == ticket.slot;
-        left.replicas.iter().find(is_meant).cloned()
+        let replica = left.replicas.iter().find(is_meant)?;
+        Some((Arc::clone(replica), Arc::clone(&left.pool)))
     }
 
-    /// What served so far is left behind; `replicas` serve. Returns the cohort that was.
-    pub(crate) fn roll(&mut self, generation: Generation, replicas: Vec<Arc<Replica>>) -> u64 {
+    /// What served so far is left behind; `replicas` serve, on `pool`. Returns the cohort that was.
+    pub(crate) fn roll(
+        &mut self,
+        generation: Generation,
+        replicas: Vec<Arc<Replica>>,
+        pool: Arc<Pool>,
+    ) -> u64 {
         let left = Left {
             cohort: self.cohort,
             generation: std::mem::replace(&mut self.generation, generation),
             replicas: std::mem::replace(&mut self.replicas, replicas),
+            pool: std::mem::replace(&mut self.pool, pool),
         };
         let cohort = left.cohort;
         self.left.push(left);

@@ -11,9 +11,13 @@ use wasm_molt_lifecycle::{
 };
 
 use crate::error::{Error, ErrorCode, Result};
-use crate::manager::{Event, HookScope, Making, ManagerState, Replaced, Shared, impatient};
+use crate::manager::{
+    Event, HookScope, Making, ManagerState, Replaced, Shared, impatient, new_pool,
+};
 use crate::options::Source;
+use crate::pool::Pool;
 use crate::replica::{Blueprint, Replica};
+use crate::trace;
 use crate::value::HostRef;
 
 /// What new calls do while the old generation is still in use.
@@ -148,6 +152,17 @@ pub(crate) fn run(
     options: &ReloadOptions,
     scope: HookScope,
 ) -> Result<Arc<ReloadReport>> {
+    let span = trace::Span::reload(shared.name(), &options.reason, options.strategy.as_str());
+    let outcome = run_traced(shared, options, scope);
+    span.end(&outcome);
+    outcome
+}
+
+fn run_traced(
+    shared: &Arc<Shared>,
+    options: &ReloadOptions,
+    scope: HookScope,
+) -> Result<Arc<ReloadReport>> {
     let blueprint = shared.blueprint()?;
     // Whatever happens in here, a panic included, the state is not left behind.
     let before = shared.state();
@@ -161,6 +176,7 @@ pub(crate) fn run(
         (serving.replicas.clone(), serving.generation)
     };
     let is_sync = scope.is_sync;
+    let cancelled = scope.clone();
     let mut swap = Swap {
         shared,
         options,
@@ -170,6 +186,7 @@ pub(crate) fn run(
         states: Vec::new(),
         next: Vec::new(),
         old,
+        pool: None,
         memory_bytes_before: 0,
         is_homeless: false,
         published: Arc::default(),
@@ -197,7 +214,7 @@ pub(crate) fn run(
             restore.to = None;
             Ok(Arc::new(swap.finish(&timings)))
         }
-        Err(failure) => Err(failed(shared, options, failure, is_sync)),
+        Err(failure) => Err(failed(shared, options, failure, &cancelled)),
     }
 }
 
@@ -205,17 +222,17 @@ fn failed(
     shared: &Shared,
     options: &ReloadOptions,
     failure: Failure<Error>,
-    is_sync: bool,
+    scope: &HookScope,
 ) -> Error {
     match failure {
-        Failure::DrainTimeout(in_flight) if is_sync => shared.in_flight(in_flight.0),
+        Failure::DrainTimeout(in_flight) if scope.is_sync => shared.in_flight(in_flight.0),
         Failure::DrainTimeout(in_flight) => Error::DrainTimeout {
             what: format!("the reload of {}", shared.name()),
             in_flight: in_flight.0,
             waited_ms: options.drain_timeout.unwrap_or_default().as_millis(),
         },
         Failure::Cancelled => shared.closed(),
-        Failure::Step { .. } if shared.are_hooks_given_up() => shared.closed(),
+        Failure::Step { .. } if scope.is_cancelled() => shared.closed(),
         Failure::Step {
             cause: cause @ Error::Incompatible { .. },
             ..
@@ -247,6 +264,8 @@ struct Swap<'a> {
     states: Vec<Option<HostRef>>,
     next: Vec<Arc<Replica>>,
     old: Vec<Arc<Replica>>,
+    /// Rolling: the threads of the next generation.
+    pool: Option<Arc<Pool>>,
     memory_bytes_before: usize,
     /// The home is gone: there is nobody to publish to.
     is_homeless: bool,
@@ -338,16 +357,20 @@ impl Backend for Swap<'_> {
     type Cause = Error;
 
     fn drain_stragglers(&mut self, timeout: Option<Duration>) -> Result<(), InFlight> {
-        let shared = self.shared;
-        shared
-            .gate
-            .wait_stragglers(1, timeout, || shared.are_hooks_given_up())
+        let scope = &self.scope;
+        let gate = &self.shared.gate;
+        gate.wait_stragglers(1, timeout, || scope.is_cancelled())
     }
 
     fn instantiate(&mut self) -> Result<(), (FailedPhase, Error)> {
         self.blueprint = self
             .next_blueprint()
             .map_err(|error| (FailedPhase::Instantiate, error))?;
+        if self.options.strategy == Strategy::Rolling && !self.scope.is_sync {
+            let pool = new_pool(self.shared.name(), &self.shared.options)
+                .map_err(|error| (FailedPhase::Instantiate, error))?;
+            self.pool = Some(Arc::new(pool));
+        }
         self.make_next().map_err(|(phase, error)| {
             let does_not_fit = self.options.source.is_some() && error.code() == Some(ErrorCode::Link);
             if does_not_fit {
@@ -385,10 +408,9 @@ impl Backend for Swap<'_> {
         } else {
             timeout
         };
-        let shared = self.shared;
-        shared
-            .gate
-            .wait_drained_unless(timeout, || shared.are_hooks_given_up())?;
+        let (shared, scope) = (self.shared, &self.scope);
+        let give_up = || scope.is_cancelled();
+        shared.gate.wait_drained_unless(timeout, give_up)?;
         shared.wait_settled();
         Shared::resume(&self.old);
         shared.set_state(ManagerState::Reloading);
@@ -408,6 +430,9 @@ impl Backend for Swap<'_> {
     }
 
     fn save(&mut self) -> Result<(), Error> {
+        if !self.shared.host.saves_state() {
+            return Ok(());
+        }
         for (slot, replica) in self.old.iter().enumerate() {
             // A poisoned guest's memory means nothing any more: it is not asked.
             let state = if replica.is_poisoned() {
@@ -465,6 +490,7 @@ impl Backend for Swap<'_> {
         let change = self.change(Vec::new());
         let reason = self.options.reason.clone();
         let published = Arc::clone(&self.published);
+        let pool = self.pool.take();
         let _ = self.shared.host.at_home(Box::new(move |home| {
             // Steps do not run at home while it is inside; if one did, it must not swap what is in use.
             if home.is_some_and(|home| home.depth() > 0) {
@@ -473,7 +499,8 @@ impl Backend for Swap<'_> {
             let cohort = {
                 let mut serving = shared.lock_serving();
                 serving.blueprint = Some(blueprint);
-                serving.roll(change.generation, change.new.clone())
+                let pool = pool.unwrap_or_else(|| Arc::clone(&serving.pool));
+                serving.roll(change.generation, change.new.clone(), pool)
             };
             shared.stats.reloaded(&reason);
             shared.set_state(ManagerState::Ready);
@@ -513,10 +540,11 @@ impl Backend for Swap<'_> {
     }
 
     fn is_cancelled(&self) -> bool {
-        self.is_homeless || self.shared.are_hooks_given_up()
+        self.is_homeless || self.scope.is_cancelled()
     }
 
     fn done(&mut self, step: Step, took: Duration) {
+        trace::step(step.as_str(), took);
         self.shared.tell(Event::Step(ReloadStep {
             step,
             took,

@@ -907,6 +907,187 @@ mod tests {
         assert_eq!(gate.wait_idle(NOW), Ok(()));
     }
 
+    fn slots(tickets: &[TicketId]) -> Vec<(u64, usize)> {
+        tickets.iter().map(|id| (id.cohort, id.slot)).collect()
+    }
+
+    #[test]
+    fn a_roll_leaves_tickets_behind_and_hands_every_slot_on() {
+        let bench = Bench::open(2);
+        let old = [bench.hold(0), bench.hold(1)];
+        for number in 2..5 {
+            bench.queue(number);
+        }
+        assert_eq!(bench.gate.roll(), Some(1));
+        let new = [bench.next(2), bench.next(3)];
+        bench.assert_quiet();
+        assert_ne!(new[0].slot(), new[1].slot());
+        assert!(new.iter().all(|ticket| ticket.id().cohort == 1));
+        assert_eq!(slots(&bench.gate.stragglers()), [(0, 0), (0, 1)]);
+        let counts = bench.gate.counts();
+        assert_eq!((counts.in_flight, counts.stragglers), (4, 2));
+
+        let [first, second] = old;
+        let left = second.id();
+        drop(first);
+        bench.assert_quiet();
+        assert_eq!(
+            bench.gate.stragglers(),
+            [left],
+            "a straggler's slot is not its own"
+        );
+        drop(new);
+        drop(bench.next(4));
+        drop(second);
+        let counts = bench.gate.counts();
+        assert_eq!((counts.in_flight, counts.stragglers), (0, 0));
+    }
+
+    #[test]
+    fn a_roll_puts_retired_slots_back_into_service() {
+        let bench = Bench::open(3);
+        let (held, retired) = (bench.hold(0), bench.hold(1));
+        retired.retire();
+        bench.gate.retire(0);
+        bench.queue(2);
+        bench.queue(3);
+        bench.queue(4);
+        assert_eq!(bench.gate.counts().retired, 2);
+        assert_eq!(bench.gate.roll(), Some(1));
+        drop([bench.next(2), bench.next(3), bench.next(4)]);
+        assert_eq!(bench.gate.counts().retired, 0);
+        drop(held);
+    }
+
+    #[test]
+    fn a_straggler_has_nothing_to_retire() {
+        let bench = Bench::open(1);
+        let old = bench.hold(0);
+        bench.gate.roll().unwrap();
+        let new = bench.hold(1);
+        bench.queue(2);
+        old.retire();
+        assert_eq!(bench.gate.counts().retired, 0);
+        bench.assert_quiet();
+        drop(new);
+        drop(bench.next(2));
+    }
+
+    #[test]
+    fn a_closed_gate_rolls_and_a_drain_waits_for_those_left_behind() {
+        let bench = Bench::open(1);
+        let first = bench.hold(0);
+        assert_eq!(bench.gate.roll(), Some(1));
+        let second = bench.hold(1);
+        assert_eq!(bench.gate.close(), 2);
+        bench.queue(2);
+        assert_eq!(bench.gate.roll(), Some(2));
+        bench.assert_quiet();
+        assert_eq!(slots(&bench.gate.stragglers()), [(0, 0), (1, 0)]);
+        assert_eq!(bench.gate.wait_drained(NOW), Err(InFlight(2)));
+        drop(second);
+        assert_eq!(slots(&bench.gate.stragglers()), [(0, 0)]);
+        let worker = thread::spawn(move || drop(first));
+        bench.gate.wait_drained(None).unwrap();
+        worker.join().unwrap();
+        bench.gate.open();
+        assert_eq!(bench.next(2).id().cohort, 2);
+    }
+
+    #[test]
+    fn a_shut_gate_rolls_for_those_who_wait() {
+        let bench = Bench::open(1);
+        let old = bench.hold(0);
+        bench.queue(1);
+        bench.gate.shut();
+        assert_eq!(bench.gate.roll(), Some(1));
+        drop(bench.next(1));
+        assert_eq!(bench.gate.wait_idle(NOW), Err(InFlight(1)));
+        drop(old);
+        assert_eq!(bench.gate.wait_idle(NOW), Ok(()));
+    }
+
+    #[test]
+    fn stragglers_are_waited_for_down_to_a_number() {
+        let bench = Bench::open(2);
+        let (first, second) = (bench.hold(0), bench.hold(1));
+        let wait = |fewer_than| bench.gate.wait_stragglers(fewer_than, NOW, || false);
+        assert_eq!(
+            wait(1),
+            Ok(()),
+            "what is in flight on this generation does not count"
+        );
+        bench.gate.roll().unwrap();
+        let new = bench.hold(2);
+        assert_eq!((wait(3), wait(2)), (Ok(()), Err(InFlight(2))));
+        let timeout = Some(Duration::from_millis(1));
+        assert_eq!(
+            bench.gate.wait_stragglers(1, timeout, || false),
+            Err(InFlight(2))
+        );
+        drop(first);
+        assert_eq!((wait(2), wait(1)), (Ok(()), Err(InFlight(1))));
+        let worker = thread::spawn(move || drop(second));
+        bench.gate.wait_stragglers(1, None, || false).unwrap();
+        worker.join().unwrap();
+        drop(new);
+    }
+
+    /// Until a thread waits for `gate`: it has asked once whether to give up.
+    fn wait_for_a_drainer(gate: &Gate<crate::testing::Call>) {
+        while lock(&gate.shared.state).drainers == 0 {
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn who_drains_is_asked_again_when_the_gate_is_shut_or_cut() {
+        type Wait = fn(&Gate<crate::testing::Call>, &AtomicUsize) -> Result<(), InFlight>;
+        let waits: [Wait; 2] = [
+            |gate, given_up| gate.wait_drained_unless(None, || given_up.load(Ordering::SeqCst) > 0),
+            |gate, given_up| gate.wait_stragglers(1, None, || given_up.load(Ordering::SeqCst) > 0),
+        ];
+        let ends: [fn(&Gate<crate::testing::Call>); 3] = [
+            |gate| gate.shut(),
+            // Its owner may have had more to say since it was shut.
+            |gate| {
+                gate.shut();
+                gate.shut();
+            },
+            |gate| assert!(gate.cut().is_empty()),
+        ];
+        for wait in waits {
+            for end in ends {
+                let bench = Bench::open(1);
+                let ticket = bench.hold(0);
+                bench.gate.roll().unwrap();
+                let given_up = Arc::<AtomicUsize>::default();
+                let drainer = {
+                    let (gate, given_up) = (bench.gate.clone(), Arc::clone(&given_up));
+                    thread::spawn(move || wait(&gate, &given_up))
+                };
+                wait_for_a_drainer(&bench.gate);
+                given_up.store(1, Ordering::SeqCst);
+                end(&bench.gate);
+                assert_eq!(drainer.join().unwrap(), Err(InFlight(1)));
+                drop(ticket);
+            }
+        }
+    }
+
+    #[test]
+    fn who_gives_up_at_once_still_hears_that_nothing_is_left() {
+        let bench = Bench::open(1);
+        assert_eq!(bench.gate.wait_drained_unless(None, || true), Ok(()));
+        assert_eq!(bench.gate.wait_stragglers(1, None, || true), Ok(()));
+        let ticket = bench.hold(0);
+        let gave_up = Err(InFlight(1));
+        assert_eq!(bench.gate.wait_drained_unless(None, || true), gave_up);
+        bench.gate.roll().unwrap();
+        assert_eq!(bench.gate.wait_stragglers(1, None, || true), gave_up);
+        drop(ticket);
+    }
+
     #[test]
     fn what_crosses_threads_may_do_so() {
         fn is_shared<T: Send + Sync>() {}

@@ -632,6 +632,79 @@ mod tests {
     }
 
     #[test]
+    fn only_home_rolls_while_slot_0_lives_there() {
+        let (bench, home) = at_home(1);
+        assert_eq!(bench.gate.roll(), None);
+        assert_eq!(home.roll(), Some(1));
+        let inside = home.enter().unwrap();
+        assert_eq!((bench.gate.roll(), home.roll()), (None, None));
+        bench.gate.close();
+        assert_eq!((bench.gate.roll(), home.roll()), (None, None));
+        drop(inside);
+        bench.gate.open();
+
+        // Recalled by another thread: it is not known to be free until the home comes by.
+        bench.gate.close();
+        assert_eq!(bench.gate.roll(), None);
+        assert_eq!(home.roll(), Some(2));
+        bench.gate.open();
+        drop(home.enter().unwrap());
+        let ticket = hold_from(&home, &bench, 0);
+        assert_eq!(
+            ticket.id().cohort,
+            2,
+            "a roll that did not happen has no number"
+        );
+        assert_eq!(bench.gate.roll(), Some(3), "a ticket has it: anybody may");
+        assert!(home.enter().is_some(), "the new one is at home");
+        drop(ticket);
+    }
+
+    #[test]
+    fn a_slot_left_behind_does_not_keep_home_out() {
+        let (bench, home) = at_home(2);
+        let old = [hold_from(&home, &bench, 0), hold_from(&home, &bench, 1)];
+        queue_from(&home, &bench, 2);
+        assert!(home.enter().is_none());
+        assert_eq!(home.roll(), Some(1));
+        let new = bench.next(2);
+        assert_eq!(new.slot(), 1, "slot 0 comes last");
+        let inside = home.enter().unwrap();
+        assert_eq!(home.counts().in_flight, 4);
+        drop(old);
+        drop(inside);
+        assert_eq!(home.counts().in_flight, 1);
+        drop(new);
+    }
+
+    #[test]
+    fn a_roll_brings_a_slot_back_that_was_retired_at_home() {
+        let (bench, home) = at_home(1);
+        home.enter().unwrap().retire();
+        assert_eq!(home.refusal(), Away::Retired);
+        assert_eq!(home.roll(), Some(1));
+        drop(home.enter().unwrap());
+        // Retired from elsewhere, and home has not come by yet.
+        bench.gate.retire(0);
+        assert_eq!(home.roll(), Some(2));
+        drop(home.enter().unwrap());
+        assert_eq!(bench.gate.counts().retired, 0);
+    }
+
+    #[test]
+    fn without_its_home_anybody_rolls() {
+        let (bench, home) = at_home(1);
+        let ticket = hold_from(&home, &bench, 0);
+        bench.queue(1);
+        drop(home);
+        assert_eq!(bench.gate.roll(), Some(1));
+        drop(bench.next(1));
+        assert_eq!(bench.gate.roll(), Some(2));
+        assert_eq!(bench.gate.stragglers(), [ticket.id()]);
+        drop(ticket);
+    }
+
+    #[test]
     fn an_entry_that_was_leaked_retires_the_slot_with_its_home() {
         let (bench, home) = at_home(1);
         std::mem::forget(home.enter());

@@ -18,7 +18,7 @@ use loom::sync::mpsc::channel;
 use loom::sync::{Arc, Mutex};
 use loom::thread;
 use wasm_molt_lifecycle::{
-    Admission, Away, Gate, GateOptions, Home, Refusal, Ticket, WaitId, Waiter,
+    Admission, Away, Gate, GateOptions, Home, InFlight, Refusal, Ticket, WaitId, Waiter,
 };
 
 /// What belongs to one slot, as an engine's store does: for one user at a time, each of whom sees
@@ -56,6 +56,7 @@ impl Replica {
 /// A call that uses its replica as it starts, and ends at once or leaves its ticket in a hand.
 struct Call {
     replica: Arc<Replica>,
+    rolled: Arc<Replica>,
     starts: Arc<AtomicUsize>,
     hand: Option<Hand>,
 }
@@ -65,7 +66,10 @@ type Hand = Arc<Mutex<Option<Ticket<Call>>>>;
 impl Waiter for Call {
     fn start(self, ticket: Ticket<Self>) {
         assert_eq!(ticket.slot(), 0);
-        self.replica.use_it();
+        match ticket.id().cohort {
+            0 => self.replica.use_it(),
+            _ => self.rolled.use_it(),
+        }
         self.starts.fetch_add(1, Relaxed);
         if let Some(hand) = self.hand {
             *hand.lock().unwrap() = Some(ticket);
@@ -73,11 +77,12 @@ impl Waiter for Call {
     }
 }
 
-/// A gate with one slot, and the replica in it.
+/// A gate with one slot, and the replica in it, before and after a roll.
 #[derive(Clone)]
 struct Bench {
     gate: Gate<Call>,
     replica: Arc<Replica>,
+    rolled: Arc<Replica>,
     starts: Arc<AtomicUsize>,
 }
 
@@ -90,6 +95,7 @@ impl Bench {
                 home,
             }),
             replica: Arc::default(),
+            rolled: Arc::default(),
             starts: Arc::default(),
         };
         bench.gate.open();
@@ -105,6 +111,7 @@ impl Bench {
     fn call(&self) -> Call {
         Call {
             replica: Arc::clone(&self.replica),
+            rolled: Arc::clone(&self.rolled),
             starts: Arc::clone(&self.starts),
             hand: None,
         }
@@ -139,8 +146,9 @@ impl Bench {
     /// Everything has ended, and nobody's use of the replica was lost.
     fn assert_at_rest(&self, uses: usize) {
         let counts = self.gate.counts();
-        assert_eq!((counts.in_flight, counts.queued), (0, 0));
-        assert_eq!(self.replica.uses(), uses);
+        let left = (counts.in_flight, counts.stragglers, counts.queued);
+        assert_eq!(left, (0, 0, 0));
+        assert_eq!(self.replica.uses() + self.rolled.uses(), uses);
     }
 }
 
@@ -613,5 +621,268 @@ fn a_retirement_from_another_thread_waits_for_home() {
         assert_eq!(bench.starts(), 1);
         assert!(home.enter().is_some());
         bench.assert_at_rest(uses + repaired + 1);
+    });
+}
+
+#[test]
+fn a_roll_parts_its_ticket_from_who_comes_next() {
+    loom::model(|| {
+        let bench = Bench::new(false);
+        let ticket = bench.held();
+        let worker = {
+            let replica = Arc::clone(&bench.replica);
+            thread::spawn(move || {
+                replica.use_it();
+                drop(ticket);
+            })
+        };
+        let other = {
+            let bench = bench.clone();
+            thread::spawn(move || {
+                bench.gate.admit(bench.call()).unwrap();
+            })
+        };
+        assert_eq!(bench.gate.roll(), Some(1));
+        worker.join().unwrap();
+        other.join().unwrap();
+        assert_eq!(bench.starts(), 2);
+        bench.assert_at_rest(3);
+    });
+}
+
+#[test]
+fn who_waited_starts_with_the_roll_or_with_the_ticket_s_end() {
+    loom::model(|| {
+        let bench = Bench::new(false);
+        let ticket = bench.held();
+        let id = bench.queue();
+        let worker = {
+            let replica = Arc::clone(&bench.replica);
+            thread::spawn(move || {
+                replica.use_it();
+                drop(ticket);
+            })
+        };
+        let canceller = {
+            let gate = bench.gate.clone();
+            thread::spawn(move || usize::from(gate.cancel(id).is_some()))
+        };
+        assert_eq!(bench.gate.roll(), Some(1));
+        let cancelled = canceller.join().unwrap();
+        worker.join().unwrap();
+        assert_eq!(bench.starts() + cancelled, 2);
+        bench.assert_at_rest(3 - cancelled);
+    });
+}
+
+#[test]
+fn waiting_for_stragglers_sees_what_the_last_of_them_did() {
+    loom::model(|| {
+        let bench = Bench::new(false);
+        let ticket = bench.held();
+        let worker = {
+            let bench = bench.clone();
+            thread::spawn(move || {
+                bench.replica.use_it();
+                drop(ticket);
+                // On whichever generation serves; a straggler it never is.
+                bench.gate.admit(bench.call()).unwrap();
+            })
+        };
+        assert_eq!(bench.gate.roll(), Some(1));
+        bench.gate.wait_stragglers(1, None, || false).unwrap();
+        bench.replica.use_it();
+        worker.join().unwrap();
+        assert_eq!(bench.starts(), 2);
+        bench.assert_at_rest(4);
+    });
+}
+
+#[test]
+fn a_drain_after_a_roll_waits_for_both_generations() {
+    loom::model(|| {
+        let bench = Bench::new(false);
+        let old = bench.held();
+        assert_eq!(bench.gate.roll(), Some(1));
+        let new = bench.held();
+        let worker = {
+            let replica = Arc::clone(&bench.replica);
+            thread::spawn(move || {
+                replica.use_it();
+                drop(old);
+            })
+        };
+        let other = {
+            let rolled = Arc::clone(&bench.rolled);
+            thread::spawn(move || {
+                rolled.use_it();
+                drop(new);
+            })
+        };
+        bench.gate.close();
+        bench.gate.wait_drained(None).unwrap();
+        bench.replica.use_it();
+        bench.rolled.use_it();
+        worker.join().unwrap();
+        other.join().unwrap();
+        bench.assert_at_rest(6);
+    });
+}
+
+#[test]
+fn a_close_from_another_thread_meets_a_roll() {
+    loom::model(|| {
+        let bench = Bench::new(false);
+        let ticket = bench.held();
+        bench.queue();
+        let worker = {
+            let replica = Arc::clone(&bench.replica);
+            thread::spawn(move || {
+                replica.use_it();
+                drop(ticket);
+            })
+        };
+        let closer = {
+            let bench = bench.clone();
+            thread::spawn(move || {
+                bench.gate.close();
+                bench.gate.wait_drained(None).unwrap();
+                // Nobody is inside any generation.
+                bench.replica.use_it();
+                bench.rolled.use_it();
+                bench.gate.open();
+            })
+        };
+        assert_eq!(bench.gate.roll(), Some(1));
+        worker.join().unwrap();
+        closer.join().unwrap();
+        assert_eq!(bench.starts(), 2);
+        bench.assert_at_rest(5);
+    });
+}
+
+#[test]
+fn home_rolls_while_a_ticket_ends() {
+    loom::model(|| {
+        let (bench, home) = Bench::with_home();
+        let ticket = bench.hold(|call| home.admit(call).unwrap());
+        let worker = {
+            let replica = Arc::clone(&bench.replica);
+            thread::spawn(move || {
+                replica.use_it();
+                drop(ticket);
+            })
+        };
+        let other = {
+            let bench = bench.clone();
+            thread::spawn(move || {
+                bench.gate.admit(bench.call()).unwrap();
+            })
+        };
+        let mut uses = 3;
+        if let Some(_inside) = home.enter() {
+            bench.replica.use_it();
+            uses += 1;
+            assert_eq!(home.roll(), None);
+        }
+        assert_eq!(home.roll(), Some(1));
+        if let Some(_inside) = home.enter() {
+            bench.rolled.use_it();
+            uses += 1;
+        }
+        worker.join().unwrap();
+        other.join().unwrap();
+        home.serve_queued();
+        assert_eq!(bench.starts(), 2);
+        assert!(home.enter().is_some());
+        bench.assert_at_rest(uses);
+    });
+}
+
+#[test]
+fn another_thread_rolls_only_what_is_not_at_home() {
+    loom::model(|| {
+        let (bench, home) = Bench::with_home();
+        let ticket = bench.hold(|call| home.admit(call).unwrap());
+        let worker = thread::spawn(move || drop(ticket));
+        let roller = {
+            let gate = bench.gate.clone();
+            thread::spawn(move || gate.roll().is_some())
+        };
+        drop(home.enter());
+        worker.join().unwrap();
+        let has_rolled = roller.join().unwrap();
+        let ticket = bench.hold(|call| home.admit(call).unwrap());
+        assert_eq!(ticket.id().cohort, u64::from(has_rolled));
+        drop(ticket);
+        assert!(home.enter().is_some());
+        bench.assert_at_rest(2);
+    });
+}
+
+#[test]
+fn a_home_that_goes_meets_a_roll() {
+    loom::model(|| {
+        let (bench, home) = Bench::with_home();
+        let roller = {
+            let bench = bench.clone();
+            thread::spawn(move || {
+                // Before the home is gone there is nothing to be had here.
+                let has_rolled = bench.gate.roll().is_some();
+                bench.gate.admit(bench.call()).unwrap();
+                has_rolled
+            })
+        };
+        let mut uses = 1;
+        if let Some(_inside) = home.enter() {
+            bench.replica.use_it();
+            uses += 1;
+        }
+        drop(home);
+        let has_rolled = roller.join().unwrap();
+        assert_eq!(bench.rolled.uses(), usize::from(has_rolled));
+        bench.assert_at_rest(uses);
+    });
+}
+
+#[test]
+fn who_gives_up_is_asked_again_after_a_shut() {
+    loom::model(|| {
+        let bench = Bench::new(false);
+        let ticket = bench.held();
+        let is_given_up = Arc::new(AtomicBool::new(false));
+        let drainer = {
+            let (gate, is_given_up) = (bench.gate.clone(), Arc::clone(&is_given_up));
+            thread::spawn(move || gate.wait_drained_unless(None, || is_given_up.load(Relaxed)))
+        };
+        assert_eq!(bench.gate.roll(), Some(1));
+        is_given_up.store(true, Relaxed);
+        bench.gate.shut();
+        assert_eq!(drainer.join().unwrap(), Err(InFlight(1)));
+        drop(ticket);
+        bench.assert_at_rest(1);
+    });
+}
+
+#[test]
+fn who_gives_stragglers_up_is_asked_again_after_a_shut() {
+    loom::model(|| {
+        let bench = Bench::new(false);
+        let ticket = bench.held();
+        assert_eq!(bench.gate.roll(), Some(1));
+        let is_given_up = Arc::new(AtomicBool::new(false));
+        let drainer = {
+            let (gate, is_given_up) = (bench.gate.clone(), Arc::clone(&is_given_up));
+            thread::spawn(move || gate.wait_stragglers(1, None, || is_given_up.load(Relaxed)))
+        };
+        let worker = thread::spawn(move || drop(ticket));
+        is_given_up.store(true, Relaxed);
+        drop(bench.gate.cut());
+        match drainer.join().unwrap() {
+            Ok(()) => assert!(bench.gate.stragglers().is_empty()),
+            Err(left) => assert_eq!(left, InFlight(1)),
+        }
+        worker.join().unwrap();
+        bench.assert_at_rest(1);
     });
 }

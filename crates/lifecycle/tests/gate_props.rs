@@ -7,11 +7,13 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
 use proptest::prelude::*;
 use proptest::sample::Index;
 use wasm_molt_lifecycle::{
-    Admission, Away, Gate, GateCounts, GateOptions, Home, Inside, Refusal, Ticket, WaitId, Waiter,
+    Admission, Away, Gate, GateCounts, GateOptions, Home, InFlight, Inside, Refusal, Ticket,
+    TicketId, WaitId, Waiter,
 };
 
 type Number = usize;
@@ -46,6 +48,7 @@ enum Op {
     Cancel(Index),
     Open,
     Close(By),
+    Roll(By),
     Shut(By),
     Cut(By),
     Enter,
@@ -69,6 +72,7 @@ fn op() -> impl Strategy<Value = Op> {
         3 => any::<Index>().prop_map(Op::Cancel),
         4 => Just(Op::Open),
         3 => by().prop_map(Op::Close),
+        3 => by().prop_map(Op::Roll),
         6 => Just(Op::Enter),
         5 => Just(Op::Leave),
         1 => Just(Op::LeaveRetired),
@@ -107,6 +111,10 @@ enum Slot {
 )]
 struct Model {
     slots: Vec<Slot>,
+    /// How often it has rolled.
+    cohort: u64,
+    /// Left behind by a roll, in the order of slots and rolls.
+    stragglers: Vec<TicketId>,
     queue: VecDeque<Number>,
     max_queue: usize,
     is_open: bool,
@@ -124,6 +132,8 @@ impl Model {
     fn new(options: GateOptions) -> Self {
         Self {
             slots: vec![Slot::Free; options.slots],
+            cohort: 0,
+            stragglers: Vec::new(),
             queue: VecDeque::new(),
             max_queue: options.max_queue,
             is_open: false,
@@ -144,8 +154,8 @@ impl Model {
         let count = |is| self.slots.iter().filter(|slot| **slot == is).count();
         let is_home_seen = self.is_recalled || self.is_on_record;
         GateCounts {
-            in_flight: count(Slot::Held) + usize::from(is_home_seen),
-            stragglers: 0,
+            in_flight: count(Slot::Held) + usize::from(is_home_seen) + self.stragglers.len(),
+            stragglers: self.stragglers.len(),
             queued: self.queue.len(),
             slots: self.slots.len(),
             retired: count(Slot::Retired),
@@ -207,6 +217,37 @@ impl Model {
         }
     }
 
+    /// A ticket goes; where it was left behind, its slot is somebody else's.
+    fn give_back(&mut self, ticket: TicketId, to: Slot) {
+        if ticket.cohort == self.cohort {
+            self.slots[ticket.slot] = to;
+        } else {
+            self.stragglers.retain(|straggler| *straggler != ticket);
+        }
+    }
+
+    /// Whether slot 0 may change hands, if `by` asks.
+    fn may_roll(&self, by: By) -> bool {
+        match by {
+            By::Home => self.depth == 0,
+            By::Anyone => self.slots[0] != Slot::Home,
+        }
+    }
+
+    fn roll(&mut self) {
+        self.meet_home();
+        for (slot, is) in self.slots.iter_mut().enumerate() {
+            if *is == Slot::Held {
+                let cohort = self.cohort;
+                self.stragglers.push(TicketId { cohort, slot });
+            }
+            if *is != Slot::Home {
+                *is = Slot::Free;
+            }
+        }
+        self.cohort += 1;
+    }
+
     fn send_home(&mut self) {
         if self.has_home && self.is_open && !self.is_shut && self.slots[0] == Slot::Free {
             self.slots[0] = Slot::Home;
@@ -255,7 +296,8 @@ impl Bench<'_> {
             assert_eq!(Some(number), model.queue.pop_front(), "arrival order");
             let is_other_free = model.slots[1..].contains(&Slot::Free);
             let slot = &mut model.slots[ticket.slot()];
-            assert_eq!(*slot, Slot::Free, "one holder per slot");
+            assert_eq!(*slot, Slot::Free, "one holder per slot and cohort");
+            assert_eq!(ticket.id().cohort, model.cohort);
             *slot = Slot::Held;
             assert!(ticket.slot() > 0 || !is_other_free, "slot 0 comes last");
             self.tickets.push(ticket);
@@ -267,6 +309,14 @@ impl Bench<'_> {
             self.ends(number, Fate::Started);
         }
         assert_eq!(self.gate.counts(), self.model.counts());
+        let stragglers = &self.model.stragglers;
+        assert_eq!(self.gate.stragglers(), *stragglers);
+        let now = Some(Duration::ZERO);
+        let waited = match stragglers.len() {
+            0 => Ok(()),
+            left => Err(InFlight(left)),
+        };
+        assert_eq!(self.gate.wait_stragglers(1, now, || false), waited);
     }
 
     fn admit(&mut self, by: By) {
@@ -329,7 +379,7 @@ impl Bench<'_> {
             return;
         }
         let ticket = self.tickets.swap_remove(index.index(self.tickets.len()));
-        self.model.slots[ticket.slot()] = to;
+        self.model.give_back(ticket.id(), to);
         if to == Slot::Retired {
             ticket.retire();
         } else {
@@ -394,6 +444,19 @@ impl Bench<'_> {
             self.gate.close()
         };
         assert_eq!(in_flight, self.model.counts().in_flight);
+    }
+
+    fn roll(&mut self, by: By) {
+        let (rolled, by) = match (by, self.home) {
+            (By::Home, Some(home)) => (home.roll(), By::Home),
+            _ => (self.gate.roll(), By::Anyone),
+        };
+        if self.model.may_roll(by) {
+            self.model.roll();
+            assert_eq!(rolled, Some(self.model.cohort));
+        } else {
+            assert_eq!(rolled, None);
+        }
     }
 
     fn shut(&mut self, by: By) {
@@ -490,6 +553,7 @@ impl Bench<'_> {
             Op::Cancel(index) => self.cancel(*index),
             Op::Open => self.open(),
             Op::Close(by) => self.close(*by),
+            Op::Roll(by) => self.roll(*by),
             Op::Shut(by) => self.shut(*by),
             Op::Cut(by) => self.cut(*by),
             Op::Enter => self.enter(),
@@ -512,7 +576,7 @@ impl Bench<'_> {
         self.step(&Op::Open);
         self.step(&Op::ServeQueued);
         while let Some(ticket) = self.tickets.pop() {
-            self.model.slots[ticket.slot()] = Slot::Free;
+            self.model.give_back(ticket.id(), Slot::Free);
             drop(ticket);
             self.settle();
         }
@@ -520,9 +584,7 @@ impl Bench<'_> {
         if let Some(home) = self.home {
             assert_eq!(home.counts().in_flight, 0);
         }
-        self.gate
-            .wait_idle(Some(std::time::Duration::ZERO))
-            .unwrap();
+        self.gate.wait_idle(Some(Duration::ZERO)).unwrap();
         assert_eq!(self.fates.len(), self.admitted, "every call has its fate");
     }
 }

@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
-use wasm_molt_lifecycle::swap::run;
+use wasm_molt_lifecycle::swap::{run, run_rolling};
 use wasm_molt_lifecycle::{
     Admission, Backend, Clock, Drained, FailedPhase, Failure, Gate, GateOptions, Generation,
     InFlight, ManualClock, OnDrainTimeout, Plan, Ticket, Timings, Waiter,
@@ -35,9 +35,12 @@ enum Step {
     Commit,
     RollBack,
     OpenGate,
+    Stragglers,
+    StragglersAgain,
+    Roll,
 }
 
-const STEPS: [Step; 10] = [
+const STEPS: [Step; 13] = [
     Step::Instantiate,
     Step::CloseGate,
     Step::Drain,
@@ -48,6 +51,9 @@ const STEPS: [Step; 10] = [
     Step::Commit,
     Step::RollBack,
     Step::OpenGate,
+    Step::Stragglers,
+    Step::StragglersAgain,
+    Step::Roll,
 ];
 
 impl Step {
@@ -92,6 +98,10 @@ struct Fake<'a> {
     next: Option<Instance>,
     saved: Option<&'static str>,
     in_flight: Option<Ticket<Call>>,
+    /// Left behind by an earlier roll.
+    straggler: Option<Ticket<Call>>,
+    /// Who was interrupted.
+    interrupted: Option<Drained>,
     faults: Vec<(Step, Fault)>,
     steps: Vec<Step>,
     is_cancelled: Cell<bool>,
@@ -122,12 +132,24 @@ impl<'a> Fake<'a> {
             next: None,
             saved: None,
             in_flight: Some(started.recv().unwrap()),
+            straggler: None,
+            interrupted: None,
             faults: faults.to_vec(),
             steps: Vec::new(),
             is_cancelled: Cell::new(false),
             calls,
             started,
         }
+    }
+
+    /// Has rolled before: one call in flight, and one left behind.
+    fn rolled(clock: &'a ManualClock, faults: &[(Step, Fault)]) -> Self {
+        let mut fake = Self::new(clock, faults);
+        fake.gate.roll().unwrap();
+        fake.straggler = fake.in_flight.take();
+        fake.gate.admit(Call(fake.calls.clone())).unwrap();
+        fake.in_flight = Some(fake.started.recv().unwrap());
+        fake
     }
 
     fn has(&self, step: Step, fault: Fault) -> bool {
@@ -166,6 +188,11 @@ impl<'a> Fake<'a> {
         catch_unwind(AssertUnwindSafe(|| run(self, clock, plan)))
     }
 
+    fn run_rolling(&mut self, plan: &Plan) -> std::thread::Result<Outcome> {
+        let clock = self.clock;
+        catch_unwind(AssertUnwindSafe(|| run_rolling(self, clock, plan)))
+    }
+
     fn count(&self, step: Step) -> usize {
         self.steps.iter().filter(|taken| **taken == step).count()
     }
@@ -175,7 +202,20 @@ impl Backend for Fake<'_> {
     type Cause = &'static str;
 
     fn drain_stragglers(&mut self, timeout: Option<Duration>) -> Result<(), InFlight> {
-        self.gate.wait_stragglers(1, timeout, || false)
+        let is_first = !self.steps.contains(&Step::Stragglers);
+        let (step, least) = if is_first {
+            (Step::Stragglers, Duration::ZERO)
+        } else {
+            (Step::StragglersAgain, Duration::from_secs(5))
+        };
+        self.begin(step).unwrap();
+        if !self.has(step, Fault::Timeout) {
+            self.straggler = None;
+        }
+        assert_eq!(timeout, Some(least));
+        let drained = self.gate.wait_stragglers(1, Some(Duration::ZERO), || false);
+        self.end(step);
+        drained
     }
 
     fn instantiate(&mut self) -> Result<(), (FailedPhase, Self::Cause)> {
@@ -229,8 +269,9 @@ impl Backend for Fake<'_> {
         drained
     }
 
-    fn interrupt(&mut self, _whom: Drained) {
+    fn interrupt(&mut self, whom: Drained) {
         self.begin(Step::Interrupt).unwrap();
+        self.interrupted = Some(whom);
         self.end(Step::Interrupt);
     }
 
@@ -258,8 +299,10 @@ impl Backend for Fake<'_> {
     }
 
     fn roll(&mut self) -> usize {
+        self.begin(Step::Roll).unwrap();
         self.serving = self.next.take().unwrap();
         self.gate.roll().unwrap();
+        self.end(Step::Roll);
         self.gate.counts().stragglers
     }
 
@@ -298,13 +341,16 @@ fn assert_one_generation_serves(fake: &mut Fake<'_>, outcome: &std::thread::Resu
     }
     assert!(fake.next.is_none(), "{context}: one generation is left");
     let is_new = fake.serving.generation == Generation::FIRST.next();
-    let did_commit = fake.steps.contains(&Step::Commit) && is_new;
+    let is_rolling = fake.steps.contains(&Step::Roll);
+    let did_commit = (fake.steps.contains(&Step::Commit) || is_rolling) && is_new;
     assert_eq!(
         is_new, did_commit,
-        "{context}: only a commit changes the generation"
+        "{context}: only a commit or a roll changes the generation"
     );
+    // A roll carries nothing over.
+    let state = if is_rolling && is_new { "" } else { "precious" };
     assert_eq!(
-        fake.serving.state, "precious",
+        fake.serving.state, state,
         "{context}: nothing was lost or altered"
     );
     if matches!(outcome, Ok(Ok(_))) {
@@ -321,6 +367,7 @@ fn assert_one_generation_serves(fake: &mut Fake<'_>, outcome: &std::thread::Resu
 
     assert!(fake.gate.counts().is_open, "{context}: the gate is open");
     fake.end_call();
+    fake.straggler = None;
     // The call that came meanwhile, if one did, and one that comes now.
     let has_waited = usize::from(fake.steps.contains(&Step::Drain));
     fake.gate.admit(Call(fake.calls.clone())).unwrap();
@@ -507,7 +554,10 @@ fn can_happen(step: Step, fault: Fault) -> bool {
     match fault {
         Fault::Error => matches!(step, Step::Instantiate | Step::Save | Step::Restore),
         Fault::InitializeError => step == Step::Instantiate,
-        Fault::Timeout => matches!(step, Step::Drain | Step::DrainAgain),
+        Fault::Timeout => matches!(
+            step,
+            Step::Drain | Step::DrainAgain | Step::Stragglers | Step::StragglersAgain
+        ),
         // A gate that could not be opened is all that a swap cannot make good.
         Fault::PanicBefore => step != Step::OpenGate && step != Step::RollBack,
         Fault::PanicAfter | Fault::Cancel => true,
@@ -534,8 +584,177 @@ fn one_generation_serves_after_any_two_faults() {
 }
 
 #[test]
+fn a_roll_without_faults_closes_no_gate() {
+    let clock = ManualClock::default();
+    let mut fake = Fake::rolled(&clock, &[]);
+    let outcome = fake.run_rolling(&plan(OnDrainTimeout::Abort));
+    assert_eq!(
+        fake.steps,
+        [Step::Stragglers, Step::Instantiate, Step::Roll]
+    );
+    assert!(
+        fake.in_flight.is_some(),
+        "what runs on the old one is left to run"
+    );
+    assert_eq!(fake.gate.counts().stragglers, 1);
+    assert_one_generation_serves(&mut fake, &outcome);
+    let expected = Timings {
+        drained: 1,
+        pause: Step::Roll.duration(),
+        drain: Step::Stragglers.duration(),
+        instantiate: Step::Instantiate.duration(),
+        ..Timings::default()
+    };
+    assert_eq!(outcome.unwrap(), Ok(expected));
+    assert_eq!(
+        clock.now(),
+        expected.drain + expected.instantiate + expected.pause
+    );
+}
+
+#[test]
+fn stragglers_are_interrupted_and_waited_for_again() {
+    let clock = ManualClock::default();
+    let mut fake = Fake::rolled(&clock, &[(Step::Stragglers, Fault::Timeout)]);
+    let outcome = fake.run_rolling(&plan(OnDrainTimeout::Interrupt));
+    assert_eq!(fake.interrupted, Some(Drained::Stragglers));
+    assert_one_generation_serves(&mut fake, &outcome);
+    let timings = outcome.unwrap().unwrap();
+    let drain = [Step::Stragglers, Step::Interrupt, Step::StragglersAgain];
+    assert_eq!(timings.drain, drain.map(Step::duration).iter().sum());
+}
+
+#[test]
+fn a_roll_that_fails_names_its_step_and_builds_no_third_generation() {
+    let failed = |faults: &[(Step, Fault)], on_drain_timeout| {
+        let clock = ManualClock::default();
+        let mut fake = Fake::rolled(&clock, faults);
+        let outcome = fake.run_rolling(&plan(on_drain_timeout));
+        assert!(fake.in_flight.is_some(), "what runs is left to run");
+        let did_build = fake.steps.contains(&Step::Instantiate);
+        assert_one_generation_serves(&mut fake, &outcome);
+        (outcome.unwrap().unwrap_err(), did_build)
+    };
+    let step = |phase| Failure::Step {
+        phase,
+        cause: "no luck",
+    };
+    let abort = OnDrainTimeout::Abort;
+    assert_eq!(
+        failed(&[(Step::Instantiate, Fault::Error)], abort),
+        (step(FailedPhase::Instantiate), true)
+    );
+    assert_eq!(
+        failed(&[(Step::Instantiate, Fault::InitializeError)], abort),
+        (step(FailedPhase::Initialize), true)
+    );
+    let timed_out = Failure::DrainTimeout(InFlight(1));
+    assert_eq!(
+        failed(&[(Step::Stragglers, Fault::Timeout)], abort),
+        (timed_out, false)
+    );
+    let never_end = [
+        (Step::Stragglers, Fault::Timeout),
+        (Step::StragglersAgain, Fault::Timeout),
+    ];
+    assert_eq!(
+        failed(&never_end, OnDrainTimeout::Interrupt),
+        (timed_out, false)
+    );
+}
+
+#[test]
+fn a_cancelled_roll_gives_up_before_its_next_step() {
+    for (index, step) in [Step::Stragglers, Step::Instantiate]
+        .into_iter()
+        .enumerate()
+    {
+        let clock = ManualClock::default();
+        let mut fake = Fake::rolled(&clock, &[(step, Fault::Cancel)]);
+        let outcome = fake.run_rolling(&plan(OnDrainTimeout::Abort));
+        assert_one_generation_serves(&mut fake, &outcome);
+        assert_eq!(outcome.unwrap(), Err(Failure::Cancelled), "{step:?}");
+        let undone = 1;
+        assert_eq!(fake.steps.len(), index + 1 + undone, "{:?}", fake.steps);
+    }
+    // After the roll there is nothing to give up.
+    let clock = ManualClock::default();
+    let mut fake = Fake::rolled(&clock, &[(Step::Roll, Fault::Cancel)]);
+    let outcome = fake.run_rolling(&plan(OnDrainTimeout::Abort));
+    assert_one_generation_serves(&mut fake, &outcome);
+    assert!(outcome.unwrap().is_ok());
+}
+
+#[test]
+fn who_cancels_a_roll_hears_of_that_and_not_of_the_time_out() {
+    for on_drain_timeout in [OnDrainTimeout::Abort, OnDrainTimeout::Interrupt] {
+        let clock = ManualClock::default();
+        let faults = [
+            (Step::Stragglers, Fault::Timeout),
+            (Step::Stragglers, Fault::Cancel),
+        ];
+        let mut fake = Fake::rolled(&clock, &faults);
+        let outcome = fake.run_rolling(&plan(on_drain_timeout));
+        assert_one_generation_serves(&mut fake, &outcome);
+        assert_eq!(outcome.unwrap(), Err(Failure::Cancelled));
+        assert_eq!(fake.interrupted, None);
+    }
+}
+
+#[test]
+fn one_generation_serves_after_any_two_faults_of_a_roll() {
+    let singles: Vec<_> = STEPS
+        .into_iter()
+        .flat_map(|step| FAULTS.map(|fault| (step, fault)))
+        .filter(|(step, fault)| can_happen(*step, *fault))
+        .collect();
+    for on_drain_timeout in [OnDrainTimeout::Abort, OnDrainTimeout::Interrupt] {
+        for first in &singles {
+            for second in &singles {
+                let clock = ManualClock::default();
+                let mut fake = Fake::rolled(&clock, &[*first, *second]);
+                let outcome = fake.run_rolling(&plan(on_drain_timeout));
+                for step in [Step::CloseGate, Step::Drain, Step::Save, Step::Restore] {
+                    assert_eq!(fake.count(step), 0, "{step:?} is not of a roll");
+                }
+                assert!(fake.in_flight.is_some(), "what runs is left to run");
+                assert_one_generation_serves(&mut fake, &outcome);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_panic_in_a_roll_goes_on_to_the_caller() {
+    for step in [
+        Step::Stragglers,
+        Step::Interrupt,
+        Step::StragglersAgain,
+        Step::Instantiate,
+        Step::Roll,
+        Step::RollBack,
+    ] {
+        let clock = ManualClock::default();
+        let mut faults = vec![(step, Fault::PanicAfter)];
+        match step {
+            Step::Interrupt | Step::StragglersAgain => {
+                faults.push((Step::Stragglers, Fault::Timeout));
+            }
+            Step::RollBack => faults.push((Step::Instantiate, Fault::Error)),
+            _ => {}
+        }
+        let mut fake = Fake::rolled(&clock, &faults);
+        let outcome = fake.run_rolling(&plan(OnDrainTimeout::Interrupt));
+        assert_one_generation_serves(&mut fake, &outcome);
+        let panic = outcome.unwrap_err().downcast::<&str>().unwrap();
+        assert_eq!(*panic, "step", "{step:?}");
+    }
+}
+
+#[test]
 fn a_panic_goes_on_to_the_caller() {
-    for step in STEPS {
+    let rolling = [Step::Stragglers, Step::StragglersAgain, Step::Roll];
+    for step in STEPS.into_iter().filter(|step| !rolling.contains(step)) {
         let clock = ManualClock::default();
         // Timeouts and an error where the step is only reached that way.
         let mut faults = vec![(step, Fault::PanicAfter)];

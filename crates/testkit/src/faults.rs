@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 use wasm_molt_engine::{
     Error, ErrorCode, Event, HomeStep, Host, HostRef, ImportValue, Lease, Manager, Module,
-    Replaced, Replica, Result,
+    Replaced, Replica, Result, Watch,
 };
 
 use crate::wait::{Answer, Latch, PATIENCE, answer};
@@ -280,5 +280,9 @@ impl Host for Faults {
     fn event(&self, event: Event) {
         drop(self.pass(Point::Event));
         self.inner.event(event);
+    }
+
+    fn watch(&self) -> Option<Arc<Watch>> {
+        self.inner.watch()
     }
 }

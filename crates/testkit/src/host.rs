@@ -4,7 +4,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 use wasm_molt_engine::{
     Error, ErrorCode, Event, HomeStep, Host, HostCall, HostFunction, HostRef, ImportValue, Lease,
-    Module, Replaced, Replica, Result,
+    Module, Replaced, Replica, Result, Watch,
 };
 
 use crate::home::HomeMail;
@@ -41,6 +41,7 @@ pub struct Script {
     initialize: Option<Box<Initialize>>,
     save: Option<Box<Save>>,
     restore: Option<Box<Restore>>,
+    watch: Option<Arc<Watch>>,
 }
 
 impl std::fmt::Debug for Script {
@@ -111,6 +112,13 @@ impl Script {
         f: impl Fn(&Arc<Lease>, &HostRef, usize) -> Result<()> + Send + Sync + 'static,
     ) -> Self {
         self.restore = Some(Box::new(f));
+        self
+    }
+
+    /// Has guests ask whether their thread must end.
+    #[must_use]
+    pub fn ending(mut self, is_ending: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        self.watch = Some(Watch::new(is_ending));
         self
     }
 }
@@ -323,5 +331,9 @@ impl Host for TestHost {
     fn event(&self, event: Event) {
         self.log().events.push(event);
         self.changed.notify_all();
+    }
+
+    fn watch(&self) -> Option<Arc<Watch>> {
+        self.script.watch.clone()
     }
 }

@@ -56,6 +56,12 @@ impl PollPage {
         self.set(false)
     }
 
+    /// Whether a fault at that address is a poll's.
+    pub(crate) fn contains(&self, address: usize) -> bool {
+        let base = self.0.reservation.base().addr();
+        (base..base + POLL_BYTES).contains(&address)
+    }
+
     /// Whether the page is taken away now.
     #[cfg(test)]
     pub(super) fn is_revoked(&self) -> bool {

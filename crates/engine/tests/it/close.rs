@@ -4,9 +4,10 @@ use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use crossbeam_channel::bounded;
 use wasm_molt_engine::{
     CacheChoice, CallLimits, Error, ErrorCode, Host, Manager, ManagerOptions, ManagerState,
-    OnDrainTimeout, ReloadOptions, Value, Work,
+    OnDrainTimeout, ReloadOptions, Stop, Value, Work,
 };
 use wasm_molt_testkit::door::Door;
 use wasm_molt_testkit::faults::Point;
@@ -15,7 +16,7 @@ use wasm_molt_testkit::host::{Script, TestHost};
 use wasm_molt_testkit::inside::call_leased;
 use wasm_molt_testkit::quiet::work;
 use wasm_molt_testkit::rig::{Rig, Setup, because, code, number, trap};
-use wasm_molt_testkit::wait::{Answer, answer, eventually};
+use wasm_molt_testkit::wait::{Answer, PATIENCE, answer, eventually};
 
 fn counter() -> Setup {
     Setup::new(&guests::counter())
@@ -635,6 +636,86 @@ fn calls_that_race_with_the_end_are_all_answered() {
             }
         });
         assert_over(&rig);
+    }
+}
+
+/// Where a call waits when it is stopped.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Waits {
+    Gate,
+    Lease,
+    Thread,
+}
+
+#[test]
+fn the_end_is_told_after_the_answers_of_stopped_calls() {
+    for waits in [Waits::Gate, Waits::Lease, Waits::Thread] {
+        let door = Door::new();
+        let threads = if waits == Waits::Thread { 2 } else { 1 };
+        let rig = at_door(&door)
+            .instances(threads)
+            .options(|o| o.threads = Some(1))
+            .start();
+        let lease = (waits == Waits::Lease).then(|| rig.lease());
+        let inside = match &lease {
+            Some(lease) => rig.call_in(lease, "run", &[Value::I32(1)]),
+            None => rig.call("run", &[Value::I32(1)]),
+        };
+        door.arrived();
+        let (tell, closed) = bounded(1);
+        let (answer, answered) = answer("the stopped call");
+        let settle = {
+            let (door, lease, closed) = (door.clone(), lease.clone(), closed.clone());
+            move |outcome| {
+                // Nothing else is in flight from here on, and this call has no answer yet.
+                door.open();
+                if let Some(lease) = lease {
+                    lease.release();
+                }
+                let is_overtaken = closed.recv_timeout(Duration::from_millis(50)).is_ok();
+                answer((outcome, is_overtaken));
+            }
+        };
+        let limits = CallLimits {
+            timeout_ms: None,
+            can_abort: true,
+        };
+        let work = Work::Call {
+            function: rig.function("run"),
+            args: vec![Value::I32(2)],
+        };
+        let control = match &lease {
+            Some(lease) => rig.manager.call_in(lease, work, limits, Box::new(settle)),
+            None => rig.manager.call(None, work, limits, Box::new(settle)),
+        };
+        let done = move |outcome| drop(tell.send(outcome));
+        rig.manager.close(None, Box::new(done));
+        control
+            .expect("it can be aborted")
+            .stop(Stop::Interrupted("not any more".into()));
+        let (outcome, is_overtaken) = answered.get();
+        assert_eq!(code(outcome), ErrorCode::Interrupted, "{waits:?}");
+        assert!(!is_overtaken, "{waits:?}: closed before its last answer");
+        closed.recv_timeout(PATIENCE).unwrap().unwrap();
+        assert_eq!(number(inside.get()), 1);
+    }
+}
+
+#[test]
+fn a_hook_that_gives_up_lets_nothing_run_after_destroy() {
+    for _ in 0..100 {
+        for rig in both(carrying) {
+            let hold = rig.faults.hold(Point::Save, 0);
+            let reload = rig.ask_reload(because("held"));
+            hold.wait();
+            let waiting: Vec<_> = (0..4).map(|_| rig.call("increment", &[])).collect();
+            let destroyed = rig.destroy();
+            for call in waiting {
+                assert_eq!(code(call.get()), ErrorCode::Closed);
+            }
+            assert_eq!(code(reload.get()), ErrorCode::Closed);
+            destroyed.get().unwrap();
+        }
     }
 }
 

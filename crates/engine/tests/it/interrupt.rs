@@ -1,7 +1,7 @@
 //! Stopping what runs, what waits, and nothing else.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,7 @@ use wasm_molt_testkit::guests;
 use wasm_molt_testkit::host::Script;
 use wasm_molt_testkit::inside::call_again;
 use wasm_molt_testkit::rig::{Rig, Setup, code, number, trap};
+use wasm_molt_testkit::wait::eventually;
 
 /// Both ways of stopping: the poll page, and epochs where faults are not signals.
 fn both(setup: impl Fn() -> Setup) -> [Setup; 2] {
@@ -127,6 +128,48 @@ fn a_synchronous_call_has_the_limit_too() {
             let well = rig.call_sync("well", &[]).unwrap();
             assert!(matches!(well.as_slice(), [Value::I32(7)]), "{name}");
         }
+    }
+}
+
+#[test]
+fn guests_look_up_and_go_on_until_their_thread_must_end() {
+    for setup in both(|| Setup::new(&guests::spinner())) {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let is_ending = Arc::new(AtomicBool::new(false));
+        let rig = {
+            let (asked, is_ending) = (Arc::clone(&asked), Arc::clone(&is_ending));
+            let ending = move || {
+                asked.fetch_add(1, Ordering::SeqCst);
+                is_ending.load(Ordering::SeqCst)
+            };
+            setup.at_home().script(Script::new().ending(ending)).start()
+        };
+        for (name, args) in ENDLESS {
+            // A pool thread and the home thread, in turn.
+            for at_home in [false, true] {
+                asked.store(0, Ordering::SeqCst);
+                is_ending.store(false, Ordering::SeqCst);
+                let ended = thread::scope(|scope| {
+                    scope.spawn(|| {
+                        eventually("it looks up, and goes on", || {
+                            asked.load(Ordering::SeqCst) >= 3
+                        });
+                        is_ending.store(true, Ordering::SeqCst);
+                    });
+                    if at_home {
+                        rig.call_sync(name, args).map(drop)
+                    } else {
+                        rig.call(name, args).get().map(drop)
+                    }
+                });
+                let error = ended.unwrap_err();
+                assert_eq!(error.code(), Some(ErrorCode::Interrupted), "{name}");
+                assert!(error.to_string().contains("thread is ending"), "{error}");
+                is_ending.store(false, Ordering::SeqCst);
+                assert_eq!(rig.number("well", &[]), 7);
+            }
+        }
+        assert_eq!(rig.stats().calls.trapped, 0, "looking up is no trap");
     }
 }
 

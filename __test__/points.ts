@@ -1,0 +1,190 @@
+// The points of a manager's life at which a program or a worker may end, as texts of programs that get there.
+import assert from 'node:assert/strict'
+import type { ReloadOptions } from '../index.js'
+import { wat, workbench } from './guests.ts'
+import type { Ended } from './support.ts'
+
+/**
+ * A point of a manager's life, as the text of a program that gets there.
+ *
+ * It calls `ready()` when it is there; `pending()` does so too, and returns a promise that `finish()` settles.
+ * `create(options)` makes the manager, `entered` is what the guest's import of that name does,
+ * `settles(promise)` says which promise shows that the point has passed.
+ */
+export interface Point {
+  program: string
+  /** The thread does not come back from the guest: what ends the program happens inside an import, and is not caught. */
+  isBlocking?: true
+  /** How the point passes by itself; without, a program that forgets everything ends at once. */
+  finish?: string
+}
+
+/** One row more when there is one more way to reload. */
+const STRATEGIES: NonNullable<ReloadOptions['strategy']>[] = ['exclusive']
+
+export const POINTS: Record<string, Point> = {
+  'nothing runs': { program: `const manager = await create(); await manager.call('add', [1, 2]); ready()` },
+  'a pool call runs': {
+    program: `
+      const manager = await create(); entered = ready
+      const stop = new AbortController()
+      settles(manager.call('spin', [], { signal: stop.signal }))
+      finish = () => stop.abort()`,
+    finish: 'finish()',
+  },
+  'pool calls run and others wait': {
+    program: `
+      const manager = await create({ instances: 2 }); entered = ready
+      const stop = new AbortController()
+      const calls = ['spin', 'spin', 'add', 'add', 'add'].map((name) => manager.call(name, [1, 2], { signal: stop.signal }))
+      settles(Promise.allSettled(calls))
+      finish = () => stop.abort()`,
+    finish: 'finish()',
+  },
+  'an endless synchronous call runs': {
+    program: `const manager = await create(); entered = ready; setImmediate(() => manager.exports.spin())`,
+    isBlocking: true,
+  },
+  'an endless synchronous call runs without signals': {
+    program: `
+      const manager = await create({ engine: { signalsBasedTraps: false } })
+      entered = ready; setImmediate(() => manager.exports.spin())`,
+    isBlocking: true,
+  },
+  'a start function runs for ever in createSync': {
+    program: `
+      entered = ready
+      setImmediate(() => WasmModuleManager.createSync(process.env.ENDLESS, { cache: false, imports: imports() }))`,
+    isBlocking: true,
+  },
+  'an import of a synchronous call has called back into an endless guest': {
+    program: `
+      const manager = await create()
+      entered = (instance) => { entered = ready; instance.exports.spin() }
+      setImmediate(() => manager.exports.entered())`,
+    isBlocking: true,
+  },
+  'an import of a pool call has called back into an endless guest': {
+    program: `
+      const manager = await create()
+      entered = (instance) => { entered = ready; instance.exports.spin() }
+      void manager.call('entered')`,
+    isBlocking: true,
+  },
+  'a pool call waits for a promise of an import': {
+    program: `const manager = await create(); settles(manager.call('hold', [1]))`,
+    finish: 'finish()',
+  },
+  'the first initialize is pending': {
+    program: `settles(create({ initialize: pending }))`,
+    finish: 'finish()',
+  },
+  'a trapped instance waits for initialize': {
+    program: `
+      let count = 0
+      const manager = await create({ initialize: () => (count += 1) > 1 ? pending() : undefined })
+      await manager.call('boom').catch(() => {})
+      settles(manager.call('add', [1, 2]))`,
+    finish: 'finish()',
+  },
+  'a lease is held': { program: `const manager = await create(); globalThis.lease = await manager.acquire(); ready()` },
+  'use() waits for a promise': {
+    program: `const manager = await create(); settles(manager.use(pending))`,
+  },
+  'a call in a lease runs': {
+    program: `
+      const manager = await create(); entered = ready
+      const stop = new AbortController()
+      settles(manager.use((instance) => instance.call('spin', [], { signal: stop.signal })))
+      finish = () => stop.abort()`,
+    finish: 'finish()',
+  },
+  'a synchronous call in a lease runs for ever': {
+    program: `
+      const manager = await create(); entered = ready
+      void manager.use((instance) => instance.exports.spin())`,
+    isBlocking: true,
+  },
+  'a view is held, and used when all is over': {
+    program: `
+      const manager = await create()
+      const view = new Uint8Array(manager.memory.buffer)
+      process.on('exit', () => { view.fill(7); globalThis.sum = view.reduce((sum, byte) => sum + byte, 0) })
+      ready()`,
+  },
+  'close() waits for a call': {
+    program: `
+      const manager = await create()
+      manager.call('hold', [1]).catch(() => {})
+      settles(manager.close())`,
+    finish: 'finish()',
+  },
+  'destroy() is under way': {
+    program: `
+      const manager = await create({ instances: 2 })
+      entered = () => { settles(manager.destroy()); ready() }
+      manager.call('spin').catch(() => {})`,
+    // It ends by itself.
+    finish: '',
+  },
+}
+
+for (const strategy of STRATEGIES) {
+  const started = `manager.reload({ strategy: '${strategy}' })`
+  const reload = `settles(${started})`
+  for (const hook of ['saveState', 'restoreState'] as const) {
+    POINTS[`${hook} of a reload (${strategy}) is pending`] = {
+      program: `const manager = await create({ saveState: () => 1, ${hook}: pending }); ${reload}`,
+      finish: 'finish()',
+    }
+  }
+  POINTS[`initialize of a reload (${strategy}) is pending`] = {
+    program: `
+      let count = 0
+      const manager = await create({ initialize: () => (count += 1) > 1 ? pending() : undefined })
+      ${reload}`,
+    finish: 'finish()',
+  }
+  POINTS[`a hook of a reload (${strategy}) is inside an endless guest`] = {
+    program: `
+      const manager = await create({ saveState: (instance) => instance.exports.spin() })
+      entered = ready
+      void ${started}`,
+    isBlocking: true,
+  }
+  POINTS[`a reload (${strategy}) drains`] = {
+    program: `const manager = await create(); manager.call('hold', [1]).catch(() => {}); ${reload}`,
+    finish: 'finish()',
+  }
+}
+
+const ENDLESS = wat(
+  `(module (import "env" "entered" (func $entered)) (func $start (call $entered) (loop (br 0))) (start $start))`,
+  'endless',
+)
+
+/** The same for programs and for workers; `act` is what they do at the point. */
+export const SCENE = `
+  let entered = () => {}
+  let finish = () => {}
+  const ready = () => act()
+  const pending = () => new Promise((resolve) => { finish = () => resolve(1); ready() })
+  const imports = () => (instance) => ({ env: { entered: () => { entered(instance) }, hold: pending } })
+  const create = (options) => WasmModuleManager.create(process.env.WORKBENCH, { cache: false, imports: imports(), ...options })
+  const settles = (promise) => promise.then(() => passed(), () => passed())
+  let passed = () => {}
+`
+
+/** What ends it; in a blocking import at once, else when the point has been reached for sure. */
+export const deferred = (act: string, point: Point) =>
+  point.isBlocking ? `const act = () => { ${act} }` : `const act = () => { setImmediate(() => { ${act} }) }`
+
+export const THROW = `throw new Error('on purpose')`
+export const REJECT = `Promise.reject(new Error('on purpose'))`
+
+export const env = { WORKBENCH: workbench, ENDLESS }
+
+export function assertEnded(ended: Ended, code: number, stderr: RegExp = /^$/): void {
+  assert.deepEqual([ended.code, ended.signal], [code, null], `${ended.stderr}\n${ended.stdout}`)
+  assert.match(ended.stderr, stderr)
+}
