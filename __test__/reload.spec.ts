@@ -2,7 +2,7 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import type { LeasedInstance, ManagerOptions, ReloadOptions } from '../index.js'
-import { wat, workbench } from './guests.ts'
+import { stamped, wat, workbench } from './guests.ts'
 import {
   barrier,
   bench,
@@ -435,6 +435,60 @@ test('reloads one after another, with calls all the while: no call lost, none an
   assert.equal(answers, sent)
   assert.equal(manager.generation, 61)
   assert.equal(manager.stats().calls.completed >= sent, true)
+})
+
+test('several replicas carry their own state over and over, and no call sees a mixture', LIMIT, async (t) => {
+  const replicas = 4
+  const order: [string, number, number][] = []
+  const manager = await managed(t, stamped, {
+    instances: replicas,
+    threads: 3,
+    imports: { env: { pause: () => turns(1) } },
+    initialize: (instance) => void instance.exports.stamp?.(instance.generation),
+    saveState: async (instance, replica) => {
+      order.push(['save', instance.generation, replica])
+      return { replica, count: await instance.call('count') }
+    },
+    restoreState: (instance, state: { replica: number; count: number }, replica) => {
+      order.push(['restore', instance.generation, replica])
+      assert.equal(state.replica, replica)
+      instance.exports.setCount?.(state.count)
+    },
+  })
+  let isDone = false
+  let counted = 0
+  const reader = async () => {
+    let latest = 0
+    while (!isDone) {
+      const [first, second] = (await manager.call('read', [1])) as [number, number]
+      assert.equal(first, second)
+      assert.ok(first >= latest, `generation ${first} after ${latest}`)
+      latest = first
+    }
+  }
+  const counter = async () => {
+    while (!isDone) {
+      await manager.call('next')
+      counted += 1
+    }
+  }
+  const callers = [reader(), reader(), reader(), counter(), counter(), counter()]
+  for (let round = 0; round < 40; round += 1) {
+    order.length = 0
+    const { generation } = await manager.reload()
+    const each = Array.from({ length: replicas }, (_, replica) => replica)
+    assert.deepEqual(order, [
+      ...each.map((replica) => ['save', generation - 1, replica]),
+      ...each.map((replica) => ['restore', generation, replica]),
+    ])
+  }
+  isDone = true
+  await Promise.all(callers)
+  const held = await Promise.all(Array.from({ length: replicas }, () => manager.acquire()))
+  const sum = held.reduce((total, one) => total + (one.exports.count?.() as number), 0)
+  for (const one of held) one.release()
+  assert.ok(counted > 0)
+  assert.equal(sum, counted)
 })
 
 // ---------------------------------------------------------------- reloadSync
