@@ -122,6 +122,7 @@ export class WasmModuleManager extends EventEmitter implements AsyncDisposable {
    * - ERR_WASM_TIMEOUT: `timeoutMs` or `limits.timeoutMs` has passed; if it ran, the replica is replaced.
    * - ERR_WASM_OUT_OF_FUEL, ERR_WASM_INTERRUPTED: it was stopped while it ran; the replica is replaced.
    * - ERR_WASM_RELOAD_FAILED: it waited for the replacement of a trapped replica, which failed; it never ran.
+   * - ERR_WASM_RELOADING: it was made inside a hook of this manager and could not begin at once; it never ran.
    * - `signal.reason`: the signal was aborted.
    * - Whatever an import threw: the same object; the replica serves on.
    *
@@ -136,7 +137,7 @@ export class WasmModuleManager extends EventEmitter implements AsyncDisposable {
    * If that replica has trapped before, it is replaced first, on this thread.
    *
    * Errors, thrown, beyond those of {@link WasmModuleManager.call}:
-   * - ERR_WASM_RELOADING: a `reload()` was called and has not settled; nothing was called.
+   * - ERR_WASM_RELOADING: an exclusive `reload()` has not settled; nothing was called. While a rolling one is prepared it runs.
    * - ERR_WASM_BUSY: a pool thread is inside the replica, or a lease holds it; nothing was called.
    * - ERR_WASM_ASYNC_IMPORT: an import returned a promise; the guest was unwound, the replica serves on.
    * - ERR_WASM_RELOAD_FAILED: the trapped replica could not be replaced (`initialize` must be synchronous for that).
@@ -163,11 +164,14 @@ export class WasmModuleManager extends EventEmitter implements AsyncDisposable {
   /**
    * The functions that the module exports, as a live object: `manager.exports.f(1)` always runs in the current generation, on this thread.
    *
-   * Safe to keep for ever, the object and each of its functions. Frozen. Exported memories, tables and globals are not in it.
+   * Safe to keep for ever, the object and each of its functions. Exported memories, tables and globals are not in it.
    * Inside a host call it stands for the instance that called.
+   * Its functions cannot be assigned to. A swap to another build changes the object: new functions appear, gone ones disappear, and those
+   * that stay keep their identity.
    *
-   * Errors, thrown by its functions: as {@link WasmModuleManager.callSync}. From the moment `reload()` is called until it
-   * settles, they throw ERR_WASM_RELOADING.
+   * Errors, thrown by its functions: as {@link WasmModuleManager.callSync}. While an exclusive `reload()` has not settled they
+   * throw ERR_WASM_RELOADING. A function that was kept, and that the present build does not have any more, throws
+   * ERR_WASM_EXPORT_NOT_FOUND.
    */
   readonly exports: Record<string, (...args: WasmValue[]) => WasmResult>
 
@@ -191,6 +195,7 @@ export class WasmModuleManager extends EventEmitter implements AsyncDisposable {
    * Errors:
    * - What `fn` throws or rejects with, as it is.
    * - ERR_WASM_QUEUE_FULL, ERR_WASM_CLOSED, `signal.reason`: `fn` was not called.
+   * - ERR_WASM_RELOADING: inside a hook of this manager, and no instance was free at once; `fn` was not called.
    * - ERR_WASM_RELOAD_FAILED: it waited for the replacement of a trapped replica, which failed; `fn` was not called.
    */
   use<T>(fn: (instance: LeasedInstance) => T | Promise<T>, options?: LeaseOptions): Promise<T>
@@ -205,26 +210,39 @@ export class WasmModuleManager extends EventEmitter implements AsyncDisposable {
   acquire(options?: LeaseOptions): Promise<LeasedInstance>
 
   /**
-   * Replaces every instance by a fresh one: instantiate and `initialize` the new ones while the old ones serve; then close the
-   * gate, drain, `saveState`, `restoreState`, commit, and open the gate.
+   * Replaces every instance by a fresh one.
    *
-   * Calls and leases that come meanwhile wait and run on the new generation. On any failure before the commit they run on
-   * the old one, whose state is untouched. A reload that equals one under way or one that waits joins it; another one runs after it.
-   * A replica that has trapped and was not replaced yet is not asked by `saveState`.
+   * 'exclusive', the default: instantiate and `initialize` the new ones while the old ones serve; then close the gate, drain,
+   * `saveState`, `restoreState`, commit, and open the gate. Calls and leases that come meanwhile wait and run on the new generation.
+   * 'rolling': the new ones are made, and then new calls go to them at once, while what is in flight ends on the old ones. It
+   * resolves when the new generation serves. Each old instance is released as soon as its call or lease has ended.
+   *
+   * On any failure before the commit what waits runs on the old generation, whose state is untouched.
+   * A reload that equals one under way or one that waits joins it, unless one with another `source` was asked for in between;
+   * another one runs after it. A replica that has trapped and was not replaced yet is not asked by `saveState`.
    *
    * Errors (the old generation serves on):
-   * - ERR_WASM_RELOAD_FAILED: `phase` says where and `cause` is why; what a hook threw is the very object.
+   * - ERR_WASM_RELOAD_FAILED: `phase` says where and `cause` is why; what a hook threw is the very object. A `source` that cannot
+   *   be read or compiled is phase 'instantiate', with a `cause` that has its own code.
+   * - ERR_WASM_INCOMPATIBLE_MODULE: `source` does not offer what is in use, or needs an import that was not given.
    * - ERR_WASM_DRAIN_TIMEOUT: `inFlight` operations did not end within `drainTimeoutMs`.
    * - ERR_WASM_INVALID_ARGUMENT: an option cannot be used; nothing was begun.
-   * - ERR_WASM_CLOSED: the manager is closed, or was destroyed meanwhile.
+   * - ERR_WASM_RELOADING: it was called inside a hook of this manager, and would wait for that hook; nothing was begun.
+   * - ERR_WASM_CLOSED: the manager is closed, or was destroyed meanwhile, or closed by a hook or with `drainTimeoutMs`.
    *
-   * Cost: old and new instances exist side by side until the commit; then the old linear memory goes back to the system.
-   * The pause, in `pauseMs`, is drain + save + restore.
+   * It settles when its hooks do: a hook that never settles keeps it pending, with `state` 'reloading', until
+   * `close({ drainTimeoutMs })` or `destroy()`.
+   *
+   * Told to the diagnostics channels 'wasm-molt:reload' (a tracing channel) and 'wasm-molt:reload:step'; see {@link ReloadTrace}.
+   *
+   * Cost: old and new instances exist side by side until the commit, with 'rolling' until the old ones are left; then the old
+   * linear memory goes back to the system. The pause, in `pauseMs`, is drain + save + restore.
    */
   reload(options?: ReloadOptions): Promise<ReloadReport>
 
   /**
-   * The same without leaving this thread; hooks must be synchronous, and nothing may be in flight.
+   * The same without leaving this thread; hooks must be synchronous, and nothing may be in flight. With nothing in flight the two
+   * strategies do the same.
    *
    * Errors, thrown, beyond those of {@link WasmModuleManager.reload}:
    * - ERR_WASM_BUSY: calls or leases are in flight, among them the call that this is called from; nothing was begun.
@@ -237,10 +255,13 @@ export class WasmModuleManager extends EventEmitter implements AsyncDisposable {
   stats(): ManagerStats
 
   /**
-   * Stops admitting, lets what was admitted end (what is queued included), releases.
+   * Stops admitting, lets what was admitted end (what is queued, and reloads that were asked for, included), releases.
    *
    * Idempotent: every caller gets the same completion. State `closing` from here on.
-   * * `drainTimeoutMs`: longest wait for what is in flight or queued. Default: as long as it takes. 0: do not wait.
+   * Called inside a hook of this manager it does not wait for that hook: the reload ends at once (it rejects with ERR_WASM_CLOSED,
+   * rolled back), and then the manager is closed.
+   * * `drainTimeoutMs`: longest wait for hooks, and for what is in flight or queued. Default: as long as it takes. 0: do not wait.
+   *   Hooks that have not settled by then are given up, and their reload rejects with ERR_WASM_CLOSED, rolled back.
    *
    * Errors:
    * - ERR_WASM_DRAIN_TIMEOUT: `inFlight` operations did not end in time. Nothing is released, what runs goes on, nothing is
@@ -436,9 +457,11 @@ export interface DrainOptions {
   drainTimeoutMs?: number
   /**
    * 'abort': give up, the old generation serves on (ERR_WASM_DRAIN_TIMEOUT). 'interrupt': stop what still runs (those calls
-   * reject with ERR_WASM_INTERRUPTED) and wait once more, as long again and at least 5 seconds. Default 'abort'.
+   * reject with ERR_WASM_INTERRUPTED), take leases away from their holders (they are stale from then on), and go on. Default 'abort'.
    *
-   * 'interrupt' stops calls. A lease that its holder keeps without a call is waited for, and then ERR_WASM_DRAIN_TIMEOUT follows.
+   * Calls that wait for a promise of an import are stopped as well, and so are calls that wait within a lease.
+   * What was stopped is waited for as long again, and at least 5 seconds; ERR_WASM_DRAIN_TIMEOUT if even that does not suffice,
+   * which takes an import that blocks the JS thread, one long bulk-memory operation, or `engine.interruptible: false`.
    */
   onDrainTimeout?: 'abort' | 'interrupt'
 }
@@ -447,10 +470,62 @@ export interface DrainOptions {
 export interface ReloadOptions extends DrainOptions {
   /** In the report and in `stats().reloads`. Default 'manual'. */
   reason?: string
-  /** 'exclusive' (the default): new calls wait while the old generation drains. 'rolling': they go to the new one at once; not with saveState. */
+  /**
+   * Another build of the module to swap to; later reloads, and replacements after a trap, stay on it.
+   *
+   * It must offer every function in use with the same type, and a memory if the module that serves has one; it must do with the
+   * imports that were given (ERR_WASM_INCOMPATIBLE_MODULE, nothing was touched).
+   * A function is in use once it was called, or looked up by name for a call, through whatever path.
+   * The source is read when the reload begins; bytes are copied at once.
+   */
+  source?: ModuleSource
+  /**
+   * 'exclusive': new calls wait while the old generation drains. 'rolling': new calls go to the new generation at once while the
+   * old one drains behind. Default 'exclusive'.
+   *
+   * 'rolling' cannot hand state over: with a `saveState` hook it is refused (ERR_WASM_INVALID_ARGUMENT) unless `skipSave` is true.
+   * With it `drainTimeoutMs` bounds two waits: before the reload, for what an earlier rolling reload has left behind, so that there
+   * are never more than two generations; and behind it, for what this one leaves behind, where 'interrupt' then stops it and
+   * 'abort' lets it run on.
+   */
   strategy?: 'exclusive' | 'rolling'
   /** Leave state behind, for a guest whose save traps: neither `saveState` nor `restoreState` is called. Default false. */
   skipSave?: boolean
+}
+
+/**
+ * The context of the tracing channel 'wasm-molt:reload' (`diagnostics_channel.tracingChannel`), which tells of every `reload()`
+ * and `reloadSync()`: `start` and `end` around the call, `asyncStart` and `asyncEnd` when the promise settles, `error` when it fails.
+ */
+export interface ReloadTrace {
+  /** The manager's name. */
+  manager: string
+  /** What served when the reload was asked for. */
+  generation: number
+  reason: string
+  strategy: 'exclusive' | 'rolling'
+  /** From `asyncStart` on, or for `reloadSync` at `end`: what it resolved with. */
+  result?: ReloadReport
+  /** From `error` on: what it rejected with or threw. */
+  error?: unknown
+}
+
+/**
+ * The message of the channel 'wasm-molt:reload:step': one for each step that went well, in their order, from the event loop,
+ * before the reload settles. Exclusive: instantiate, drain, save (not with `skipSave`), restore, commit. Rolling: drain, instantiate, commit.
+ *
+ * Only reloads that are asked for while the channel has a subscriber are told of.
+ */
+export interface ReloadStep {
+  /** The manager's name. */
+  manager: string
+  /** What the reload is to bring. */
+  generation: number
+  reason: string
+  strategy: 'exclusive' | 'rolling'
+  step: 'instantiate' | 'drain' | 'save' | 'restore' | 'commit'
+  /** Milliseconds; the same figure as in the report, where that has it. */
+  durationMs: number
 }
 
 /** What a reload did. */
@@ -462,17 +537,20 @@ export interface ReloadReport {
   /** As given; 'trap' for a replica that was replaced because it trapped or was stopped. */
   reason: string
   strategy: 'exclusive' | 'rolling'
-  /** In flight when the gate closed. */
+  /** In flight when the gate closed; rolling: what was left behind on the old generation. */
   drained: number
-  /** Waited at the gate when it opened. */
+  /** Waited at the gate when it opened. 0 with 'rolling', where nobody waits for the swap. */
   queued: number
-  /** Milliseconds that the gate was closed. For reason 'trap': how long the replacement took, with the gate open. */
+  /**
+   * Milliseconds that the gate was closed: at least drainMs + saveMs + restoreMs. Rolling: how long the change-over took, with the
+   * gate open. For reason 'trap': how long the replacement took, with the gate open.
+   */
   pauseMs: number
-  /** Of the pause: waiting for what was in flight. */
+  /** Of the pause: waiting for what was in flight. Rolling: before it, waiting for what an earlier rolling reload had left behind. */
   drainMs: number
   /** Of the pause: `saveState`. 0 with `skipSave`. */
   saveMs: number
-  /** Before the pause: making the new instances, `initialize` included. */
+  /** Before the pause: making the new instances, `initialize` included; with `source`, reading and compiling too. */
   instantiateMs: number
   /** Of the pause: `restoreState`. */
   restoreMs: number

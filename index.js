@@ -6,6 +6,7 @@ const { AsyncLocalStorage } = require('node:async_hooks')
 const { channel, tracingChannel } = require('node:diagnostics_channel')
 const { EventEmitter } = require('node:events')
 const { fileURLToPath } = require('node:url')
+const { isPromise } = require('node:util').types
 const { isMainThread } = require('node:worker_threads')
 const binding = require('./binding.js')
 
@@ -179,34 +180,53 @@ function toReload(options) {
 const hookScope = new AsyncLocalStorage()
 let hooksRunning = 0
 
-function hookDone() {
-  hooksRunning -= 1
-  if (hooksRunning === 0) hookScope.disable()
-}
-
 /** * `token`: stands for the manager, which the hook must not keep alive. */
 function scoped(token, hook) {
   return (...args) => {
-    const scope = { token, outer: hookScope.getStore() }
-    hooksRunning += 1
+    const scope = { token, outer: hookScope.getStore(), isOver: true }
+    const begin = () => {
+      scope.isOver = false
+      hooksRunning += 1
+    }
+    const end = () => {
+      scope.isOver = true
+      hooksRunning -= 1
+      if (hooksRunning === 0) hookScope.disable()
+    }
+    begin()
     let isPending = false
     try {
       const outcome = hookScope.run(scope, () => hook(...args))
-      if (typeof outcome?.then === 'function') {
-        isPending = true
-        outcome.then(hookDone, hookDone)
-      }
+      isPending = isPromise(outcome)
+      if (isPending) outcome.then(end, end)
+      else if (typeof outcome?.then === 'function') return inScope(outcome, scope, begin, end)
       return outcome
     } finally {
-      if (!isPending) hookDone()
+      if (!isPending) end()
     }
+  }
+}
+
+/** A thenable that goes on with the hook once somebody asks it, which starts some of them: so not before, and not twice. */
+function inScope(thenable, scope, begin, end) {
+  return {
+    // biome-ignore lint/suspicious/noThenProperty: it stands for one that has it.
+    then: (onValue, onReason) => {
+      begin()
+      const followed = new Promise((resolve, reject) => {
+        hookScope.run(scope, () => thenable.then(resolve, reject))
+      })
+      followed.then(end, end)
+      followed.then(onValue, onReason)
+    },
   }
 }
 
 function isInHook(token) {
   if (hooksRunning === 0) return false
   for (let scope = hookScope.getStore(); scope !== undefined; scope = scope.outer) {
-    if (scope.token === token) return true
+    // What a hook has left behind, such as a timer, outlives it and is inside no hook.
+    if (scope.token === token && !scope.isOver) return true
   }
   return false
 }

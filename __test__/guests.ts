@@ -126,6 +126,31 @@ export const buffers = wat(
   'buffers',
 )
 
+/**
+ * Keeps one stamp in its memory and one in a global; `read` reads one, calls `pause`, and reads the other. `next` counts.
+ * A call that saw a mixture of two instances would return two different stamps.
+ */
+export const stamped = wat(
+  `(module
+    (import "env" "pause" (func $pause (param i32)))
+    (memory (export "memory") 1)
+    (global $stamp (mut i32) (i32.const 0))
+    (global $count (mut i32) (i32.const 0))
+    (func (export "stamp") (param i32)
+      (i32.store (i32.const 0) (local.get 0))
+      (global.set $stamp (local.get 0)))
+    (func (export "read") (param i32) (result i32 i32)
+      (i32.load (i32.const 0))
+      (call $pause (local.get 0))
+      (global.get $stamp))
+    (func (export "next") (result i32)
+      (global.set $count (i32.add (global.get $count) (i32.const 1)))
+      (global.get $count))
+    (func (export "count") (result i32) (global.get $count))
+    (func (export "setCount") (param i32) (global.set $count (local.get 0))))`,
+  'stamped',
+)
+
 // ---------------------------------------------------------------- bytes by hand
 
 export type ValueType = 'i32' | 'i64' | 'f32' | 'f64' | 'v128' | 'funcref' | 'externref'

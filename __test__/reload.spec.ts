@@ -2,7 +2,7 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import type { LeasedInstance, ManagerOptions, ReloadOptions } from '../index.js'
-import { wat, workbench } from './guests.ts'
+import { stamped, wat, workbench } from './guests.ts'
 import {
   barrier,
   bench,
@@ -17,7 +17,6 @@ import {
   turns,
   until,
   type WasmError,
-  type WasmModuleManager,
 } from './support.ts'
 
 const env = { WORKBENCH: workbench }
@@ -311,189 +310,7 @@ test(
   },
 )
 
-// ---------------------------------------------------------------- failures
-
-type BenchOptions = NonNullable<Parameters<typeof bench>[1]>
-
-interface FailingPhase {
-  phase: 'save' | 'instantiate' | 'initialize' | 'restore'
-  options(error: unknown, armed: () => boolean): BenchOptions
-}
-
-const PHASES: FailingPhase[] = [
-  {
-    phase: 'save',
-    options: (error, armed) => ({
-      saveState: () => {
-        if (armed()) throw error
-      },
-    }),
-  },
-  {
-    phase: 'instantiate',
-    options: (error, armed) => ({
-      onImports: () => {
-        if (armed()) throw error
-      },
-    }),
-  },
-  {
-    phase: 'initialize',
-    options: (error, armed) => ({
-      initialize: () => {
-        if (armed()) throw error
-      },
-    }),
-  },
-  {
-    phase: 'restore',
-    options: (error, armed) => ({
-      saveState: () => 1,
-      restoreState: () => {
-        if (armed()) throw error
-      },
-    }),
-  },
-]
-
-/** The same function, a few turns of the event loop later. */
-const late =
-  <A extends unknown[], R>(hook: (...args: A) => R) =>
-  async (...args: A): Promise<Awaited<R>> => {
-    await turns()
-    return await hook(...args)
-  }
-
-const asynchronous = (options: BenchOptions): BenchOptions => {
-  const { initialize, saveState, restoreState, ...rest } = options
-  return {
-    ...rest,
-    ...(initialize && { initialize: late(initialize) }),
-    ...(saveState && { saveState: late(saveState) }),
-    ...(restoreState && { restoreState: late(restoreState) }),
-  }
-}
-
-for (const { phase, options } of PHASES) {
-  for (const kind of ['throws', 'rejects', 'throws in reloadSync'] as const) {
-    if (phase === 'instantiate' && kind === 'rejects') continue
-    test(
-      `when ${phase} ${kind}, the old generation serves on untouched and the cause is the very object`,
-      LIMIT,
-      async (t) => {
-        for (const cause of [new Error(`in ${phase}`), 'a string', undefined, null, Object.freeze({ odd: true })]) {
-          let isArmed = false
-          const given = options(cause, () => isArmed)
-          const { manager } = await bench(t, { instances: 2, ...(kind === 'rejects' ? asynchronous(given) : given) })
-          manager.exports.set?.(7)
-          manager.exports.store?.(1, 8)
-          isArmed = true
-          const end =
-            kind === 'throws in reloadSync'
-              ? await outcome((async () => manager.reloadSync())())
-              : await outcome(manager.reload())
-          assert.ok('error' in end)
-          hasCode('ERR_WASM_RELOAD_FAILED')(end.error)
-          const error = end.error as WasmError
-          assert.equal(error.phase, phase)
-          assert.ok(Object.is(error.cause, cause), `cause: ${String(error.cause)}`)
-          if (cause instanceof Error) assert.ok(error.message.includes(cause.message))
-          assert.deepEqual([manager.state, manager.generation], ['ready', 1])
-          assert.equal(manager.exports.peek?.(), 7)
-          assert.equal(manager.exports.load?.(1), 8)
-          assert.deepEqual(await Promise.all([manager.call('add', [1, 2]), manager.call('add', [3, 4])]), [3, 7])
-          isArmed = false
-          assert.equal((await manager.reload()).generation, 2)
-        }
-      },
-    )
-  }
-
-  test(`calls that wait while ${phase} fails are answered by the old generation, in order`, LIMIT, async (t) => {
-    let isArmed = false
-    const started = barrier()
-    const gate = barrier()
-    const given = options(new Error('no'), () => isArmed)
-    const { manager, close, arrived, release } = await bench(t, {
-      ...given,
-      // Whatever fails, fails late: first let calls queue up.
-      ...(phase === 'save' && {
-        saveState: async () => {
-          started.open()
-          await gate.promise
-          throw new Error('no')
-        },
-      }),
-      ...(phase === 'restore' && {
-        restoreState: async () => {
-          started.open()
-          await gate.promise
-          throw new Error('no')
-        },
-      }),
-    })
-    manager.exports.set?.(50)
-    isArmed = true
-    if (phase === 'save' || phase === 'restore') {
-      const reload = outcome(manager.reload())
-      await started.promise
-      const waiting = [manager.call('count'), manager.call('count'), manager.use((i) => i.exports.count?.())]
-      await turns()
-      gate.open()
-      assert.ok('error' in (await reload))
-      assert.deepEqual(await Promise.all(waiting), [51, 52, 53])
-    } else {
-      // These phases run before the gate closes: calls are served all the while.
-      close(1)
-      const held = manager.call('holdThenCount', [1])
-      await arrived(1)
-      const waiting = [manager.call('count'), manager.call('count')]
-      assert.ok('error' in (await outcome(manager.reload())))
-      release(1)
-      assert.deepEqual(await Promise.all([held, ...waiting]), [51, 52, 53])
-    }
-  })
-}
-
-test(
-  'a guest that traps in saveState is replaced: the reload fails, later calls run in a fresh instance',
-  LIMIT,
-  async (t) => {
-    const { manager } = await bench(t, {
-      saveState: (instance) => {
-        instance.exports.boom?.()
-      },
-    })
-    manager.exports.set?.(5)
-    const end = await outcome(manager.reload())
-    assert.ok('error' in end)
-    hasCode('ERR_WASM_RELOAD_FAILED')(end.error)
-    const error = end.error as WasmError
-    assert.equal(error.phase, 'save')
-    hasCode('ERR_WASM_TRAP')(error.cause)
-    assert.equal(await manager.call('peek'), 0)
-    assert.equal(manager.exports.add?.(1, 2), 3)
-  },
-)
-
-test('a guest that traps in restoreState or initialize costs nothing but the new generation', LIMIT, async (t) => {
-  let isArmed = false
-  const trap = (instance: LeasedInstance) => {
-    if (isArmed) instance.exports.boom?.()
-  }
-  for (const options of [{ initialize: trap }, { saveState: () => 1, restoreState: trap }] as ManagerOptions[]) {
-    isArmed = false
-    const { manager } = await bench(t, options)
-    manager.exports.set?.(5)
-    isArmed = true
-    const end = await outcome(manager.reload())
-    assert.ok('error' in end)
-    hasCode('ERR_WASM_RELOAD_FAILED')(end.error)
-    hasCode('ERR_WASM_TRAP')((end.error as WasmError).cause)
-    assert.equal(manager.exports.peek?.(), 5)
-    assert.equal(await manager.call('peek'), 5)
-  }
-})
+// ---------------------------------------------------------------- state left behind
 
 test('skipSave leaves state behind and asks neither hook', LIMIT, async (t) => {
   const asked: string[] = []
@@ -620,115 +437,59 @@ test('reloads one after another, with calls all the while: no call lost, none an
   assert.equal(manager.stats().calls.completed >= sent, true)
 })
 
-// ---------------------------------------------------------------- the drain
-
-test('a reload waits for a lease, and the lease holder may call as often as it likes', LIMIT, async (t) => {
-  const { manager } = await bench(t)
-  const lease = await manager.acquire()
-  const reload = manager.reload()
-  await until(() => manager.state === 'draining')
-  lease.exports.set?.(12)
-  assert.equal(await lease.call('count'), 13)
-  assert.equal(lease.exports.peek?.(), 13)
-  assert.equal(manager.generation, 1)
-  lease.release()
-  assert.equal((await reload).drained, 1)
-})
-
-test("onDrainTimeout 'abort' gives up: the old generation serves on, calls in flight end well", LIMIT, async (t) => {
-  const { manager, close, arrived, release } = await bench(t)
-  manager.exports.set?.(3)
-  close(1)
-  const held = manager.call('holdThenCount', [1])
-  await arrived(1)
-  const started = performance.now()
-  const end = await outcome(manager.reload({ drainTimeoutMs: 30 }))
-  const took = performance.now() - started
-  assert.ok('error' in end)
-  hasCode('ERR_WASM_DRAIN_TIMEOUT', /30 ms/)(end.error)
-  assert.equal((end.error as WasmError).inFlight, 1)
-  assert.ok(took >= 25, `gave up after ${took} ms`)
-  assert.deepEqual([manager.state, manager.generation], ['ready', 1])
-  const waits = manager.call('count')
-  release(1)
-  assert.deepEqual(await Promise.all([held, waits]), [4, 5])
-  assert.equal(manager.stats().reloadsFailed, 1)
-  assert.equal((await manager.reload()).generation, 2)
-})
-
-test("onDrainTimeout 'interrupt' stops what still runs with ERR_WASM_INTERRUPTED, and commits", LIMIT, async (t) => {
-  const { manager, entered, close, arrived } = await bench(t, { instances: 2, threads: 2 })
-  close(1)
-  const inside = entered()
-  const spin = outcome(manager.call('spin'))
-  await inside
-  const held = outcome(manager.call('hold', [1]))
-  await arrived(1)
-  const report = await manager.reload({ drainTimeoutMs: 20, onDrainTimeout: 'interrupt' })
-  assert.equal(report.generation, 2)
-  assert.equal(report.drained, 2)
-  for (const end of await Promise.all([spin, held])) {
-    assert.ok('error' in end)
-    hasCode('ERR_WASM_INTERRUPTED')(end.error)
+test('several replicas carry their own state over and over, and no call sees a mixture', LIMIT, async (t) => {
+  const replicas = 4
+  const order: [string, number, number][] = []
+  const manager = await managed(t, stamped, {
+    instances: replicas,
+    threads: 3,
+    imports: { env: { pause: () => turns(1) } },
+    initialize: (instance) => void instance.exports.stamp?.(instance.generation),
+    saveState: async (instance, replica) => {
+      order.push(['save', instance.generation, replica])
+      return { replica, count: await instance.call('count') }
+    },
+    restoreState: (instance, state: { replica: number; count: number }, replica) => {
+      order.push(['restore', instance.generation, replica])
+      assert.equal(state.replica, replica)
+      instance.exports.setCount?.(state.count)
+    },
+  })
+  let isDone = false
+  let counted = 0
+  const reader = async () => {
+    let latest = 0
+    while (!isDone) {
+      const [first, second] = (await manager.call('read', [1])) as [number, number]
+      assert.equal(first, second)
+      assert.ok(first >= latest, `generation ${first} after ${latest}`)
+      latest = first
+    }
   }
-  assert.deepEqual(await Promise.all([manager.call('add', [1, 2]), manager.call('add', [3, 4])]), [3, 7])
+  const counter = async () => {
+    while (!isDone) {
+      await manager.call('next')
+      counted += 1
+    }
+  }
+  const callers = [reader(), reader(), reader(), counter(), counter(), counter()]
+  for (let round = 0; round < 40; round += 1) {
+    order.length = 0
+    const { generation } = await manager.reload()
+    const each = Array.from({ length: replicas }, (_, replica) => replica)
+    assert.deepEqual(order, [
+      ...each.map((replica) => ['save', generation - 1, replica]),
+      ...each.map((replica) => ['restore', generation, replica]),
+    ])
+  }
+  isDone = true
+  await Promise.all(callers)
+  const held = await Promise.all(Array.from({ length: replicas }, () => manager.acquire()))
+  const sum = held.reduce((total, one) => total + (one.exports.count?.() as number), 0)
+  for (const one of held) one.release()
+  assert.ok(counted > 0)
+  assert.equal(sum, counted)
 })
-
-test('an interrupted instance is not asked to save by the very reload that interrupted it', LIMIT, async (t) => {
-  let asked = 0
-  const { manager, entered } = await bench(t, {
-    saveState: () => {
-      asked += 1
-    },
-  })
-  const inside = entered()
-  const spin = outcome(manager.call('spin'))
-  await inside
-  await manager.reload({ drainTimeoutMs: 0, onDrainTimeout: 'interrupt' })
-  assert.ok('error' in (await spin))
-  assert.equal(asked, 0)
-})
-
-test('a drain timeout of 0 commits at once when nothing is in flight', LIMIT, async (t) => {
-  const { manager } = await bench(t)
-  assert.equal((await manager.reload({ drainTimeoutMs: 0 })).generation, 2)
-})
-
-test('reload called while an import of a pool call runs waits for that call', LIMIT, async (t) => {
-  const source = wat('(module (import "env" "f" (func $f (result i32))) (func (export "run") (result i32) (call $f)))')
-  let reload: Promise<unknown> | undefined
-  const manager: WasmModuleManager = await managed(t, source, {
-    imports: {
-      env: {
-        f: () => {
-          reload ??= manager.reload()
-          return 5
-        },
-      },
-    },
-  })
-  assert.equal(await manager.call('run'), 5)
-  await reload
-  assert.equal(manager.generation, 2)
-  assert.equal(manager.exports.run?.(), 5)
-})
-
-test(
-  'a call awaited inside a hook of its own swap would wait for ever, so the drain timeout is not what ends it: leases do it',
-  LIMIT,
-  async (t) => {
-    // The hook uses its own instance; that works while the gate is closed.
-    const { manager } = await bench(t, {
-      saveState: async (instance) => await instance.call('peek'),
-      restoreState: async (instance, state) => {
-        await instance.call('set', [state])
-      },
-    })
-    manager.exports.set?.(77)
-    await manager.reload()
-    assert.equal(manager.exports.peek?.(), 77)
-  },
-)
 
 // ---------------------------------------------------------------- reloadSync
 
@@ -774,25 +535,6 @@ test('reloadSync throws ERR_WASM_BUSY while anything is in flight, and leaves al
   lease.release()
   assert.equal(manager.generation, 1)
   assert.equal(manager.reloadSync().generation, 2)
-})
-
-test('reloadSync and reload inside an import of a synchronous call: busy, and later', LIMIT, async (t) => {
-  const source = wat('(module (import "env" "f" (func $f (result i32))) (func (export "run") (result i32) (call $f)))')
-  let later: Promise<unknown> | undefined
-  const manager: WasmModuleManager = await managed(t, source, {
-    imports: {
-      env: {
-        f: () => {
-          assert.throws(() => manager.reloadSync(), hasCode('ERR_WASM_BUSY'))
-          later = manager.reload()
-          return 6
-        },
-      },
-    },
-  })
-  assert.equal(manager.exports.run?.(), 6)
-  await later
-  assert.equal(manager.generation, 2)
 })
 
 test('reloadSync refuses a hook that returns a promise, and rolls back', LIMIT, async (t) => {

@@ -63,6 +63,19 @@ export function outcome<T>(promise: Promise<T>): Promise<{ value: T } | { error:
   )
 }
 
+/** The error of ours that a promise comes to; anything else is a failure of the test. */
+export async function failure(promise: Promise<unknown>, code: WasmErrorCode, text?: RegExp): Promise<WasmError> {
+  const end = await outcome(promise)
+  assert.ok('error' in end, `expected ${code}, and it went well`)
+  hasCode(code, text)(end.error)
+  return end.error as WasmError
+}
+
+/** What a function throws or returns, as a promise. */
+export async function thrownBy<T>(fn: () => T): Promise<T> {
+  return fn()
+}
+
 /** A manager that does not outlive its test. */
 export async function managed(
   t: TestContext,

@@ -22,6 +22,8 @@ import {
   type ModuleSource,
   type ReloadOptions,
   type ReloadReport,
+  type ReloadStep,
+  type ReloadTrace,
   version,
   WasmError,
   type WasmErrorCode,
@@ -200,9 +202,10 @@ manager.acquire({ timeoutMs: 5 })
 expectTypeOf(manager.reload).toEqualTypeOf<(options?: ReloadOptions) => Promise<ReloadReport>>()
 expectTypeOf(manager.reloadSync).toEqualTypeOf<(options?: ReloadOptions) => ReloadReport>()
 expectTypeOf<keyof ReloadOptions>().toEqualTypeOf<
-  'reason' | 'strategy' | 'skipSave' | 'drainTimeoutMs' | 'onDrainTimeout'
+  'reason' | 'source' | 'strategy' | 'skipSave' | 'drainTimeoutMs' | 'onDrainTimeout'
 >()
 expectTypeOf<ReloadOptions['strategy']>().toEqualTypeOf<'exclusive' | 'rolling' | undefined>()
+expectTypeOf<ReloadOptions['source']>().toEqualTypeOf<ModuleSource | undefined>()
 expectTypeOf<DrainOptions>().toEqualTypeOf<{ drainTimeoutMs?: number; onDrainTimeout?: 'abort' | 'interrupt' }>()
 expectTypeOf<ReloadReport>().toEqualTypeOf<{
   generation: number
@@ -219,9 +222,28 @@ expectTypeOf<ReloadReport>().toEqualTypeOf<{
   memoryBytesBefore: number
   memoryBytesAfter: number
 }>()
-manager.reload({ strategy: 'rolling' })
-// @ts-expect-error swapping to another build has not arrived
-manager.reload({ source: 'other.wasm' })
+expectTypeOf<ReloadTrace>().toEqualTypeOf<{
+  manager: string
+  generation: number
+  reason: string
+  strategy: 'exclusive' | 'rolling'
+  result?: ReloadReport
+  error?: unknown
+}>()
+expectTypeOf<ReloadStep>().toEqualTypeOf<{
+  manager: string
+  generation: number
+  reason: string
+  strategy: 'exclusive' | 'rolling'
+  step: 'instantiate' | 'drain' | 'save' | 'restore' | 'commit'
+  durationMs: number
+}>()
+manager.reload({ strategy: 'rolling', source: new URL('file:///other.wasm') })
+manager.reloadSync({ source: new Uint8Array() })
+// @ts-expect-error no such strategy
+manager.reload({ strategy: 'sideways' })
+// @ts-expect-error a compiled module of Node's own engine is no source
+manager.reload({ source: new WebAssembly.Module(new Uint8Array()) })
 // @ts-expect-error no such answer to a drain timeout
 manager.reload({ onDrainTimeout: 'wait' })
 // @ts-expect-error [snapshot] has not arrived
