@@ -230,6 +230,8 @@ export class WasmModuleManager extends EventEmitter implements AsyncDisposable {
    * - ERR_WASM_RELOADING: it was called inside a hook of this manager, and would wait for that hook; nothing was begun.
    * - ERR_WASM_CLOSED: the manager is closed, or was destroyed meanwhile, or closed by a hook or with `drainTimeoutMs`.
    *
+   * docs/reloads.md says it in full, and what may be called from inside hooks, imports and listeners.
+   *
    * It settles when its hooks do: a hook that never settles keeps it pending, with `state` 'reloading', until
    * `close({ drainTimeoutMs })` or `destroy()`.
    *
@@ -338,7 +340,7 @@ export interface ManagerOptions {
   /**
    * Reads what must survive out of the OLD, quiescent instance. Any JS value; a promise or another thenable is awaited by `reload`.
    *
-   * Not called with `skipSave`, nor for an instance that has trapped.
+   * Not called with `skipSave`, nor for an instance that has trapped or was interrupted. A rolling reload cannot hand state over.
    * * `replica`: its number, from 0.
    */
   saveState?: (instance: LeasedInstance, replica: number) => unknown

@@ -362,3 +362,45 @@ test('interrupting again and again leaves nothing in flight and nothing stopped'
   }
   assert.deepEqual(manager.stats().reloads, { manual: 20 })
 })
+
+// ---------------------------------------------------------------- the end, meanwhile
+
+for (const strategy of ['exclusive', 'rolling'] as const) {
+  test(`close({ drainTimeoutMs }) ends an ${strategy} reload that still drains, and then itself`, LIMIT, async (t) => {
+    const { manager, close, arrived, release } = await bench(t)
+    const lease = await manager.acquire()
+    // A rolling one waits for what an earlier one has left behind.
+    if (strategy === 'rolling') await manager.reload({ strategy })
+    else {
+      close(1)
+      void outcome(lease.call('hold', [1]))
+      await arrived(1)
+    }
+    const { generation } = manager
+    const reload = failure(manager.reload({ strategy, reason: 'late' }), 'ERR_WASM_CLOSED')
+    const error = await failure(
+      quick(() => manager.close({ drainTimeoutMs: 20 })),
+      'ERR_WASM_DRAIN_TIMEOUT',
+    )
+    await reload
+    assert.deepEqual([error.inFlight, manager.state, manager.generation], [1, 'closing', generation])
+    const closed = manager.close()
+    release(1)
+    lease.release()
+    await closed
+    assert.deepEqual([manager.state, manager.stats().memoryBytes], ['closed', 0])
+  })
+
+  test(`destroy cuts an ${strategy} reload that still drains`, LIMIT, async (t) => {
+    const { manager } = await bench(t)
+    const lease = await manager.acquire()
+    if (strategy === 'rolling') await manager.reload({ strategy })
+    const reload = failure(manager.reload({ strategy, reason: 'late' }), 'ERR_WASM_CLOSED')
+    if (strategy === 'exclusive') await until(() => manager.state === 'draining')
+    const waits = strategy === 'exclusive' ? failure(manager.call('count'), 'ERR_WASM_CLOSED') : undefined
+    await quick(() => manager.destroy())
+    await Promise.all([reload, waits])
+    assert.throws(() => lease.exports.add?.(1, 2), stale)
+    assert.equal(manager.state, 'closed')
+  })
+}
