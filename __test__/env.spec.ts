@@ -234,3 +234,90 @@ for (const [what, call] of [
     })
   }
 }
+
+// Where the runtime is not Node itself, the addon wakes the event loop by Node-API's own means.
+for (const [what, flags] of [
+  ["a handle of the event loop's", []],
+  ['a thread-safe function', ['--import', 'data:text/javascript,globalThis.Bun={}']],
+] as const) {
+  // So long that nobody looks for the answer by himself any more.
+  const slow = wat(
+    `(module
+      (func (export "slow") (result i32) (local i32)
+        (loop (br_if 0 (i32.lt_u (local.tee 0 (i32.add (local.get 0) (i32.const 1))) (i32.const 30000000))))
+        (local.get 0))
+      (func (export "trap") (call 0) (drop) (unreachable)))`,
+    'slow',
+  )
+
+  test(
+    `woken by ${what}: promises and process.nextTick go on, and the process ends when nothing runs`,
+    LIMIT,
+    async () => {
+      const ended = await child(
+        `
+      const manager = await WasmModuleManager.create(process.env.SLOW, { instances: 2 })
+      const order = []
+      for (let i = 0; i < 3; i += 1) {
+        const result = manager.call('slow')
+        // Nothing else keeps the event loop turning.
+        await new Promise((resolve) => result.then((value) => {
+          order.push(value)
+          queueMicrotask(() => order.push('microtask'))
+          process.nextTick(() => { order.push('tick'); resolve() })
+        }))
+      }
+      report({ order, both: await Promise.all([manager.call('slow'), manager.call('slow')]) })
+      `,
+        { env: { SLOW: slow }, flags: [...flags] },
+      )
+      const one = [30_000_000, 'microtask', 'tick']
+      assert.deepEqual(reported(ended), { order: [...one, ...one, ...one], both: [30_000_000, 30_000_000] })
+    },
+  )
+
+  test(
+    `woken by ${what}: what a listener throws is an uncaught exception, and what follows still comes`,
+    LIMIT,
+    async () => {
+      const ended = await child(
+        `
+      const manager = await WasmModuleManager.create(process.env.SLOW)
+      const uncaught = []
+      process.on('uncaughtException', (error) => { uncaught.push(error.message) })
+      manager.on('trap', () => { throw new Error('from the listener') })
+      const codes = []
+      for (let i = 0; i < 2; i += 1) await manager.call('trap').catch((error) => { codes.push(error.code) })
+      report({ codes, uncaught, then: await manager.call('slow') })
+      `,
+        { env: { SLOW: slow }, flags: [...flags] },
+      )
+      assert.deepEqual(reported(ended), {
+        codes: ['ERR_WASM_TRAP', 'ERR_WASM_TRAP'],
+        uncaught: ['from the listener', 'from the listener'],
+        then: 30_000_000,
+      })
+    },
+  )
+
+  test(`woken by ${what}: workers that end while answers are on their way leave nothing behind`, LIMIT, async () => {
+    const ended = await child(
+      `${LAUNCH}
+      for (let round = 0; round < 20; round += 1) {
+        const worker = launch('stop', \`
+          const turn = () => manager.call('add', [1, 1]).then(turn, () => {})
+          for (let i = 0; i < 8; i += 1) turn()
+          parentPort.postMessage('busy')
+          if (\${round % 2}) process.exit(0)
+        \`)
+        await message(worker)
+        worker.removeAllListeners('exit')
+        await worker.terminate()
+      }
+      report('survived')
+      `,
+      { env, flags: [...flags] },
+    )
+    assert.equal(reported(ended), 'survived')
+  })
+}

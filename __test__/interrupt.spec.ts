@@ -34,6 +34,19 @@ const ENDLESS = wat(
     (func (export "nested") (call $entered) (loop (loop (br 1)) (br 0)))
     (func (export "condition") (param i32) (call $entered)
       (loop (br_if 0 (local.get 0)) (br_if 0 (i32.eqz (local.get 0)))))
+    (func (export "arms") (local i32) (call $entered)
+      (loop (local.set 0 (i32.xor (local.get 0) (i32.const 1))) (if (local.get 0) (then (br 1)) (else (br 1)))))
+    (func (export "again") (call $entered) (loop (br_if 0 (i32.eqz (i32.load (i32.const 60000))))))
+    (func (export "outwards") (local i32) (call $entered)
+      (loop (local.set 0 (i32.const 0)) (loop
+        (if (i32.gt_u (local.get 0) (i32.const 3)) (then (br 2)))
+        (local.set 0 (i32.add (local.get 0) (i32.const 1))) (br 0))))
+    (func $tree (param i32)
+      (if (local.get 0) (then (loop
+        (call $tree (i32.sub (local.get 0) (i32.const 1)))
+        (call $tree (i32.sub (local.get 0) (i32.const 1)))
+        (br_if 0 (i32.const 0))))))
+    (func (export "loopless") (call $entered) (call $tree (i32.const 70)))
     (func (export "table") (call $entered) (loop (br_table 0 0 0 (i32.const 1))))
     (func (export "bulk") (call $entered)
       (loop (memory.fill (i32.const 0) (i32.const 7) (i32.const 65536)) (br 0)))
@@ -62,6 +75,10 @@ const WAYS = [
   'counting',
   'nested',
   'condition',
+  'arms',
+  'again',
+  'outwards',
+  'loopless',
   'table',
   'bulk',
   'grow',

@@ -14,6 +14,7 @@ use wasm_molt_engine::{HostRef, Watch};
 use crate::inbox::{Inbox, Task};
 use crate::js::{Js, JsResult, Val};
 use crate::side::{ManagerSide, ReplicaSide};
+use crate::wake::Wake;
 
 /// Functions of `index.js` that need JavaScript to be written in.
 pub(crate) struct Helpers {
@@ -52,7 +53,7 @@ pub(crate) type Settled = Box<dyn FnOnce(&EnvState, Result<Val, Val>)>;
 pub(crate) struct EnvState {
     env: sys::napi_env,
     pub(crate) inbox: Arc<Inbox>,
-    wake: sys::napi_threadsafe_function,
+    wake: Wake,
     /// Operations under way: while there is one, the process stays alive.
     busy: Cell<u32>,
     /// Until when the event loop looks into the inbox by itself; see `EnvState::look`.
@@ -92,7 +93,7 @@ impl EnvState {
             look_soon: helper(c"lookSoon")?,
         };
         let slab = js.reference(js.array(0)?)?;
-        let wake = make_wake(js)?;
+        let wake = Wake::new(js)?;
         let inbox = Inbox::new(wake);
         let watch = (!is_main).then(|| watch_over(js, &inbox));
         let state = Rc::new(Self {
@@ -119,7 +120,7 @@ impl EnvState {
             envs.push(state);
         });
         // SAFETY: valid environment; the hook finds its state by the environment's address.
-        // Registered after the wake function, so it runs before that one is gone.
+        // Registered after the wake-up, so it runs before that is gone.
         unsafe { sys::napi_add_env_cleanup_hook(js.raw(), Some(clean_up), js.raw().cast()) };
         Ok(())
     }
@@ -157,8 +158,7 @@ impl EnvState {
         let busy = self.busy.get();
         self.busy.set(busy + 1);
         if busy == 0 {
-            // SAFETY: the wake function lives as long as this state.
-            unsafe { sys::napi_ref_threadsafe_function(self.env, self.wake) };
+            self.wake.keep_alive(self.js(), true);
         }
     }
 
@@ -166,8 +166,7 @@ impl EnvState {
         let busy = self.busy.get().saturating_sub(1);
         self.busy.set(busy);
         if busy == 0 {
-            // SAFETY: as above.
-            unsafe { sys::napi_unref_threadsafe_function(self.env, self.wake) };
+            self.wake.keep_alive(self.js(), false);
         }
     }
 
@@ -363,6 +362,14 @@ impl EnvState {
         was_any
     }
 
+    /// Another thread has posted something.
+    pub(crate) fn woken(&self) {
+        // Whoever has just been answered may well be back soon: a guest with one import after another.
+        if self.drain() && self.busy.get() > 0 {
+            self.js().scoped(|| self.expect_answer());
+        }
+    }
+
     fn run_task(&self, task: Task) {
         let run = std::panic::AssertUnwindSafe(|| task(self));
         if let Err(panic) = std::panic::catch_unwind(run) {
@@ -454,51 +461,6 @@ fn watch_over(js: Js, inbox: &Arc<Inbox>) -> Arc<Watch> {
 
 fn find(env: sys::napi_env) -> Option<Rc<EnvState>> {
     ENVS.with_borrow(|envs| envs.iter().find(|e| e.env == env).map(Rc::clone))
-}
-
-fn make_wake(js: Js) -> JsResult<sys::napi_threadsafe_function> {
-    let name = js.string("wasm-molt")?;
-    let mut wake = ptr::null_mut();
-    // SAFETY: valid environment and values; `woken` matches the expected signature.
-    let status = unsafe {
-        sys::napi_create_threadsafe_function(
-            js.raw(),
-            ptr::null_mut(),
-            ptr::null_mut(),
-            name,
-            0,
-            1,
-            ptr::null_mut(),
-            None,
-            ptr::null_mut(),
-            Some(woken),
-            &raw mut wake,
-        )
-    };
-    if status != sys::Status::napi_ok {
-        return Err(js.throw_type_error("the wake function could not be made"));
-    }
-    // SAFETY: just made. Idle managers must not keep the process alive.
-    unsafe { sys::napi_unref_threadsafe_function(js.raw(), wake) };
-    Ok(wake)
-}
-
-unsafe extern "C" fn woken(
-    env: sys::napi_env,
-    _callback: Val,
-    _context: *mut c_void,
-    _data: *mut c_void,
-) {
-    // Null while the environment goes.
-    if env.is_null() {
-        return;
-    }
-    if let Some(state) = find(env) {
-        // Whoever has just been answered may well be back soon: a guest with one import after another.
-        if state.drain() && state.busy.get() > 0 {
-            state.js().scoped(|| state.expect_answer());
-        }
-    }
 }
 
 unsafe extern "C" fn clean_up(env: *mut c_void) {

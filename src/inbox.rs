@@ -5,13 +5,11 @@
 //! accepted any more, and what was queued is dropped: whoever waits for an answer sees its channel close.
 
 use std::collections::VecDeque;
-use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use napi::sys;
-
 use crate::env::EnvState;
+use crate::wake::Wake;
 
 /// Runs on the JS thread, inside a handle scope.
 pub(crate) type Task = Box<dyn FnOnce(&EnvState) + Send>;
@@ -27,9 +25,9 @@ struct Queue {
 /// One per environment. Any thread.
 pub(crate) struct Inbox {
     queue: Mutex<Queue>,
-    /// Null once the environment is going away. A lock of its own, which the JS thread does not take
+    /// None once the environment is going away. A lock of its own, which the JS thread does not take
     /// to empty the queue: else whoever wakes it would still hold what it needs first.
-    wake: Mutex<sys::napi_threadsafe_function>,
+    wake: Mutex<Option<Wake>>,
     is_woken: AtomicBool,
     thread: usize,
     /// Slab indices whose last holder is gone.
@@ -37,8 +35,8 @@ pub(crate) struct Inbox {
     released_count: AtomicUsize,
 }
 
-// SAFETY: the thread-safe function is made to be called from any thread, and is only used under the
-// lock while it is not null; everything else is `Send` and `Sync` already.
+// SAFETY: waking is made to be done from any thread, and is only done under the lock while it is still
+// there; everything else is `Send` and `Sync` already.
 unsafe impl Send for Inbox {}
 // SAFETY: as above.
 unsafe impl Sync for Inbox {}
@@ -47,7 +45,7 @@ unsafe impl Sync for Inbox {}
 const RELEASED_BEFORE_WAKE: usize = 1024;
 
 impl Inbox {
-    pub(crate) fn new(wake: sys::napi_threadsafe_function) -> Arc<Self> {
+    pub(crate) fn new(wake: Wake) -> Arc<Self> {
         Arc::new(Self {
             queue: Mutex::new(Queue {
                 tasks: VecDeque::new(),
@@ -55,7 +53,7 @@ impl Inbox {
                 is_open: true,
                 is_gone: false,
             }),
-            wake: Mutex::new(wake),
+            wake: Mutex::new(Some(wake)),
             is_woken: AtomicBool::new(false),
             thread: thread_token(),
             released: Mutex::default(),
@@ -110,10 +108,9 @@ impl Inbox {
             return;
         }
         let wake = self.wake.lock().unwrap_or_else(PoisonError::into_inner);
-        if !wake.is_null() {
-            let mode = sys::ThreadsafeFunctionCallMode::nonblocking;
-            // SAFETY: not null, so the environment has not begun to go (that needs this lock).
-            unsafe { sys::napi_call_threadsafe_function(*wake, ptr::null_mut(), mode) };
+        if let Some(wake) = *wake {
+            // SAFETY: still there, so the environment has not begun to go (that needs this lock).
+            unsafe { wake.send() };
         }
     }
 
@@ -126,7 +123,7 @@ impl Inbox {
 
     /// Nothing is accepted from here on. Returns what was queued, to be dropped. JS thread.
     pub(crate) fn close(&self) -> VecDeque<Task> {
-        *self.wake.lock().unwrap_or_else(PoisonError::into_inner) = ptr::null_mut();
+        *self.wake.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let mut queue = self.lock();
         queue.is_open = false;
         std::mem::take(&mut queue.tasks)

@@ -182,6 +182,12 @@ impl Js {
         value
     }
 
+    pub(crate) fn global(self) -> JsResult<Val> {
+        let mut value = ptr::null_mut();
+        napi!(self, napi_get_global(&raw mut value))?;
+        Ok(value)
+    }
+
     pub(crate) fn null(self) -> JsResult<Val> {
         let mut value = ptr::null_mut();
         napi!(self, napi_get_null(&raw mut value))?;

@@ -17,6 +17,7 @@ mod memory;
 mod options;
 mod report;
 mod side;
+mod wake;
 
 use napi::bindgen_prelude::Object;
 use napi::{Env, JsValue, Result};

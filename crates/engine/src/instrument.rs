@@ -6,10 +6,11 @@
 //!
 //! It has to be a **store**. A load would be removed by the compiler's redundant-load elimination
 //! wherever another poll dominates it with no call between, which is to say in every inner loop. A
-//! store inside a loop always differs from the one before it.
+//! store inside a loop always differs from the one before it, wherever in the loop it stands.
 //!
 //! Polls stand
-//! - behind every `loop` header,
+//! - in every loop: behind its header, or, where it calls nothing, where it branches back (see
+//!   [`scan::Sites`]),
 //! - before every indirect call outside of loops (tail calls too),
 //! - at the entry of enough functions that no cycle of direct calls outside of loops is without one,
 //! - where calls fan out so much that more than [`MAX_WEIGHT`] bytes of code could run without a
@@ -42,8 +43,6 @@ mod tests;
 
 /// Bytes of code that calls may run one after the other without a poll: less than a millisecond.
 const MAX_WEIGHT: u64 = 1 << 20;
-/// See [`scan::Sites::values`].
-const VALUES_PER_POLL: u32 = 4;
 /// `i32.const 0, drop`.
 const PAD: [u8; 3] = [0x41, 0x00, 0x1a];
 /// What the validator allows (`wasmparser`'s own limits, which it does not export).
@@ -358,9 +357,8 @@ impl<'a> Seen<'a> {
             .iter()
             .map(|body| Function {
                 bytes: body.bytes.len(),
-                values: body
-                    .values
-                    .saturating_add(VALUES_PER_POLL * polls(body) as u32),
+                values: body.values,
+                polls: polls(body),
                 calls: body.calls.clone(),
             })
             .collect()
@@ -621,12 +619,13 @@ fn append_code(out: &mut Vec<u8>, seen: &Seen<'_>, poll: &[u8], pads: bool) -> R
         let sites = seen.sites.found.get(body.sites.clone()).unwrap_or_default();
         let entry = sites.first().map_or(body.start, |entry| entry.at);
         let sites = sites.iter().filter(|site| site.is_polled());
+        let polls = sites.clone().count();
         let pads = if pads {
-            inline::pads(body.bytes.len())
+            inline::pads(body.bytes.len(), polls)
         } else {
             0
         };
-        let size = body.bytes.len() + sites.clone().count() * poll.len() + pads * PAD.len();
+        let size = body.bytes.len() + polls * poll.len() + pads * PAD.len();
         if size > MAX_FUNCTION_BYTES && body.bytes.len() <= MAX_FUNCTION_BYTES {
             return Err(InstrumentError::NoRoom {
                 what: format!(

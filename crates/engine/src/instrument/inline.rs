@@ -44,16 +44,23 @@ pub(super) enum Inlining {
     Padded,
 }
 
-/// Values that a function of so many bytes gets.
-pub(super) fn pads(bytes: usize) -> usize {
+/// A poll is at least so many values: two constants, an address that is extended and added to a base.
+pub(super) const VALUES_PER_POLL: usize = 4;
+
+/// Values that a function of so many bytes gets. Its polls are a brake as well: counted on top, they
+/// would keep the inliner from what it does without them.
+pub(super) fn pads(bytes: usize, polls: usize) -> usize {
     // With more it is not inlined and nothing into it, anyway.
-    (1 + bytes / BYTES_PER_PAD).min(MAX_VALUES as usize)
+    let values = (1 + bytes / BYTES_PER_PAD).min(MAX_VALUES as usize);
+    values.saturating_sub(VALUES_PER_POLL * polls)
 }
 
 /// A function as the inliner sees it.
 pub(super) struct Function {
     pub(super) bytes: usize,
+    /// Without those of polls.
     pub(super) values: u32,
+    pub(super) polls: usize,
     /// Its part of [`Sites::calls`].
     pub(super) calls: Range<usize>,
 }
@@ -87,9 +94,9 @@ pub(super) fn plan(functions: &[Function], sites: &Sites, imported: usize) -> In
     let (mut bytes, mut at_worst, mut if_all) = (0_u64, 0_u64, 0_u64);
     for function in order {
         let own = &functions[function];
-        let pads = pads(own.bytes) as u32;
+        let brake = (pads(own.bytes, own.polls) + VALUES_PER_POLL * own.polls) as u32;
         let mut sum = Inlined {
-            values: own.values.saturating_add(pads),
+            values: own.values.saturating_add(brake),
             bytes: own.bytes as u64,
             at_worst: own.bytes as u64,
             if_all: own.bytes as u64,
@@ -107,8 +114,8 @@ pub(super) fn plan(functions: &[Function], sites: &Sites, imported: usize) -> In
                 sum.bytes = sum.bytes.saturating_add(callee.bytes);
             }
         }
-        // What is inlined has, pads alone, a value for every so many bytes, and values have a limit.
-        let room = u64::from(MAX_VALUES.saturating_sub(pads)) * BYTES_PER_PAD as u64;
+        // What is inlined has, pads and polls alone, a value for every so many bytes, and values have a limit.
+        let room = u64::from(MAX_VALUES.saturating_sub(brake)) * BYTES_PER_PAD as u64;
         sum.at_worst = sum.at_worst.min(own.bytes as u64 + room);
         inlined[function] = sum;
         bytes = bytes.saturating_add(sum.bytes);

@@ -24,6 +24,8 @@ impl Site {
     pub(super) const POLLED: u32 = u32::MAX;
     /// In place of a callee: the first instruction of a function.
     pub(super) const ENTRY: u32 = u32::MAX - 1;
+    /// In place of a callee: none goes there after all.
+    const DROPPED: u32 = u32::MAX - 2;
 
     pub(super) fn is_polled(self) -> bool {
         self.callee == Self::POLLED
@@ -32,6 +34,10 @@ impl Site {
 
 /// Finds the places, in order: a function's entry, its loops, its calls. Calls inside a loop are no
 /// place: the loop's own poll comes before them.
+///
+/// A loop is polled in one of two places. At its header, which also covers what it calls; or, if it
+/// calls nothing and that costs no more, where it branches back: a loop that mostly does not repeat
+/// then passes no poll at all.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Sites {
     pub(super) found: Vec<Site>,
@@ -41,15 +47,48 @@ pub(super) struct Sites {
     pub(super) calls: Vec<u32>,
     /// About how many SSA values the compiler makes of the body at hand.
     pub(super) values: u32,
-    /// For each open block of the body at hand, whether it is a loop.
-    open: Vec<bool>,
-    loops: usize,
+    /// For each open block of the body at hand, its loop if it is one.
+    open: Vec<Option<usize>>,
+    /// The open loops, from the outside in.
+    nest: Vec<usize>,
+    loops: Vec<Loop>,
+    /// The branches back to loops: the places of their sites, and which loop it is.
+    latches: Vec<(usize, usize)>,
+    /// What was met so far that only a poll at the header is good for.
+    obstacles: usize,
+}
+
+/// A loop of the body at hand.
+#[derive(Debug, PartialEq, Eq)]
+struct Loop {
+    /// The place of its header's site.
+    header: usize,
+    obstacles_before: usize,
+    /// Branches back, those on a condition among them.
+    latches: usize,
+    conditions: usize,
+    is_unfit: bool,
+    is_closed: bool,
+}
+
+impl Loop {
+    /// Whether to poll where it branches back. One pass executes at most one plain branch; but one on
+    /// a condition is polled whether it is taken or not, so there it must be the only one.
+    fn has_polled_latches(&self) -> bool {
+        self.is_closed
+            && !self.is_unfit
+            && self.latches > 0
+            && (self.conditions == 0 || self.latches == 1)
+    }
 }
 
 impl Sites {
     fn begin(&mut self, entry: usize) {
         self.open.clear();
-        self.loops = 0;
+        self.nest.clear();
+        self.loops.clear();
+        self.latches.clear();
+        self.obstacles = 0;
         self.values = 0;
         self.found.push(Site {
             at: entry,
@@ -58,12 +97,21 @@ impl Sites {
     }
 
     fn enter(&mut self) {
-        self.open.push(false);
+        self.open.push(None);
     }
 
     fn enter_loop(&mut self, body: usize) {
-        self.open.push(true);
-        self.loops += 1;
+        let index = self.loops.len();
+        self.open.push(Some(index));
+        self.nest.push(index);
+        self.loops.push(Loop {
+            header: self.found.len(),
+            obstacles_before: self.obstacles,
+            latches: 0,
+            conditions: 0,
+            is_unfit: false,
+            is_closed: false,
+        });
         self.found.push(Site {
             at: body,
             callee: Site::POLLED,
@@ -71,13 +119,66 @@ impl Sites {
     }
 
     fn leave(&mut self) {
-        if self.open.pop() == Some(true) {
-            self.loops -= 1;
+        if let Some(Some(index)) = self.open.pop() {
+            self.nest.pop();
+            if let Some(left) = self.loops.get_mut(index) {
+                left.is_closed = true;
+                left.is_unfit |= left.obstacles_before != self.obstacles;
+            }
         }
     }
 
+    /// The loop that a branch to this depth leads back to.
+    fn target(&self, depth: u32) -> Option<usize> {
+        let from_outside = self.open.len().checked_sub(depth as usize + 1)?;
+        *self.open.get(from_outside)?
+    }
+
+    fn branch(&mut self, at: usize, depth: u32) {
+        self.branch_back(at, depth, false);
+    }
+
+    /// A branch on a condition, polled before that is looked at. In an inner loop that could be much
+    /// more often than the outer one begins anew.
+    fn branch_if(&mut self, at: usize, depth: u32) {
+        self.branch_back(at, depth, true);
+    }
+
+    fn branch_back(&mut self, at: usize, depth: u32, is_conditional: bool) {
+        let Some(index) = self.target(depth) else {
+            return;
+        };
+        let is_innermost = self.nest.last() == Some(&index);
+        let Some(to) = self.loops.get_mut(index) else {
+            return;
+        };
+        to.latches += 1;
+        to.conditions += usize::from(is_conditional);
+        to.is_unfit |= is_conditional && !is_innermost;
+        self.latches.push((self.found.len(), index));
+        self.found.push(Site {
+            at,
+            callee: Site::DROPPED,
+        });
+    }
+
+    /// One of the targets of a table.
+    fn branch_by_table(&mut self, depth: u32) {
+        if let Some(index) = self.target(depth)
+            && let Some(to) = self.loops.get_mut(index)
+        {
+            to.is_unfit = true;
+        }
+    }
+
+    /// Something that may lead back to any open loop.
+    fn branch_anywhere(&mut self) {
+        self.obstacles += 1;
+    }
+
     fn call(&mut self, at: usize, callee: u32) {
-        if self.loops == 0 {
+        self.obstacles += 1;
+        if self.nest.is_empty() {
             self.found.push(Site { at, callee });
         }
     }
@@ -90,6 +191,33 @@ impl Sites {
     /// A call of who knows what, which may well lead back here.
     fn indirect_call(&mut self, at: usize) {
         self.call(at, Site::POLLED);
+    }
+
+    /// The body was read to its end: decides where its loops are polled. `before`: where its sites
+    /// begin.
+    fn finish(&mut self, before: usize) {
+        if self.latches.is_empty() {
+            return;
+        }
+        for each in self.loops.iter().filter(|each| each.has_polled_latches()) {
+            if let Some(header) = self.found.get_mut(each.header) {
+                header.callee = Site::DROPPED;
+            }
+        }
+        for (site, index) in &self.latches {
+            let is_polled = self.loops.get(*index).is_some_and(Loop::has_polled_latches);
+            if let Some(site) = self.found.get_mut(*site).filter(|_| is_polled) {
+                site.callee = Site::POLLED;
+            }
+        }
+        let mut kept = before;
+        for at in before..self.found.len() {
+            if self.found[at].callee != Site::DROPPED {
+                self.found[kept] = self.found[at];
+                kept += 1;
+            }
+        }
+        self.found.truncate(kept);
     }
 }
 
@@ -106,6 +234,7 @@ pub(super) fn scan(body: &FunctionBody<'_>, sites: &mut Sites) -> Result<()> {
         sites.calls.truncate(calls_before);
         scan_any(body, sites)?;
     }
+    sites.finish(before);
     Ok(())
 }
 
@@ -119,12 +248,23 @@ fn scan_any(body: &FunctionBody<'_>, sites: &mut Sites) -> Result<()> {
         check_memories(&operator, sites.memories, at)?;
         let opcode = body.as_bytes().get(at - body.range().start);
         sites.values += opcode.map_or(0, |opcode| u32::from(VALUES[usize::from(*opcode)]));
+        if may_branch(&operator) {
+            sites.branch_anywhere();
+        }
         match operator {
             Operator::Loop { .. } => sites.enter_loop(operators.original_position()),
             Operator::Block { .. } | Operator::If { .. } | Operator::TryTable { .. } => {
                 sites.enter();
             }
             Operator::End => sites.leave(),
+            Operator::Br { relative_depth } => sites.branch(at, relative_depth),
+            Operator::BrIf { relative_depth } => sites.branch_if(at, relative_depth),
+            Operator::BrTable { targets } => {
+                sites.branch_by_table(targets.default());
+                for depth in targets.targets() {
+                    sites.branch_by_table(depth?);
+                }
+            }
             Operator::Call { function_index } | Operator::ReturnCall { function_index } => {
                 sites.direct_call(at, function_index);
             }
@@ -190,6 +330,43 @@ macro_rules! define_check_memories {
 
 wasmparser::for_each_operator!(define_check_memories);
 
+/// Whether an instruction's immediate of this name holds labels.
+macro_rules! holds_labels {
+    (relative_depth) => {
+        true
+    };
+    (targets) => {
+        true
+    };
+    (try_table) => {
+        true
+    };
+    (resume_table) => {
+        true
+    };
+    ($other:ident) => {
+        false
+    };
+}
+
+macro_rules! define_may_branch {
+    ($( @$proposal:ident $op:ident $({ $($arg:ident: $ty:ty),* })? => $visit:ident ($($ann:tt)*) )*) => {
+        /// Whether it may branch in a way that is not looked at one by one.
+        fn may_branch(operator: &Operator<'_>) -> bool {
+            if let Operator::Br { .. } | Operator::BrIf { .. } | Operator::BrTable { .. } = operator {
+                return false;
+            }
+            match operator {
+                $(Operator::$op { .. } => false $($(|| holds_labels!($arg))*)?,)*
+                // A kind of instruction that is newer than this list of all of them.
+                _ => true,
+            }
+        }
+    };
+}
+
+wasmparser::for_each_operator!(define_may_branch);
+
 /// What follows an opcode.
 #[derive(Clone, Copy)]
 enum Immediate {
@@ -208,7 +385,6 @@ enum Immediate {
     MemArg,
     /// A memory argument and a lane.
     MemArgLane,
-    BrTable,
     /// A second opcode, of the `0xfc` space.
     Prefix,
     /// A second opcode, of the `0xfd` space.
@@ -221,6 +397,9 @@ const BLOCK: u8 = 0x02;
 const LOOP: u8 = 0x03;
 const IF: u8 = 0x04;
 const END: u8 = 0x0b;
+const BR: u8 = 0x0c;
+const BR_IF: u8 = 0x0d;
+const BR_TABLE: u8 = 0x0e;
 const CALL: u8 = 0x10;
 const CALL_INDIRECT: u8 = 0x11;
 const RETURN_CALL: u8 = 0x12;
@@ -235,12 +414,10 @@ const IMMEDIATES: [Immediate; 256] = {
             0x00 | 0x01 | 0x05 | 0x0b | 0x0f | 0x1a | 0x1b | 0x45..=0xc4 | 0xd1 => Immediate::None,
             // block, loop, if
             0x02..=0x04 => Immediate::BlockType,
-            // br, br_if, call, return_call, local.*, global.*, table.get, table.set, i32.const,
-            // ref.func
-            0x0c | 0x0d | 0x10 | 0x12 | 0x20..=0x26 | 0x41 | 0xd2 => Immediate::Indices(1),
+            // local.*, global.*, table.get, table.set, i32.const, ref.func
+            0x20..=0x26 | 0x41 | 0xd2 => Immediate::Indices(1),
             // memory.size, memory.grow
             0x3f | 0x40 => Immediate::Memories(1),
-            0x0e => Immediate::BrTable,
             // call_indirect, return_call_indirect
             0x11 | 0x13 => Immediate::Indices(2),
             // loads and stores
@@ -318,9 +495,27 @@ fn scan_common(code: &[u8], start: usize, sites: &mut Sites) -> Option<()> {
     while let Some(&opcode) = code.get(cursor.at) {
         let at = start + cursor.at;
         cursor.at += 1;
-        if let CALL | RETURN_CALL = opcode {
-            sites.direct_call(at, cursor.index()?);
-            continue;
+        match opcode {
+            CALL | RETURN_CALL => {
+                sites.direct_call(at, cursor.index()?);
+                continue;
+            }
+            BR => {
+                sites.branch(at, cursor.index()?);
+                continue;
+            }
+            BR_IF => {
+                sites.branch_if(at, cursor.index()?);
+                continue;
+            }
+            BR_TABLE => {
+                // The default is one more.
+                for _ in 0..=cursor.index()? {
+                    sites.branch_by_table(cursor.index()?);
+                }
+                continue;
+            }
+            _ => {}
         }
         values += u32::from(*VALUES.get(usize::from(opcode))?);
         cursor.step_over(*IMMEDIATES.get(usize::from(opcode))?)?;
@@ -417,12 +612,6 @@ impl Cursor<'_> {
             Immediate::MemArgLane => {
                 self.mem_arg()?;
                 self.at += 1;
-            }
-            Immediate::BrTable => {
-                // The default is one more.
-                for _ in 0..=self.index()? {
-                    self.skip(5)?;
-                }
             }
             Immediate::Prefix => {
                 let opcode = self.index()?;

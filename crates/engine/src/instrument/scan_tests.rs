@@ -21,13 +21,17 @@ fn none_yet() -> Sites {
 
 fn by_table(bytes: &[u8]) -> Option<Vec<Site>> {
     let mut sites = none_yet();
-    scan_common(&bytes[1..], 1001, &mut sites).map(|()| sites.found)
+    scan_common(&bytes[1..], 1001, &mut sites)?;
+    sites.finish(0);
+    Some(sites.found)
 }
 
 fn by_parser(bytes: &[u8]) -> Result<Vec<Site>> {
     let mut sites = none_yet();
     let body = FunctionBody::new(BinaryReader::new(bytes, 1000));
-    scan_any(&body, &mut sites).map(|()| sites.found)
+    scan_any(&body, &mut sites)?;
+    sites.finish(0);
+    Ok(sites.found)
 }
 
 /// Code of the one function in a module.
@@ -60,6 +64,16 @@ fn what_compilers_emit_is_read_by_the_table() {
         ),
         ("loop (param i32) (result v128 externref) end", 1, 0),
         ("br_table 0 0 0 0", 0, 0),
+        (
+            "loop br 0 br 0 br 0 end loop br_if 0 loop br 1 end end",
+            5,
+            0,
+        ),
+        (
+            "loop br_if 0 br_if 0 end loop loop br_if 1 end end loop br_table 0 1 0 end",
+            4,
+            0,
+        ),
         ("call 0 return_call 0 call 0", 0, 3),
         (
             "call_indirect (type $f) call_indirect 1 (type $f) return_call_indirect (type $f)",
@@ -242,7 +256,8 @@ fn random_code_is_read_alike() {
         let mut code = Vec::new();
         let mut depth = 0;
         for _ in 0..random(12) {
-            match random(8) {
+            match random(9) {
+                8 => code.extend([BR + random(2) as u8, random(4) as u8]),
                 0 => {
                     code.extend([
                         2 + random(3) as u8,

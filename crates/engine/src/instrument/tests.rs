@@ -136,6 +136,272 @@ fn a_poll_stands_first_in_a_loop_and_in_a_function_and_before_an_indirect_call()
     assert_eq!(names, expected.concat());
 }
 
+/// The instructions of the first function, each by its name, polls as one.
+fn shape(body: &str) -> String {
+    let bytes = wasm(&format!(
+        r#"(module (import "" "" (func)) (table 1 funcref) (tag $t) (memory 1) (func {body}))"#
+    ));
+    let names: Vec<_> = operators(&spliced(&bytes).bytes)
+        .remove(0)
+        .iter()
+        .map(|o| match o.split([' ', '{']).next().unwrap() {
+            "I32Store" => "POLL".to_owned(),
+            name => name.to_lowercase(),
+        })
+        .collect();
+    names.join(" ").replace("i32const i32const POLL", "POLL")
+}
+
+#[test]
+fn a_loop_that_calls_nothing_is_polled_where_it_branches_back() {
+    for (body, expected) in [
+        ("loop br 0 end", "loop POLL br end end"),
+        (
+            "loop nop (br_if 0 (i32.const 1)) end",
+            "loop nop i32const POLL brif end end",
+        ),
+        (
+            "block loop (br_if 1 (i32.const 1)) br 0 end end",
+            "block loop i32const brif POLL br end end end",
+        ),
+        // At most one of them is taken.
+        (
+            "loop (if (i32.const 1) (then br 1) (else br 1)) end",
+            "loop i32const if POLL br else POLL br end end end",
+        ),
+        (
+            "loop loop br 1 end br 0 end",
+            // Nothing leads back to the inner one.
+            "loop loop POLL POLL br end POLL br end end",
+        ),
+        (
+            "loop loop (br_if 0 (i32.const 1)) end br 0 end",
+            "loop loop i32const POLL brif end POLL br end end",
+        ),
+    ] {
+        assert_eq!(shape(body), expected, "{body}");
+    }
+}
+
+#[test]
+fn a_loop_is_polled_at_its_header_where_that_is_cheaper_or_needed() {
+    for body in [
+        "loop end",
+        // Calls, of whatever kind: the first round has not branched back yet.
+        "loop call 0 br 0 end",
+        "loop (call_indirect (i32.const 0)) br 0 end",
+        "loop (if (i32.const 1) (then call 1)) br 0 end",
+        "loop (if (i32.const 1) (then return_call 1)) br 0 end",
+        // More than one branch on a condition, taken or not.
+        "loop (br_if 0 (i32.const 1)) (br_if 0 (i32.const 1)) end",
+        "loop (br_if 0 (i32.const 1)) br 0 end",
+        // Other ways to branch.
+        "loop (br_table 0 1 (i32.const 1)) end",
+        "loop (br_table 1 0 (i32.const 1)) end",
+        "loop br 0 (br_table 1 1 0 (i32.const 1)) end",
+        "loop (block try_table (catch $t 0) end) br 0 end",
+        "loop try_table (catch $t 1) end br 0 end",
+        "loop (br_on_null 0 (ref.null func)) drop br 0 end",
+    ] {
+        let shape = shape(body);
+        assert!(shape.contains("loop POLL"), "{body}: {shape}");
+        assert_eq!(shape.matches("POLL").count(), 1, "{body}: {shape}");
+    }
+    // In an inner loop a condition may be looked at much more often than the outer one begins anew.
+    assert_eq!(
+        shape("loop loop (br_if 1 (i32.const 1)) br 0 end end"),
+        "loop POLL loop i32const brif POLL br end end end"
+    );
+    // An inner loop is judged for itself.
+    assert_eq!(
+        shape("loop loop br 0 end call 0 br 0 end"),
+        "loop POLL loop POLL br end call br end end"
+    );
+    assert_eq!(
+        shape("loop loop call 0 br 0 end br 0 end"),
+        "loop POLL loop POLL call br end br end end"
+    );
+}
+
+/// A random function body of valid code without operands, `depth` labels deep.
+fn random_code(
+    random: &mut dyn FnMut(usize) -> usize,
+    depth: usize,
+    functions: usize,
+    code: &mut String,
+) {
+    for _ in 0..random(4) {
+        match random(11) {
+            0..=2 if depth < 6 => {
+                code.push_str("loop ");
+                random_code(random, depth + 1, functions, code);
+                code.push_str("end ");
+            }
+            3 if depth < 6 => {
+                code.push_str("block ");
+                random_code(random, depth + 1, functions, code);
+                code.push_str("end ");
+            }
+            4 if depth < 6 => {
+                code.push_str("i32.const 1 if ");
+                random_code(random, depth + 1, functions, code);
+                code.push_str("else ");
+                random_code(random, depth + 1, functions, code);
+                code.push_str("end ");
+            }
+            kind @ 5..=9 => {
+                let label = random(depth + 1);
+                let branch = match kind {
+                    5 => format!("br {label} "),
+                    8 => format!("i32.const 1 br_table {label} {} ", random(depth + 1)),
+                    9 => format!("call {} ", random(functions)),
+                    _ => format!("i32.const 1 br_if {label} "),
+                };
+                code.push_str(&branch);
+            }
+            _ => code.push_str("nop "),
+        }
+    }
+}
+
+/// Every place of a module's code, as the places that may be next; `None` where a poll is.
+fn flow(bytes: &[u8]) -> Vec<Option<Vec<usize>>> {
+    let poll_memory =
+        |o: &Operator<'_>| matches!(o, Operator::I32Store { memarg } if memarg.memory == 0);
+    let bodies = bodies(bytes);
+    let starts: Vec<usize> = bodies
+        .iter()
+        .scan(0, |next, body| {
+            let start = *next;
+            *next += body.len();
+            Some(start)
+        })
+        .collect();
+    let mut places = Vec::new();
+    for (body, start) in bodies.iter().zip(&starts) {
+        // Where a branch to each label leads: filled in backwards for blocks.
+        let mut ends = vec![0; body.len()];
+        let mut elses = vec![None; body.len()];
+        let mut open = Vec::new();
+        for (at, operator) in body.iter().enumerate() {
+            match operator {
+                Operator::Loop { .. } | Operator::Block { .. } | Operator::If { .. } => {
+                    open.push(at);
+                }
+                Operator::Else => elses[*open.last().unwrap()] = Some(at),
+                Operator::End => {
+                    if let Some(begin) = open.pop() {
+                        ends[begin] = at;
+                    }
+                }
+                _ => {}
+            }
+        }
+        let mut open = Vec::new();
+        for (at, operator) in body.iter().enumerate() {
+            let label = |depth: u32| match (open.len() as u32).checked_sub(depth + 1) {
+                None => body.len() - 1,
+                Some(outer) => {
+                    let begin: usize = open[outer as usize];
+                    if matches!(body[begin], Operator::Loop { .. }) {
+                        begin
+                    } else {
+                        ends[begin]
+                    }
+                }
+            };
+            let mut next = Vec::new();
+            match operator {
+                Operator::Br { relative_depth } => next.push(label(*relative_depth)),
+                Operator::BrIf { relative_depth } => next.extend([label(*relative_depth), at + 1]),
+                Operator::BrTable { targets } => {
+                    next.push(label(targets.default()));
+                    next.extend(targets.targets().map(|depth| label(depth.unwrap())));
+                }
+                Operator::If { .. } => next.extend([at + 1, elses[at].map_or(ends[at], |e| e + 1)]),
+                Operator::Else => next.push(ends[*open.last().unwrap()]),
+                _ if at + 1 < body.len() => next.push(at + 1),
+                _ => {}
+            }
+            let mut next: Vec<usize> = next.iter().map(|next| next + start).collect();
+            match operator {
+                // Into it, or past it.
+                Operator::Call { function_index } => next.push(starts[*function_index as usize]),
+                Operator::Loop { .. } | Operator::Block { .. } | Operator::If { .. } => {
+                    open.push(at);
+                }
+                Operator::End => {
+                    open.pop();
+                }
+                _ => {}
+            }
+            places.push((!poll_memory(operator)).then_some(next));
+        }
+    }
+    places
+}
+
+/// Whether one can go round somewhere without meeting a poll.
+fn has_unpolled_cycle(places: &[Option<Vec<usize>>]) -> bool {
+    let mut marks = vec![Mark::New; places.len()];
+    for root in 0..places.len() {
+        let mut open = vec![(root, 0)];
+        while let Some((place, next)) = open.pop() {
+            let Some(successors) = &places[place] else {
+                marks[place] = Mark::Done;
+                continue;
+            };
+            if next == 0 {
+                match marks[place] {
+                    Mark::New => marks[place] = Mark::Open,
+                    Mark::Open => return true,
+                    Mark::Done => continue,
+                }
+            }
+            match successors.get(next) {
+                Some(successor) => open.extend([(place, next + 1), (*successor, 0)]),
+                None => marks[place] = Mark::Done,
+            }
+        }
+    }
+    false
+}
+
+#[test]
+fn no_way_through_the_code_goes_round_without_a_poll() {
+    let mut state = 1_u64;
+    let mut random = move |below: usize| {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % below
+    };
+    let mut polls = [0, 0];
+    for _ in 0..1_000 {
+        let functions = 1 + random(3);
+        let text = (0..functions).fold(String::new(), |text, _| {
+            let mut code = String::new();
+            random_code(&mut random, 0, functions, &mut code);
+            text + &format!("(func {code})")
+        });
+        let bytes = wasm(&format!("(module {text})"));
+        let spliced = spliced(&bytes);
+        assert!(!has_unpolled_cycle(&flow(&spliced.bytes)), "{text}");
+        if !spliced.has_poll_memory {
+            continue;
+        }
+        // The check itself can fail: one poll less, and often something goes round.
+        let mut places = flow(&spliced.bytes);
+        let at: Vec<_> = (0..places.len())
+            .filter(|at| places[*at].is_none())
+            .collect();
+        let one = at[random(at.len())];
+        places[one] = Some(vec![one + 1]);
+        polls[usize::from(has_unpolled_cycle(&places))] += 1;
+    }
+    assert!(polls[1] > 150, "{polls:?}");
+}
+
 /// Functions of which each calls the next, `calls` times; and a last one.
 fn chain(depth: usize, calls: usize) -> usize {
     let functions = (1..=depth).fold(String::new(), |wat, next| {

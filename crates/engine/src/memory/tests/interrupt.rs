@@ -106,6 +106,47 @@ fn endless() -> Vec<(&'static str, String)> {
                  loop (br_if 0 (i32.eqz (i32.load (i32.const 8)))) end br 0 end"),
         ),
         (
+            "a loop that branches back from many places",
+            run(
+                "(local i32) loop (local.set 0 (i32.xor (local.get 0) (i32.const 1))) \
+                 (if (local.get 0) (then br 1) (else br 1)) end",
+            ),
+        ),
+        (
+            "a loop that repeats on a condition",
+            run("loop (br_if 0 (i32.eqz (i32.load (i32.const 8)))) end"),
+        ),
+        (
+            "a loop that repeats from within another",
+            run("(local i32) loop (local.set 0 (i32.const 0)) loop \
+                 (if (i32.gt_u (local.get 0) (i32.const 3)) (then br 2)) \
+                 (local.set 0 (i32.add (local.get 0) (i32.const 1))) br 0 end end"),
+        ),
+        (
+            "a loop with two conditions",
+            run(
+                "loop (br_if 0 (i32.load (i32.const 8))) (br_if 0 (i32.eqz (i32.load (i32.const 8)))) end",
+            ),
+        ),
+        (
+            "recursion in loops that do not repeat",
+            module(
+                r#"(func $a (param i32) (if (local.get 0) (then
+                        loop (call $a (i32.sub (local.get 0) (i32.const 1)))
+                             (call $a (i32.sub (local.get 0) (i32.const 1)))
+                             (br_if 0 (i32.const 0)) end)))
+                (func (export "run") (call $a (i32.const 70)))"#,
+            ),
+        ),
+        (
+            "a callee's loop, again and again",
+            module(
+                r#"(func $a (local i32) loop
+                        (br_if 0 (i32.lt_u (local.tee 0 (i32.add (local.get 0) (i32.const 1))) (i32.const 9))) end)
+                (func (export "run") loop call $a call $a call $a br 0 end)"#,
+            ),
+        ),
+        (
             "a loop that counts in memory",
             run(
                 "loop (i32.store (i32.const 0) (i32.add (i32.load (i32.const 0)) (i32.const 1))) br 0 end",
