@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use napi::sys;
 use wasm_molt_engine::HostRef;
 
+use crate::exports::{Scratch, call_through_scratch};
 use crate::inbox::{Inbox, Task};
 use crate::js::{Js, JsResult, Val};
 use crate::side::{ManagerSide, ReplicaSide};
@@ -29,6 +30,8 @@ pub(crate) struct Helpers {
     pub(crate) make_lease: sys::napi_ref,
     /// `(context) => InstanceContext`
     pub(crate) make_context: sys::napi_ref,
+    /// `(name, params, result, at) => function` through the scratch.
+    pub(crate) make_export: sys::napi_ref,
     /// `() => void`: has `look` called in the next turn of the event loop.
     pub(crate) look_soon: sys::napi_ref,
 }
@@ -75,7 +78,21 @@ thread_local! {
 
 impl EnvState {
     /// Sets this environment up with the helpers of `index.js`.
-    pub(crate) fn set_up(js: Js, helpers: Val) -> JsResult<()> {
+    ///
+    /// Answers what the functions made by `makeExport` call.
+    pub(crate) fn set_up(js: Js, helpers: Val) -> JsResult<Val> {
+        let scratch = js.property(helpers, c"scratch")?;
+        let bytes = js.bytes(scratch)?.filter(|b| b.len >= size_of::<Scratch>());
+        let Some(bytes) = bytes else {
+            return Err(js.throw_type_error("setup needs a scratch"));
+        };
+        // Never given back: it lasts as long as the environment, and is never moved nor detached.
+        js.reference(scratch)?;
+        let call = js.function(
+            "call",
+            Some(call_through_scratch),
+            bytes.data as *mut c_void,
+        )?;
         let helper = |name| js.reference(js.property(helpers, name)?);
         let helpers = Helpers {
             error: helper(c"error")?,
@@ -84,6 +101,7 @@ impl EnvState {
             follow: helper(c"follow")?,
             make_lease: helper(c"makeLease")?,
             make_context: helper(c"makeContext")?,
+            make_export: helper(c"makeExport")?,
             look_soon: helper(c"lookSoon")?,
         };
         let slab = js.reference(js.array(0)?)?;
@@ -112,7 +130,27 @@ impl EnvState {
         // SAFETY: valid environment; the hook finds its state by the environment's address.
         // Registered after the wake function, so it runs before that one is gone.
         unsafe { sys::napi_add_env_cleanup_hook(js.raw(), Some(clean_up), js.raw().cast()) };
-        Ok(())
+        Ok(call)
+    }
+
+    /// A function whose arguments and result cross in the scratch.
+    ///
+    /// * `at`: what is in the scratch's first place when it calls.
+    pub(crate) fn scratch_function(
+        &self,
+        name: &str,
+        params: usize,
+        result: u32,
+        at: f64,
+    ) -> JsResult<Val> {
+        let js = self.js();
+        let args = [
+            js.string(name)?,
+            js.number(params as f64)?,
+            js.number(f64::from(result))?,
+            js.number(at)?,
+        ];
+        js.call(self.helper(self.helpers.make_export)?, &args)
     }
 
     /// The state of the running callback's environment.

@@ -726,6 +726,11 @@ impl RawValue {
     pub fn f64(v: f64) -> Self {
         Self(ValRaw::f64(v.to_bits()))
     }
+    /// From a number; 0 for anything else.
+    #[inline]
+    pub fn from_number(value: &Value) -> Self {
+        Self(number_to_raw(value))
+    }
     /// As an i32.
     #[inline]
     pub fn to_i32(self) -> i32 {
