@@ -173,6 +173,7 @@ impl EnvState {
         unsafe { Js::new(self.env) }
     }
 
+    #[inline]
     pub(crate) fn helper(&self, reference: sys::napi_ref) -> JsResult<Val> {
         let js = self.js();
         js.dereference(reference)

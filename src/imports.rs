@@ -15,8 +15,8 @@ use crossbeam_channel::{Receiver, Sender, bounded, select};
 use napi::sys;
 use smallvec::SmallVec;
 use wasm_molt_engine::{
-    Error, ErrorCode, FuncHandle, HostCall, HostFunction, Import, ImportKind, ImportValue, Module,
-    Result, Signature, Value, ValueType,
+    Error, ErrorCode, FEW_NUMBERS, FuncHandle, HostCall, HostFunction, Import, ImportKind,
+    ImportValue, Module, RawValue, Result, Signature, Value, ValueType,
 };
 
 use crate::env::EnvState;
@@ -91,6 +91,17 @@ impl HostFunction for Handle {
             None => self.0.call_there(call),
         }
     }
+
+    #[inline]
+    fn call_numbers(
+        &self,
+        signature: &Signature,
+        values: &mut [RawValue],
+    ) -> Option<Result<(), Box<Error>>> {
+        let bound = self.0.bound.get()?;
+        let js = bound.env.js();
+        Some(js.scoped(|| self.0.call_numbers_here(bound, signature, values)))
+    }
 }
 
 impl JsImport {
@@ -110,6 +121,68 @@ impl JsImport {
             }
             convert(&bound.env, returned, call.signature, &mut call.results)
         })
+    }
+
+    /// What most imports are: numbers in, a number or nothing out.
+    #[inline]
+    fn call_numbers_here(
+        &self,
+        bound: &Bound,
+        signature: &Signature,
+        values: &mut [RawValue],
+    ) -> Result<(), Box<Error>> {
+        let js = bound.env.js();
+        bound.side.before_js(js);
+        bound.manager.push_frame(&bound.side, Frame::Direct);
+        let returned = Self::call_js_with_numbers(bound, &signature.params, values);
+        bound.manager.pop_frame(&bound.side);
+        let Ok(returned) = returned else {
+            return Err(thrown(&bound.env));
+        };
+        match (&*signature.results, &mut *values) {
+            ([], _) if js.is_undefined(returned) => Ok(()),
+            ([ty], [slot, ..]) if let Some(number) = plain_number(js, returned, *ty) => {
+                *slot = number;
+                Ok(())
+            }
+            _ => self.convert_numbers(bound, returned, signature, values),
+        }
+    }
+
+    #[inline]
+    fn call_js_with_numbers(
+        bound: &Bound,
+        params: &[ValueType],
+        values: &[RawValue],
+    ) -> JsResult<Val> {
+        let function = bound.env.helper(bound.function)?;
+        let mut args = [std::ptr::null_mut(); FEW_NUMBERS];
+        for (arg, (value, ty)) in args.iter_mut().zip(values.iter().zip(params)) {
+            *arg = bound.env.raw_to_js(*value, *ty)?;
+        }
+        let args = args.get(..params.len()).unwrap_or_default();
+        bound.env.js().call(function, args)
+    }
+
+    /// Something else than the very numbers that the signature asks for.
+    #[cold]
+    #[inline(never)]
+    fn convert_numbers(
+        &self,
+        bound: &Bound,
+        returned: Val,
+        signature: &Signature,
+        values: &mut [RawValue],
+    ) -> Result<(), Box<Error>> {
+        if is_promise(bound.env.js(), returned, signature) {
+            bound.env.ignore(returned);
+            return Err(Box::new(self.async_import()));
+        }
+        let converted = converted(&bound.env, returned, signature)?;
+        for (slot, value) in values.iter_mut().zip(&converted) {
+            *slot = RawValue::from_number(value);
+        }
+        Ok(())
     }
 
     fn call_js(bound: &Bound, args: &[Value]) -> JsResult<Val> {
@@ -298,6 +371,22 @@ impl JsEnd {
         }
         converted(&bound.env, returned, &request.signature)
     }
+}
+
+#[cold]
+fn thrown(env: &EnvState) -> Box<Error> {
+    Box::new(env.take_thrown())
+}
+
+/// The value if it needs no coercion.
+#[inline]
+fn plain_number(js: Js, value: Val, ty: ValueType) -> Option<RawValue> {
+    Some(match ty {
+        ValueType::I64 => RawValue::i64(js.bigint_bits(value)?),
+        ValueType::F32 => RawValue::f32(js.get_number(value)? as f32),
+        ValueType::F64 => RawValue::f64(js.get_number(value)?),
+        _ => RawValue::i32(js.get_int32(value)?),
+    })
 }
 
 /// Whether the guest has to wait. Plain numbers, the usual case, are not looked at twice.

@@ -141,12 +141,14 @@ impl ManagerSide {
         }
     }
 
+    #[inline]
     pub(crate) fn push_frame(&self, side: &Rc<ReplicaSide>, frame: Frame) {
         side.frames.borrow_mut().push(frame);
         self.stack.borrow_mut().push(Rc::clone(side));
         self.detours.set(self.detours.get() + 1);
     }
 
+    #[inline]
     pub(crate) fn pop_frame(&self, side: &Rc<ReplicaSide>) {
         side.frames.borrow_mut().pop();
         self.stack.borrow_mut().pop();

@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::lease::Lease;
 use crate::manager::{Event, Job, Replaced};
 use crate::module::Module;
-use crate::replica::{Guest, Replica};
+use crate::replica::{Guest, RawValue, Replica};
 use crate::value::{HostRef, Signature, Value, ValueType};
 
 /// A function that the guest imports.
@@ -26,7 +26,26 @@ pub trait HostFunction: Send + Sync + 'static {
     /// # Errors
     /// Whatever comes back unwinds the guest and ends its call with that very error.
     fn call(&self, call: &mut HostCall<'_>) -> Result<()>;
+
+    /// The quick way for a few numbers: `values` holds the arguments and receives the results, each of
+    /// the type that the signature says. `None`: not taken, and nothing has been done; [`call`](Self::call)
+    /// follows. The error is boxed because the answer then travels in registers.
+    ///
+    /// # Errors
+    /// As [`call`](Self::call).
+    #[inline]
+    fn call_numbers(
+        &self,
+        _signature: &Signature,
+        _values: &mut [RawValue],
+    ) -> Option<Result<(), Box<Error>>> {
+        None
+    }
 }
+
+/// How many numbers [`HostFunction::call_numbers`] is given at most: more than nearly all imports have,
+/// and little enough for every level of a recursion through host functions.
+pub const FEW_NUMBERS: usize = 8;
 
 /// One call of a host function.
 pub struct HostCall<'a> {
@@ -195,20 +214,58 @@ pub(crate) fn host_function(
     if !signature.is_numeric() {
         return reference_function(store, ty, signature, host);
     }
+    let len = signature.params.len().max(signature.results.len());
     let body = move |mut caller: Caller<'_, Guest>, raw: &mut [MaybeUninit<ValRaw>]| {
-        let args = read_numbers(&signature.params, raw);
         let active = enter(&mut caller);
-        let results = run(&*host, &signature, &active, args).map_err(wasmtime::Error::new)?;
-        drop(active);
-        for (slot, value) in raw.iter_mut().zip(&results) {
-            slot.write(number_to_raw(value));
+        if len <= FEW_NUMBERS {
+            let outcome = run_numbers(&*host, &signature, len, raw);
+            if let Some(outcome) = outcome {
+                return outcome.map_err(|error| wasmtime::Error::new(*error));
+            }
         }
-        Ok(())
+        run_values(&*host, &signature, &active, raw)
     };
     // SAFETY: `ty` is numeric; `raw` holds at least as many values as the larger of parameters and
     // results, the parameters are initialised, and every result is written with its own type
     // (`HostCall::results` starts with defaults of the right types).
     unsafe { Func::new_unchecked(store, ty, body) }
+}
+
+#[inline]
+fn run_numbers(
+    host: &dyn HostFunction,
+    signature: &Signature,
+    len: usize,
+    raw: &mut [MaybeUninit<ValRaw>],
+) -> Option<Result<(), Box<Error>>> {
+    let mut values = [RawValue::i32(0); FEW_NUMBERS];
+    for (value, (slot, _)) in values.iter_mut().zip(raw.iter().zip(&*signature.params)) {
+        // SAFETY: wasmtime initialises one slot for each parameter.
+        *value = RawValue::from_raw(unsafe { slot.assume_init() });
+    }
+    let outcome = host.call_numbers(signature, values.get_mut(..len)?)?;
+    if outcome.is_ok() {
+        for ((slot, value), _) in raw.iter_mut().zip(values).zip(&*signature.results) {
+            slot.write(value.into_raw());
+        }
+    }
+    Some(outcome)
+}
+
+/// Apart, so that its frame is not on the stack of the quick way.
+#[inline(never)]
+fn run_values(
+    host: &dyn HostFunction,
+    signature: &Signature,
+    active: &Active<'_>,
+    raw: &mut [MaybeUninit<ValRaw>],
+) -> wasmtime::Result<()> {
+    let args = read_numbers(&signature.params, raw);
+    let results = run(host, signature, active, args).map_err(wasmtime::Error::new)?;
+    for (slot, value) in raw.iter_mut().zip(&results) {
+        slot.write(number_to_raw(value));
+    }
+    Ok(())
 }
 
 /// The general way, for signatures with references.

@@ -706,6 +706,14 @@ impl Replica {
 pub struct RawValue(ValRaw);
 
 impl RawValue {
+    #[inline]
+    pub(crate) fn from_raw(raw: ValRaw) -> Self {
+        Self(raw)
+    }
+    #[inline]
+    pub(crate) fn into_raw(self) -> ValRaw {
+        self.0
+    }
     /// From an i32.
     #[inline]
     pub fn i32(v: i32) -> Self {
