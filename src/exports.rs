@@ -377,7 +377,41 @@ impl Record {
         {
             return self.call_at_home(inside, raw);
         }
-        self.run_slow(raw)
+        match self.calling() {
+            Some(side) => self.run_again(&side, raw),
+            None => self.run_slow(raw),
+        }
+    }
+
+    /// The instance, if JavaScript answers a host call of it on this very thread and there is stack
+    /// for one more level.
+    #[inline(never)]
+    fn calling(&self) -> Option<Rc<ReplicaSide>> {
+        let side = match &self.target {
+            Target::Live(_) => self.manager.stack.borrow().last().map(Rc::clone)?,
+            Target::Lease(lease) if !lease.lease.is_released() => Rc::clone(&lease.side),
+            Target::Instance(side) if !side.is_expired.get() => Rc::clone(side),
+            Target::Lease(_) | Target::Instance(_) => return None,
+        };
+        let is_direct = matches!(side.frames.borrow().last(), Some(Frame::Direct));
+        (is_direct && has_stack(self.manager.stack_floor)).then_some(side)
+    }
+
+    /// One more level of a call that is on the stack: as little of it as can be.
+    #[inline(never)]
+    fn run_again(&self, side: &Rc<ReplicaSide>, raw: &mut [RawValue]) -> JsResult<()> {
+        let Some(func) = self.function(&side.replica) else {
+            return Err(self.throw(&not_started()));
+        };
+        // SAFETY: this thread is inside a host call of that instance, whose function it is; `raw` was
+        // filled after its signature.
+        match unsafe { side.replica.call_raw(&func, raw) } {
+            Ok(()) => {
+                side.before_js(self.env.js());
+                Ok(())
+            }
+            Err(error) => self.settle(Entry::Again, side, Some(error)),
+        }
     }
 
     #[inline(always)]
@@ -455,19 +489,7 @@ impl Record {
         let path = self.path().map_err(|e| self.throw(&e))?;
         let (entry, side) = match path {
             Path::Here(entry, side) => (entry, side),
-            Path::There(pool, side) => {
-                let types = self.signature.params.iter();
-                let args = raw
-                    .iter()
-                    .zip(types)
-                    .map(|(v, ty)| v.to_value(*ty))
-                    .collect();
-                let results = self.call_there(&pool, &side, args)?;
-                for (slot, value) in raw.iter_mut().zip(&results) {
-                    *slot = RawValue::from_number(value);
-                }
-                return Ok(());
-            }
+            Path::There(pool, side) => return self.run_there(&pool, &side, raw),
         };
         let Some(func) = self.function(&side.replica) else {
             self.leave(entry, &side);
@@ -480,18 +502,38 @@ impl Record {
         self.settle(entry, &side, outcome.err())
     }
 
+    #[inline(never)]
+    fn run_there(
+        &self,
+        pool: &Rc<JsEnd>,
+        side: &Rc<ReplicaSide>,
+        raw: &mut [RawValue],
+    ) -> JsResult<()> {
+        let types = self.signature.params.iter();
+        let args = raw
+            .iter()
+            .zip(types)
+            .map(|(v, ty)| v.to_value(*ty))
+            .collect();
+        let results = self.call_there(pool, side, args)?;
+        for (slot, value) in raw.iter_mut().zip(&results) {
+            *slot = RawValue::from_number(value);
+        }
+        Ok(())
+    }
+
     /// `limits.timeoutMs` holds for outermost synchronous calls too.
+    #[inline]
     fn timed<T>(
         &self,
         entry: &Entry<'_>,
         side: &ReplicaSide,
-        call: impl FnOnce() -> Result<T, Error>,
-    ) -> Result<T, Error> {
+        call: impl FnOnce() -> Result<T, Box<Error>>,
+    ) -> Result<T, Box<Error>> {
         match (self.manager.timeout_ms, entry) {
-            (Some(ms), Entry::Home(_) | Entry::Leased(_)) => side
-                .replica
-                .with_deadline(ms, call)
-                .and_then(|outcome| outcome),
+            (Some(ms), Entry::Home(_) | Entry::Leased(_)) => {
+                side.replica.with_deadline(ms, call).map_err(Box::new)?
+            }
             _ => call(),
         }
     }
@@ -533,6 +575,7 @@ impl Record {
             // SAFETY: as above; the function is that instance's.
             Which::Handle(_) => unsafe { side.replica.call(&func, args) },
         };
+        let call = || call().map_err(Box::new);
         let (values, error) = match self.timed(&entry, &side, call) {
             Ok(values) => (values, None),
             Err(error) => (Vec::new(), Some(error)),
@@ -551,7 +594,7 @@ impl Record {
         let Some(func) = resolve(&side.replica, self.which) else {
             return Err(self.throw(&not_started()));
         };
-        let outcome = pool.call(&self.env, side, func, args);
+        let outcome = pool.call(&self.env, side, func, &self.signature, args);
         side.before_js(self.env.js());
         outcome.map_err(|error| self.throw(&error))
     }
@@ -563,7 +606,7 @@ impl Record {
         &self,
         entry: Entry<'_>,
         side: &Rc<ReplicaSide>,
-        error: Option<Error>,
+        error: Option<Box<Error>>,
     ) -> JsResult<()> {
         let is_outermost = !matches!(entry, Entry::Again);
         match &error {
@@ -590,13 +633,12 @@ impl Record {
 
     // ------------------------------------------------------------------ finding the way
 
-    fn path(&self) -> Result<Path<'_>, Error> {
+    #[inline(never)]
+    fn path(&self) -> Result<Path<'_>, Box<Error>> {
         if !has_stack(self.manager.stack_floor) {
             let manager = &self.manager.manager;
-            return Err(out_of_stack(
-                manager.name(),
-                manager.options().limits.stack_bytes(),
-            ));
+            let stack_bytes = manager.options().limits.stack_bytes();
+            return Err(out_of_stack(manager.name(), stack_bytes).into());
         }
         match &self.target {
             Target::Live(_) => {
@@ -609,26 +651,26 @@ impl Record {
             }
             Target::Lease(lease) => {
                 if lease.lease.is_released() {
-                    return Err(lease.lease.stale());
+                    return Err(lease.lease.stale().into());
                 }
                 if let Some(path) = through_host_call(&lease.side) {
                     return Ok(path);
                 }
                 if lease.side.replica.is_poisoned() {
-                    return Err(lease.lease.poisoned());
+                    return Err(lease.lease.poisoned().into());
                 }
                 let inside = lease.lease.enter()?;
                 Ok(Path::Here(Entry::Leased(inside), Rc::clone(&lease.side)))
             }
             Target::Instance(side) => {
                 if side.is_expired.get() {
-                    return Err(side.replica.stale());
+                    return Err(side.replica.stale().into());
                 }
                 if let Some(path) = through_host_call(side) {
                     return Ok(path);
                 }
                 if side.replica.is_poisoned() {
-                    return Err(side.replica.stale());
+                    return Err(side.replica.stale().into());
                 }
                 if let Some(lease) = self.lease_on(side) {
                     let inside = lease.lease.enter()?;
@@ -636,10 +678,16 @@ impl Record {
                 }
                 match &*self.manager.current.borrow() {
                     Some(current) if Rc::ptr_eq(current, side) => {}
-                    _ => return Err(busy(&self.manager, "the instance is not in a host call")),
+                    _ => {
+                        return Err(
+                            busy(&self.manager, "the instance is not in a host call").into()
+                        );
+                    }
                 }
                 match self.path_home()? {
-                    Path::Here(_, now) if !Rc::ptr_eq(&now, side) => Err(side.replica.stale()),
+                    Path::Here(_, now) if !Rc::ptr_eq(&now, side) => {
+                        Err(side.replica.stale().into())
+                    }
                     path => Ok(path),
                 }
             }
@@ -656,16 +704,15 @@ impl Record {
             .find(|lease| Rc::ptr_eq(&lease.side, side) && !lease.lease.is_released())
     }
 
-    fn path_home(&self) -> Result<Path<'_>, Error> {
+    fn path_home(&self) -> Result<Path<'_>, Box<Error>> {
         let manager = &*self.manager;
         if manager.swapping.get() > 0 && !matches!(manager.home.refusal(), Away::Shut) {
+            let name = manager.manager.name();
             return Err(Error::new(
                 ErrorCode::Reloading,
-                format!(
-                    "a swap of {} is under way; use call(), which waits its turn",
-                    manager.manager.name()
-                ),
-            ));
+                format!("a swap of {name} is under way; use call(), which waits its turn"),
+            )
+            .into());
         }
         if let Some(inside) = manager.home.enter() {
             return Ok(Path::Here(Entry::Home(inside), manager.current()?));
@@ -676,7 +723,7 @@ impl Record {
         // Once more: the instance may have come home meanwhile.
         match manager.home.enter() {
             Some(inside) => Ok(Path::Here(Entry::Home(inside), manager.current()?)),
-            None => Err(self.refused()),
+            None => Err(self.refused().into()),
         }
     }
 

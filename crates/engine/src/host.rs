@@ -27,8 +27,8 @@ pub trait HostFunction: Send + Sync + 'static {
     /// Whatever comes back unwinds the guest and ends its call with that very error.
     fn call(&self, call: &mut HostCall<'_>) -> Result<()>;
 
-    /// The quick way for a few numbers: `values` holds the arguments and receives the results, each of
-    /// the type that the signature says. `None`: not taken, and nothing has been done; [`call`](Self::call)
+    /// The quick way for numbers: `values` holds the arguments and receives the results, each of the
+    /// type that the signature says. `None`: not taken, and nothing has been done; [`call`](Self::call)
     /// follows. The error is boxed because the answer then travels in registers.
     ///
     /// # Errors
@@ -36,16 +36,13 @@ pub trait HostFunction: Send + Sync + 'static {
     #[inline]
     fn call_numbers(
         &self,
+        _replica: &Replica,
         _signature: &Signature,
         _values: &mut [RawValue],
     ) -> Option<Result<(), Box<Error>>> {
         None
     }
 }
-
-/// How many numbers [`HostFunction::call_numbers`] is given at most: more than nearly all imports have,
-/// and little enough for every level of a recursion through host functions.
-pub const FEW_NUMBERS: usize = 8;
 
 /// One call of a host function.
 pub struct HostCall<'a> {
@@ -214,16 +211,14 @@ pub(crate) fn host_function(
     if !signature.is_numeric() {
         return reference_function(store, ty, signature, host);
     }
-    let len = signature.params.len().max(signature.results.len());
     let body = move |mut caller: Caller<'_, Guest>, raw: &mut [MaybeUninit<ValRaw>]| {
         let active = enter(&mut caller);
-        if len <= FEW_NUMBERS {
-            let outcome = run_numbers(&*host, &signature, len, raw);
-            if let Some(outcome) = outcome {
-                return outcome.map_err(|error| wasmtime::Error::new(*error));
-            }
+        let outcome = host.call_numbers(active.replica, &signature, numbers(&signature, raw));
+        match outcome {
+            Some(Ok(())) => Ok(()),
+            Some(Err(error)) => Err(wasmtime::Error::new(*error)),
+            None => run_values(&*host, &signature, &active, raw),
         }
-        run_values(&*host, &signature, &active, raw)
     };
     // SAFETY: `ty` is numeric; `raw` holds at least as many values as the larger of parameters and
     // results, the parameters are initialised, and every result is written with its own type
@@ -231,25 +226,15 @@ pub(crate) fn host_function(
     unsafe { Func::new_unchecked(store, ty, body) }
 }
 
+/// Arguments, and room for the results, in the very place where compiled code has them.
 #[inline]
-fn run_numbers(
-    host: &dyn HostFunction,
-    signature: &Signature,
-    len: usize,
-    raw: &mut [MaybeUninit<ValRaw>],
-) -> Option<Result<(), Box<Error>>> {
-    let mut values = [RawValue::i32(0); FEW_NUMBERS];
-    for (value, (slot, _)) in values.iter_mut().zip(raw.iter().zip(&*signature.params)) {
-        // SAFETY: wasmtime initialises one slot for each parameter.
-        *value = RawValue::from_raw(unsafe { slot.assume_init() });
+fn numbers<'a>(signature: &Signature, raw: &'a mut [MaybeUninit<ValRaw>]) -> &'a mut [RawValue] {
+    for slot in raw.iter_mut().skip(signature.params.len()) {
+        slot.write(ValRaw::i32(0));
     }
-    let outcome = host.call_numbers(signature, values.get_mut(..len)?)?;
-    if outcome.is_ok() {
-        for ((slot, value), _) in raw.iter_mut().zip(values).zip(&*signature.results) {
-            slot.write(value.into_raw());
-        }
-    }
-    Some(outcome)
+    // SAFETY: wasmtime initialises one slot for each parameter, and the rest has just been; `RawValue`
+    // is `ValRaw`.
+    unsafe { &mut *(std::ptr::from_mut(raw) as *mut [RawValue]) }
 }
 
 /// Apart, so that its frame is not on the stack of the quick way.

@@ -33,7 +33,7 @@ mod value;
 
 pub use call::{CallControl, CallLimits, Outcome, Settle, Work};
 pub use error::{Error, ErrorCode, Result, TrapInfo};
-pub use host::{FEW_NUMBERS, HomeStep, Host, HostCall, HostFunction, ImportValue};
+pub use host::{HomeStep, Host, HostCall, HostFunction, ImportValue};
 pub use interrupt::{Interrupter, Stop};
 pub use lease::{Lease, LeaseInside};
 pub use limits::Limits;
