@@ -22,8 +22,18 @@ class WasmError extends Error {
   }
 }
 
+// Numbers cross in memory that both sides see: stores cost less than Node-API calls. That all exports call
+// one and the same native function lets V8 call it directly, also where a call site meets many exports.
+const scratch = new ArrayBuffer(64)
+const f64 = new Float64Array(scratch)
+const i32 = new Int32Array(scratch)
+// In its last place native code counts what makes a LinearMemory mean another buffer.
+const EPOCH = 7
+
 class LinearMemory {
   #handle
+  #buffer
+  #epoch
 
   constructor(handle) {
     this.#handle = handle
@@ -33,8 +43,15 @@ class LinearMemory {
     return binding.memoryByteLength(this.#handle)
   }
 
+  // Nearly always the same object. It is another one when this one is detached, or in another epoch.
   get buffer() {
-    return binding.memoryBuffer(this.#handle)
+    const kept = this.#buffer
+    if (this.#epoch === f64[EPOCH] && kept.byteLength !== 0) return kept
+    const made = binding.memoryBuffer(this.#handle)
+    if (made.buffer !== undefined) return made.buffer
+    this.#epoch = f64[EPOCH]
+    this.#buffer = made
+    return made
   }
 
   read(ptr, byteLength) {
@@ -135,11 +152,6 @@ const look = () => {
   if (binding.look()) setImmediate(look)
 }
 
-// Numbers cross in memory that both sides see: stores cost less than Node-API calls. That all exports call
-// one and the same native function lets V8 call it directly, also where a call site meets many exports.
-const scratch = new ArrayBuffer(64)
-const f64 = new Float64Array(scratch)
-const i32 = new Int32Array(scratch)
 const result = (kind) => (kind === 1 ? i32[0] : kind === 0 ? undefined : f64[0])
 
 // By the number of parameters. All arguments are numbers before the first is stored: coercion may run JavaScript,

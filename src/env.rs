@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use napi::sys;
-use wasm_molt_engine::HostRef;
+use wasm_molt_engine::{HostRef, memory_changes};
 
 use crate::exports::{Scratch, call_through_scratch};
 use crate::inbox::{Inbox, Task};
@@ -68,6 +68,9 @@ pub(crate) struct EnvState {
     pub(crate) managers: RefCell<HashMap<u64, Rc<ManagerSide>>>,
     pub(crate) replicas: RefCell<HashMap<u64, Rc<ReplicaSide>>>,
     settled: RefCell<HashMap<u32, Settled>>,
+    scratch: *const Scratch,
+    /// `memory_changes` when the views were looked at last.
+    memory_changes: Cell<usize>,
     next_id: Cell<u32>,
 }
 
@@ -121,6 +124,8 @@ impl EnvState {
             managers: RefCell::default(),
             replicas: RefCell::default(),
             settled: RefCell::default(),
+            scratch: bytes.data.cast::<Scratch>(),
+            memory_changes: Cell::new(0),
             next_id: Cell::new(0),
         });
         ENVS.with_borrow_mut(|envs| {
@@ -131,6 +136,26 @@ impl EnvState {
         // Registered after the wake function, so it runs before that one is gone.
         unsafe { sys::napi_add_env_cleanup_hook(js.raw(), Some(clean_up), js.raw().cast()) };
         Ok(call)
+    }
+
+    #[inline]
+    pub(crate) fn scratch(&self) -> &Scratch {
+        // SAFETY: `set_up` keeps the buffer behind it, whose length and alignment it has checked; all in
+        // it are cells, and only this thread touches them.
+        unsafe { &*self.scratch }
+    }
+
+    /// Something that happened elsewhere is about to be told to JavaScript: views of a memory that has
+    /// grown by then must be detached first.
+    fn check_views(&self) {
+        let changes = memory_changes();
+        if self.memory_changes.replace(changes) == changes {
+            return;
+        }
+        let js = self.js();
+        for side in self.replicas.borrow().values() {
+            side.before_js(js);
+        }
     }
 
     /// A function whose arguments and result cross in the scratch.
@@ -349,6 +374,9 @@ impl EnvState {
         self.sweep();
         let tasks = self.inbox.take();
         let was_any = !tasks.is_empty();
+        if was_any {
+            self.check_views();
+        }
         for task in tasks {
             // A worker that is being terminated: what is left is dropped, and whoever waits for it sees
             // its channel close.

@@ -75,6 +75,17 @@ pub(crate) struct Scratch {
     /// Address of the [`Record`] on the way in (to JavaScript a tiny f64), an i32 or f64 on the way out.
     first: Cell<u64>,
     args: [Cell<f64>; SCRATCH_PARAMS],
+    /// Another number whenever a `LinearMemory` may mean another buffer than before: instances were
+    /// replaced, a host call began or ended. Detaching is not counted: a detached buffer shows itself.
+    epoch: Cell<f64>,
+}
+
+impl Scratch {
+    /// `LinearMemory` has to ask again.
+    #[inline]
+    pub(crate) fn next_epoch(&self) {
+        self.epoch.set(self.epoch.get() + 1.0);
+    }
 }
 
 /// A signature as the scratch has it: at hand, where that of the module is two steps away.

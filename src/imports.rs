@@ -34,6 +34,22 @@ struct Bound {
     function: sys::napi_ref,
 }
 
+impl Bound {
+    /// JavaScript is about to answer a host call.
+    #[inline]
+    fn begin(&self, frame: Frame) {
+        self.side.before_js(self.env.js());
+        self.manager.push_frame(&self.side, frame);
+        self.env.scratch().next_epoch();
+    }
+
+    #[inline]
+    fn end(&self) {
+        self.manager.pop_frame(&self.side);
+        self.env.scratch().next_epoch();
+    }
+}
+
 impl Drop for Bound {
     fn drop(&mut self) {
         self.env.js().unreference(self.function);
@@ -133,10 +149,9 @@ impl JsImport {
     fn call_here(&self, bound: &Bound, call: &mut HostCall<'_>) -> Result<()> {
         let js = bound.env.js();
         js.scoped(|| {
-            bound.side.before_js(js);
-            bound.manager.push_frame(&bound.side, Frame::Direct);
+            bound.begin(Frame::Direct);
             let returned = Self::call_js(bound, &call.args);
-            bound.manager.pop_frame(&bound.side);
+            bound.end();
             let returned = returned.map_err(|Pending| bound.env.take_thrown())?;
             if is_promise(js, returned, call.signature) {
                 bound.env.ignore(returned);
@@ -155,10 +170,9 @@ impl JsImport {
         values: &mut [RawValue],
     ) -> Result<(), Box<Error>> {
         let js = bound.env.js();
-        bound.side.before_js(js);
-        bound.manager.push_frame(&bound.side, Frame::Direct);
+        bound.begin(Frame::Direct);
         let returned = Self::call_js_with_numbers(bound, &signature.params, values);
-        bound.manager.pop_frame(&bound.side);
+        bound.end();
         let Ok(returned) = returned else {
             return Err(thrown(&bound.env));
         };
@@ -408,12 +422,9 @@ fn answer(request: &Arc<Request>, end: JsEnd) {
 }
 
 fn run_request(bound: &Bound, request: &Request, end: &Rc<JsEnd>) -> Result<Val, Box<Error>> {
-    bound.side.before_js(bound.env.js());
-    bound
-        .manager
-        .push_frame(&bound.side, Frame::Remote(Rc::clone(end)));
+    bound.begin(Frame::Remote(Rc::clone(end)));
     let returned = JsImport::call_js(bound, &request.args);
-    bound.manager.pop_frame(&bound.side);
+    bound.end();
     returned.map_err(|Pending| thrown(&bound.env))
 }
 

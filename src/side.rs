@@ -210,6 +210,7 @@ impl ManagerSide {
             *current = env.replicas.borrow().get(&home.id()).map(Rc::clone);
         }
         self.stamp.set(self.stamp.get() + 1);
+        env.scratch().next_epoch();
     }
 
     pub(crate) fn expire_leases(&self, is_meant: impl Fn(&ReplicaSide) -> bool) {
