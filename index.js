@@ -152,7 +152,7 @@ const look = () => {
   if (binding.look()) setImmediate(look)
 }
 
-const result = (kind) => (kind === 1 ? i32[0] : kind === 0 ? undefined : f64[0])
+const result = (kind) => (kind === 1 ? i32[2] : kind === 0 ? undefined : f64[1])
 
 // By the number of parameters. All arguments are numbers before the first is stored: coercion may run JavaScript,
 // which may call an export. The function passes itself on, so that it outlives the call.

@@ -85,7 +85,9 @@ impl EnvState {
     /// Answers what the functions made by `makeExport` call.
     pub(crate) fn set_up(js: Js, helpers: Val) -> JsResult<Val> {
         let scratch = js.property(helpers, c"scratch")?;
-        let bytes = js.bytes(scratch)?.filter(|b| b.len >= size_of::<Scratch>());
+        let bytes = js.bytes(scratch)?.filter(|b| {
+            b.len >= size_of::<Scratch>() && (b.data as usize).is_multiple_of(align_of::<Scratch>())
+        });
         let Some(bytes) = bytes else {
             return Err(js.throw_type_error("setup needs a scratch"));
         };
@@ -124,7 +126,7 @@ impl EnvState {
             managers: RefCell::default(),
             replicas: RefCell::default(),
             settled: RefCell::default(),
-            scratch: bytes.data.cast::<Scratch>(),
+            scratch: bytes.data.cast::<c_void>().cast::<Scratch>(),
             memory_changes: Cell::new(0),
             next_id: Cell::new(0),
         });

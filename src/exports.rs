@@ -72,9 +72,10 @@ const SCRATCH_PARAMS: usize = 6;
 /// reads as its own. Two stores cost less than two Node-API calls.
 #[repr(C)]
 pub(crate) struct Scratch {
-    /// Address of the [`Record`] on the way in (to JavaScript a tiny f64), an i32 or f64 on the way out.
-    first: Cell<u64>,
-    args: [Cell<f64>; SCRATCH_PARAMS],
+    /// Address of the [`Record`] (to JavaScript a tiny f64), from just before the call on; else 0.
+    record: Cell<u64>,
+    /// The arguments on the way in, as f64; an i32 or f64 in the first place on the way out.
+    args: [Cell<u64>; SCRATCH_PARAMS],
     /// Another number whenever a `LinearMemory` may mean another buffer than before: instances were
     /// replaced, a host call began or ended. Detaching is not counted: a detached buffer shows itself.
     epoch: Cell<f64>,
@@ -290,12 +291,13 @@ pub(crate) unsafe extern "C" fn call_through_scratch(
         // SAFETY: `EnvState::set_up` gave the scratch, which the calling function holds; only this thread
         // touches it.
         let scratch = unsafe { &*data.cast::<Scratch>() };
-        let address = scratch.first.get() as usize;
-        // SAFETY: the calling function has written the address of the record that it owns.
-        let record = unsafe { &*ptr::with_exposed_provenance::<Record>(address) };
-        match &record.crossing {
-            Some(crossing) => record.call_scratch(crossing, scratch),
-            None => Ok(js.undefined()),
+        let address = scratch.record.replace(0) as usize;
+        let record = ptr::with_exposed_provenance::<Record>(address);
+        // SAFETY: an export has just written the address of the record that it owns. Where somebody
+        // got hold of this function by other ways (the call sites of a stack trace), it is null.
+        match unsafe { record.as_ref() }.map(|record| (record, &record.crossing)) {
+            Some((record, Some(crossing))) => record.call_scratch(crossing, scratch),
+            _ => Err(js.throw_type_error("only exported functions can call this")),
         }
     })
 }
@@ -345,7 +347,8 @@ impl Record {
     #[inline(always)]
     fn call_scratch(&self, crossing: &Crossing, scratch: &Scratch) -> JsResult<Val> {
         let mut raw = [RawValue::i32(0); SCRATCH_PARAMS];
-        let args = scratch.args.iter().map(Cell::get).take(crossing.count);
+        let args = scratch.args.iter().map(|arg| f64::from_bits(arg.get()));
+        let args = args.take(crossing.count);
         for ((slot, arg), ty) in raw.iter_mut().zip(args).zip(&crossing.params) {
             *slot = match ty {
                 ValueType::F32 => RawValue::f32(arg as f32),
@@ -356,7 +359,8 @@ impl Record {
         self.run(&mut raw)?;
         if let Some(ty) = crossing.result {
             let [value, ..] = raw;
-            scratch.first.set(match ty {
+            let [place, ..] = &scratch.args;
+            place.set(match ty {
                 ValueType::F32 => f64::from(value.to_f32()).to_bits(),
                 ValueType::F64 => value.to_f64().to_bits(),
                 // Both halves alike, so that byte order does not matter.

@@ -353,6 +353,10 @@ impl PoolEnd {
     }
 
     #[inline(never)]
+    #[expect(
+        clippy::boxed_local,
+        reason = "out of the box it would be on the stack twice"
+    )]
     fn run_nested(&self, replica: &Replica, nested: Box<Nested>) -> Result<(), Box<Error>> {
         NESTED.with_borrow_mut(|n| n.push(self.to_js.clone()));
         REPLIES.with_borrow_mut(|r| r.push(self.from_js.clone()));
@@ -500,6 +504,10 @@ fn stopped(side: &ReplicaSide) -> Error {
 }
 
 #[cold]
+#[expect(
+    clippy::unnecessary_box_returns,
+    reason = "boxed errors keep frames small where guests re-enter"
+)]
 fn thrown(env: &EnvState) -> Box<Error> {
     Box::new(env.take_thrown())
 }
