@@ -26,8 +26,18 @@ class WasmError extends Error {
   }
 }
 
+// Numbers cross in memory that both sides see: stores cost less than Node-API calls. That all exports call
+// one and the same native function lets V8 call it directly, also where a call site meets many exports.
+const scratch = new ArrayBuffer(64)
+const f64 = new Float64Array(scratch)
+const i32 = new Int32Array(scratch)
+// In its last place native code counts what makes a LinearMemory mean another buffer.
+const EPOCH = 7
+
 class LinearMemory {
   #handle
+  #buffer
+  #epoch
 
   constructor(handle) {
     this.#handle = handle
@@ -37,8 +47,15 @@ class LinearMemory {
     return binding.memoryByteLength(this.#handle)
   }
 
+  // Nearly always the same object. It is another one when this one is detached, or in another epoch.
   get buffer() {
-    return binding.memoryBuffer(this.#handle)
+    const kept = this.#buffer
+    if (this.#epoch === f64[EPOCH] && kept.byteLength !== 0) return kept
+    const made = binding.memoryBuffer(this.#handle)
+    if (made.buffer !== undefined) return made.buffer
+    this.#epoch = f64[EPOCH]
+    this.#buffer = made
+    return made
   }
 
   read(ptr, byteLength) {
@@ -139,7 +156,115 @@ const look = () => {
   if (binding.look()) setImmediate(look)
 }
 
-binding.setup({
+const result = (kind) => (kind === 1 ? i32[2] : kind === 0 ? undefined : f64[1])
+
+// By the number of parameters. All arguments are numbers before the first is stored: coercion may run JavaScript,
+// which may call an export. The function passes itself on, so that it outlives the call.
+const exportMakers = [
+  (at, kind) => {
+    const f = () => {
+      f64[0] = at
+      callExport(f)
+      return result(kind)
+    }
+    return f
+  },
+  (at, kind) => {
+    const f = (a) => {
+      a = +a
+      f64[0] = at
+      f64[1] = a
+      callExport(f)
+      return result(kind)
+    }
+    return f
+  },
+  (at, kind) => {
+    const f = (a, b) => {
+      a = +a
+      b = +b
+      f64[0] = at
+      f64[1] = a
+      f64[2] = b
+      callExport(f)
+      return result(kind)
+    }
+    return f
+  },
+  (at, kind) => {
+    const f = (a, b, c) => {
+      a = +a
+      b = +b
+      c = +c
+      f64[0] = at
+      f64[1] = a
+      f64[2] = b
+      f64[3] = c
+      callExport(f)
+      return result(kind)
+    }
+    return f
+  },
+  (at, kind) => {
+    const f = (a, b, c, d) => {
+      a = +a
+      b = +b
+      c = +c
+      d = +d
+      f64[0] = at
+      f64[1] = a
+      f64[2] = b
+      f64[3] = c
+      f64[4] = d
+      callExport(f)
+      return result(kind)
+    }
+    return f
+  },
+  (at, kind) => {
+    const f = (a, b, c, d, e) => {
+      a = +a
+      b = +b
+      c = +c
+      d = +d
+      e = +e
+      f64[0] = at
+      f64[1] = a
+      f64[2] = b
+      f64[3] = c
+      f64[4] = d
+      f64[5] = e
+      callExport(f)
+      return result(kind)
+    }
+    return f
+  },
+  (at, kind) => {
+    const f = (a, b, c, d, e, g) => {
+      a = +a
+      b = +b
+      c = +c
+      d = +d
+      e = +e
+      g = +g
+      f64[0] = at
+      f64[1] = a
+      f64[2] = b
+      f64[3] = c
+      f64[4] = d
+      f64[5] = e
+      f64[6] = g
+      callExport(f)
+      return result(kind)
+    }
+    return f
+  },
+]
+
+const callExport = binding.setup({
+  scratch,
+  makeExport: (name, params, kind, at) =>
+    Object.defineProperty(exportMakers[params](at, kind), 'name', { value: name, configurable: true }),
   isMainThread,
   lookSoon: () => {
     setImmediate(look)

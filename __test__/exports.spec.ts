@@ -220,3 +220,83 @@ test('createSync is a drop-in for a singleton: exported functions at the top lev
   assert.equal(manager.state, 'ready')
   assert.equal(manager.generation, 1)
 })
+
+test(
+  'functions of every number of parameters get each argument in its place, and no other is looked at',
+  LIMIT,
+  async (t) => {
+    const types = ['i32', 'f64', 'f32', 'i32', 'f64', 'i32', 'f32', 'i64']
+    const toF64 = (type: string, index: number) =>
+      ({
+        i32: `(f64.convert_i32_s (local.get ${index}))`,
+        i64: `(f64.convert_i64_s (local.get ${index}))`,
+        f32: `(f64.promote_f32 (local.get ${index}))`,
+        f64: `(local.get ${index})`,
+      })[type]
+    // Each argument has a decimal place of its own.
+    const functions = types.concat('').map((_, count) => {
+      const params = types.slice(0, count)
+      const sum = params.reduce(
+        (rest, type, index) => `(f64.add (f64.mul ${rest} (f64.const 10)) ${toF64(type, index)})`,
+        '(f64.const 9)',
+      )
+      return `(func (export "take${count}") (param ${params.join(' ')}) (result f64) ${sum})`
+    })
+    const manager = await managed(t, wat(`(module ${functions.join('\n')})`))
+    const untouchable = {
+      valueOf() {
+        throw new Error('an argument beyond the parameters was looked at')
+      },
+    }
+    for (let count = 0; count <= types.length; count += 1) {
+      const take = manager.exports[`take${count}`]
+      assert.ok(take)
+      const args = types.slice(0, count).map((type, index) => (type === 'i64' ? BigInt(index + 1) : index + 1))
+      assert.equal(String(take(...args, untouchable, 5n)), `9${'12345678'.slice(0, count)}`)
+    }
+  },
+)
+
+test('an export that is called while the arguments of another are coerced leaves them alone', LIMIT, async (t) => {
+  const { manager } = await bench(t)
+  const { add } = manager.exports as Record<string, AnyFunction>
+  assert.ok(add)
+  const busy = (value: number) => ({ valueOf: () => (add(1000, 1000) as number) - 2000 + value })
+  assert.equal(add(busy(3), busy(4)), 7)
+  assert.equal(add(3, busy(4)), 7)
+})
+
+test('numbers beyond 32 bits wrap as in V8, and results keep the sign of zero', LIMIT, async (t) => {
+  const manager = await managed(
+    t,
+    wat(`(module
+      (func (export "i32") (param i32) (result i32) (local.get 0))
+      (func (export "f32") (param f32) (result f32) (local.get 0))
+      (func (export "f64") (param f64) (result f64) (local.get 0)))`),
+  )
+  const { i32, f32, f64 } = manager.exports as Record<string, AnyFunction>
+  assert.ok(i32 && f32 && f64)
+  const far = [2 ** 31, 2 ** 32 + 5, 2 ** 53 + 2, 2 ** 62, 2 ** 63, 2 ** 64 + 2 ** 12, 2 ** 83 + 2 ** 31, 1e300]
+  const near = [0.9, -0.9, -1.5, 2 ** 31 - 0.5]
+  for (const value of [...far, ...near, ...far.map((n) => -n), Number.NaN, Number.POSITIVE_INFINITY]) {
+    assert.equal(i32(value), value | 0, `ToInt32 of ${value}`)
+  }
+  for (const float of [f32, f64]) {
+    assert.ok(Object.is(float(-0), -0))
+    assert.ok(Number.isNaN(float(Number.NaN)))
+    assert.equal(float(Number.NEGATIVE_INFINITY), Number.NEGATIVE_INFINITY)
+  }
+  assert.equal(f32(0.1), Math.fround(0.1))
+  assert.equal(f64(0.1), 0.1)
+})
+
+test('an exported function may be collected, with the object it came from, while others go on', LIMIT, async (t) => {
+  assert.ok(gc)
+  const { manager } = await bench(t)
+  const kept = manager.exports.add
+  for (let round = 0; round < 20; round += 1) {
+    await manager.use(({ exports }) => assert.equal(exports.add?.(round, 1), round + 1))
+    gc()
+    assert.equal(kept?.(round, 2), round + 2)
+  }
+})

@@ -131,6 +131,30 @@ for (const [path, run] of PATHS) {
     assert.equal(await run(manager, 'inc'), 1)
   })
 
+  test(`${path}: re-entrance as deep as the stack allows, and beyond it a clean end`, LIMIT, async (t) => {
+    const levels = 128
+    let deepest = 0
+    const manager = await managed(t, SIMPLE, {
+      imports: (instance: InstanceContext) => ({
+        env: {
+          f: (n: number) => {
+            deepest = Math.max(deepest, n)
+            return n === levels ? 1000 : instance.exports.run?.(n + 1)
+          },
+        },
+      }),
+    })
+    assert.equal(await run(manager, 'run', [1]), 1000 + levels)
+    deepest = 0
+    // Without an end: whoever's stack is used up first says so, the guest's or JavaScript's own.
+    const { error } = (await outcome(run(manager, 'run', [levels + 1]))) as { error: { code?: string; trap?: string } }
+    assert.ok(deepest > 2 * levels)
+    if (!(error instanceof RangeError)) {
+      assert.deepEqual([error.code, error.trap], ['ERR_WASM_TRAP', 'stack-overflow'])
+    }
+    assert.equal(await run(manager, 'inc'), 1)
+  })
+
   test(
     `${path}: an exception crosses every level of re-entrance as itself, and can be caught on the way`,
     LIMIT,

@@ -566,6 +566,102 @@ test(
   },
 )
 
+test(
+  'within a host call manager.memory is the memory of the instance that called, and afterwards its own again',
+  LIMIT,
+  async (t) => {
+    const source = wat(`(module
+    (import "env" "work" (func $work))
+    (memory (export "memory") 1)
+    (func (export "run") (call $work)))`)
+    const seen: ArrayBuffer[] = []
+    let callers: ArrayBuffer[] = []
+    const manager = await managed(t, source, {
+      instances: 2,
+      imports: (instance: InstanceContext) => ({
+        env: {
+          work: () => {
+            seen.push(manager.memory.buffer, manager.memory.buffer)
+            callers.push(instance.memory.buffer, instance.memory.buffer)
+          },
+        },
+      }),
+    })
+    const own = manager.memory.buffer
+    // The first replica is the one at home, so two leases get both.
+    const leases = [await manager.acquire(), await manager.acquire()]
+    for (const lease of leases) {
+      callers = []
+      seen.length = 0
+      assert.ok(manager.memory.buffer === own)
+      await lease.call('run')
+      lease.exports.run?.()
+      assert.equal(seen.length, 4)
+      seen.forEach((buffer, index) => {
+        assert.ok(buffer === callers[index])
+        assert.ok(buffer === lease.memory.buffer)
+      })
+      assert.ok(manager.memory.buffer === own)
+    }
+    assert.ok(leases[0]?.memory.buffer !== leases[1]?.memory.buffer)
+    for (const lease of leases) lease.release()
+  },
+)
+
+for (const end of ['returns', 'throws'] as const) {
+  test(`views of every replica are detached when a pool call that grew its memory ${end}`, LIMIT, async (t) => {
+    const source = wat(`(module
+      (import "env" "work" (func $work))
+      (memory (export "memory") 1 100)
+      (func (export "run") (drop (memory.grow (i32.const 1))) (call $work)))`)
+    const contexts: InstanceContext[] = []
+    const manager = await managed(t, source, {
+      instances: 3,
+      imports: (instance: InstanceContext) => {
+        contexts.push(instance)
+        return {
+          env: {
+            work: () => {
+              if (end === 'throws') throw new Error('as asked')
+            },
+          },
+        }
+      },
+    })
+    const leases = [await manager.acquire(), await manager.acquire(), await manager.acquire()]
+    const views = leases.map(({ memory }) => [memory, memory.buffer] as const)
+    assert.deepEqual(
+      contexts.map(({ memory }) => memory.buffer.byteLength),
+      [PAGE, PAGE, PAGE],
+    )
+    for (const lease of leases) {
+      const call = lease.call('run')
+      await (end === 'throws' ? assert.rejects(call, /as asked/) : call)
+    }
+    for (const [memory, before] of views) {
+      assert.ok(isDetached(before))
+      assert.equal(memory.buffer.byteLength, 2 * PAGE)
+    }
+    assert.deepEqual(
+      contexts.map(({ memory }) => memory.buffer.byteLength),
+      [2 * PAGE, 2 * PAGE, 2 * PAGE],
+    )
+    for (const lease of leases) lease.release()
+  })
+}
+
+test('a memory without pages has an empty buffer, and a proper one as soon as it has grown', LIMIT, async (t) => {
+  const source = wat(`(module (memory (export "memory") 0 10)
+    (func (export "grow") (param i32) (result i32) (memory.grow (local.get 0))))`)
+  const manager = await managed(t, source)
+  assert.equal(manager.memory.buffer.byteLength, 0)
+  assert.equal(manager.memory.buffer.byteLength, 0)
+  manager.exports.grow?.(1)
+  const { buffer } = manager.memory
+  assert.equal(buffer.byteLength, PAGE)
+  assert.ok(manager.memory.buffer === buffer)
+})
+
 test('createSync gives the same views', LIMIT, (t) => {
   const manager = managedSync(t, workbench, { imports: idleImports })
   const before = manager.memory.buffer

@@ -27,7 +27,7 @@ const mayBeUnsafe = [
   // The tests' way in: the right to enter an instance is a value there.
   'crates/testkit/src/inside.rs',
   // Node-API by hand: js.rs wraps it, the others keep native records behind JS values or call a replica by its ticket.
-  ...['js', 'js_only', 'env', 'exports', 'imports', 'inbox', 'binding', 'options', 'lib', 'wake'].map(
+  ...['js', 'js_only', 'env', 'exports', 'imports', 'inbox', 'binding', 'options', 'side', 'lib', 'wake'].map(
     (name) => `src/${name}.rs`,
   ),
 ]

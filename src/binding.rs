@@ -84,8 +84,7 @@ fn arg(args: &[Val], index: usize) -> Val {
 }
 
 fn set_up(js: Js, args: &[Val]) -> JsResult<Val> {
-    EnvState::set_up(js, arg(args, 0))?;
-    Ok(js.undefined())
+    EnvState::set_up(js, arg(args, 0))
 }
 
 fn settle_host(js: Js, args: &[Val]) -> JsResult<Val> {

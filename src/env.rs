@@ -9,8 +9,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use napi::sys;
-use wasm_molt_engine::{HostRef, Watch};
+use wasm_molt_engine::{HostRef, Watch, memory_changes};
 
+use crate::exports::{Scratch, call_through_scratch};
 use crate::inbox::{Inbox, Task};
 use crate::js::{Js, JsResult, Val};
 use crate::side::{ManagerSide, ReplicaSide};
@@ -30,6 +31,8 @@ pub(crate) struct Helpers {
     pub(crate) make_lease: sys::napi_ref,
     /// `(context) => InstanceContext`
     pub(crate) make_context: sys::napi_ref,
+    /// `(name, params, result, at) => function` through the scratch.
+    pub(crate) make_export: sys::napi_ref,
     /// `() => void`: has `look` called in the next turn of the event loop.
     pub(crate) look_soon: sys::napi_ref,
 }
@@ -70,6 +73,9 @@ pub(crate) struct EnvState {
     pub(crate) replicas: RefCell<HashMap<u64, Rc<ReplicaSide>>>,
     lookout: Cell<sys::napi_ref>,
     settled: RefCell<HashMap<u32, Settled>>,
+    scratch: *const Scratch,
+    /// `memory_changes` when the views were looked at last.
+    memory_changes: Cell<usize>,
     next_id: Cell<u32>,
 }
 
@@ -80,8 +86,24 @@ thread_local! {
 
 impl EnvState {
     /// Sets this environment up with the helpers of `index.js`.
-    pub(crate) fn set_up(js: Js, helpers: Val) -> JsResult<()> {
+    ///
+    /// Answers what the functions made by `makeExport` call.
+    pub(crate) fn set_up(js: Js, helpers: Val) -> JsResult<Val> {
         let is_main = js.get_bool(js.property(helpers, c"isMainThread")?) == Some(true);
+        let scratch = js.property(helpers, c"scratch")?;
+        let bytes = js.bytes(scratch)?.filter(|b| {
+            b.len >= size_of::<Scratch>() && (b.data as usize).is_multiple_of(align_of::<Scratch>())
+        });
+        let Some(bytes) = bytes else {
+            return Err(js.throw_type_error("setup needs a scratch"));
+        };
+        // Never given back: it lasts as long as the environment, and is never moved nor detached.
+        js.reference(scratch)?;
+        let call = js.function(
+            "call",
+            Some(call_through_scratch),
+            bytes.data as *mut c_void,
+        )?;
         let helper = |name| js.reference(js.property(helpers, name)?);
         let helpers = Helpers {
             error: helper(c"error")?,
@@ -90,6 +112,7 @@ impl EnvState {
             follow: helper(c"follow")?,
             make_lease: helper(c"makeLease")?,
             make_context: helper(c"makeContext")?,
+            make_export: helper(c"makeExport")?,
             look_soon: helper(c"lookSoon")?,
         };
         let slab = js.reference(js.array(0)?)?;
@@ -113,6 +136,8 @@ impl EnvState {
             replicas: RefCell::default(),
             lookout: Cell::new(ptr::null_mut()),
             settled: RefCell::default(),
+            scratch: bytes.data.cast::<c_void>().cast::<Scratch>(),
+            memory_changes: Cell::new(0),
             next_id: Cell::new(0),
         });
         ENVS.with_borrow_mut(|envs| {
@@ -122,7 +147,47 @@ impl EnvState {
         // SAFETY: valid environment; the hook finds its state by the environment's address.
         // Registered after the wake-up, so it runs before that is gone.
         unsafe { sys::napi_add_env_cleanup_hook(js.raw(), Some(clean_up), js.raw().cast()) };
-        Ok(())
+        Ok(call)
+    }
+
+    #[inline]
+    pub(crate) fn scratch(&self) -> &Scratch {
+        // SAFETY: `set_up` keeps the buffer behind it, whose length and alignment it has checked; all in
+        // it are cells, and only this thread touches them.
+        unsafe { &*self.scratch }
+    }
+
+    /// Something that happened elsewhere is about to be told to JavaScript: views of a memory that has
+    /// grown by then must be detached first.
+    fn check_views(&self) {
+        let changes = memory_changes();
+        if self.memory_changes.replace(changes) == changes {
+            return;
+        }
+        let js = self.js();
+        for side in self.replicas.borrow().values() {
+            side.before_js(js);
+        }
+    }
+
+    /// A function whose arguments and result cross in the scratch.
+    ///
+    /// * `at`: what is in the scratch's first place when it calls.
+    pub(crate) fn scratch_function(
+        &self,
+        name: &str,
+        params: usize,
+        result: u32,
+        at: f64,
+    ) -> JsResult<Val> {
+        let js = self.js();
+        let args = [
+            js.string(name)?,
+            js.number(params as f64)?,
+            js.number(f64::from(result))?,
+            js.number(at)?,
+        ];
+        js.call(self.helper(self.helpers.make_export)?, &args)
     }
 
     /// The state of the running callback's environment.
@@ -145,6 +210,7 @@ impl EnvState {
         unsafe { Js::new(self.env) }
     }
 
+    #[inline]
     pub(crate) fn helper(&self, reference: sys::napi_ref) -> JsResult<Val> {
         let js = self.js();
         js.dereference(reference)
@@ -345,6 +411,9 @@ impl EnvState {
         self.sweep();
         let tasks = self.inbox.take();
         let was_any = !tasks.is_empty();
+        if was_any {
+            self.check_views();
+        }
         for task in tasks {
             // A worker that is being terminated: what is left is dropped, and whoever waits for it sees
             // its channel close.

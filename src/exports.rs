@@ -10,9 +10,10 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use napi::sys;
+use smallvec::{SmallVec, smallvec};
 use wasm_molt_engine::{
     Away, Error, ErrorCode, FuncHandle, Inside, Job, LeaseInside, Module, RawValue, Replica,
-    Signature, Value, has_stack, out_of_stack,
+    Signature, Value, ValueType, has_stack, out_of_stack,
 };
 
 use crate::convert::cannot_cross;
@@ -50,8 +51,8 @@ pub(crate) struct Record {
     which: Which,
     signature: Signature,
     is_numeric: bool,
-    /// Numeric, with few parameters and results: the usual case.
-    is_small: bool,
+    /// The signature of one that is called through the scratch.
+    crossing: Option<Crossing>,
     /// The live function, and the stamp at which it was looked up.
     cached: Cell<(u64, Option<FuncHandle>)>,
 }
@@ -65,14 +66,79 @@ const TAG: sys::napi_type_tag = sys::napi_type_tag {
 /// Values that fit on the stack without thought.
 const FEW: usize = 4;
 
-fn is_small(signature: &Signature) -> bool {
-    signature.is_numeric() && signature.params.len().max(signature.results.len()) <= FEW
+/// Parameters of a function that is called through the scratch: as many as `index.js` has wrappers for.
+const SCRATCH_PARAMS: usize = 6;
+
+/// Where arguments and result of the usual signatures cross: an `ArrayBuffer` that JavaScript writes and
+/// reads as its own. Two stores cost less than two Node-API calls.
+#[repr(C)]
+pub(crate) struct Scratch {
+    /// Address of the [`Record`] (to JavaScript a tiny f64), from just before the call on; else 0.
+    record: Cell<u64>,
+    /// The arguments on the way in, as f64; an i32 or f64 in the first place on the way out.
+    args: [Cell<u64>; SCRATCH_PARAMS],
+    /// Another number whenever a `LinearMemory` may mean another buffer than before: instances were
+    /// replaced, a host call began or ended. Detaching is not counted: a detached buffer shows itself.
+    epoch: Cell<f64>,
+}
+
+impl Scratch {
+    /// `LinearMemory` has to ask again.
+    #[inline]
+    pub(crate) fn next_epoch(&self) {
+        self.epoch.set(self.epoch.get() + 1.0);
+    }
+}
+
+/// A signature as the scratch has it: at hand, where that of the module is two steps away.
+#[derive(Clone, Copy)]
+struct Crossing {
+    count: usize,
+    params: [ValueType; SCRATCH_PARAMS],
+    result: Option<ValueType>,
+}
+
+impl Crossing {
+    /// `None` if the signature does not cross in the scratch.
+    fn of(signature: &Signature) -> Option<Self> {
+        let fits = |ty: &ValueType| matches!(ty, ValueType::I32 | ValueType::F32 | ValueType::F64);
+        let mut params = [ValueType::I32; SCRATCH_PARAMS];
+        let count = signature.params.len();
+        params.get_mut(..count)?.copy_from_slice(&signature.params);
+        let result = match &*signature.results {
+            [] => None,
+            [one] if fits(one) => Some(*one),
+            _ => return None,
+        };
+        params.iter().all(fits).then_some(Self {
+            count,
+            params,
+            result,
+        })
+    }
+
+    /// How `index.js` is to read the result.
+    fn result_kind(&self) -> u32 {
+        match self.result {
+            None => 0,
+            Some(ValueType::I32) => 1,
+            Some(_) => 2,
+        }
+    }
 }
 
 fn new_function(record: Record, name: &str) -> JsResult<Val> {
     let js = record.env.js();
+    let env = Rc::clone(&record.env);
+    let crossing = record.crossing;
     let record = Box::into_raw(Box::new(record));
-    let made = js.function(name, Some(call_export), record.cast::<c_void>());
+    let made = match crossing {
+        Some(crossing) => {
+            let address = f64::from_bits(record.expose_provenance() as u64);
+            env.scratch_function(name, crossing.count, crossing.result_kind(), address)
+        }
+        None => js.function(name, Some(call_export), record.cast::<c_void>()),
+    };
     let function = made.inspect_err(|_| {
         // SAFETY: no function was made, so the box is still ours.
         drop(unsafe { Box::from_raw(record) });
@@ -161,7 +227,7 @@ fn fill(
             target: target.clone(),
             which: Which::Export(index),
             is_numeric: export.signature.is_numeric(),
-            is_small: is_small(&export.signature),
+            crossing: Crossing::of(&export.signature),
             signature: export.signature.clone(),
             cached: Cell::new((u64::MAX, None)),
         };
@@ -197,7 +263,7 @@ pub(crate) fn function_value(
         target: Target::Instance(Rc::clone(side)),
         which: Which::Handle(handle),
         is_numeric: signature.is_numeric(),
-        is_small: is_small(&signature),
+        crossing: Crossing::of(&signature),
         signature,
         cached: Cell::new((0, Some(handle))),
     };
@@ -261,17 +327,36 @@ unsafe extern "C" fn call_export(env: sys::napi_env, info: sys::napi_callback_in
         // SAFETY: `new_function` stored a record there, and the function that is being called owns it.
         let record = unsafe { &*data.cast::<Record>() };
         let params = record.signature.params.len();
-        if record.is_small
-            && let Some(args) = args.get(..params)
-        {
-            return record.call_numeric(args, &mut [RawValue::i32(0); FEW]);
-        }
         if let Some(args) = args.get(..params) {
             return record.call(args);
         }
         let mut more = vec![ptr::null_mut(); params];
         callback_info(js, info, &mut more)?;
         record.call(&more)
+    })
+}
+
+/// What all functions with a scratch call; their one argument is the function itself, which thereby
+/// stays alive.
+pub(crate) unsafe extern "C" fn call_through_scratch(
+    env: sys::napi_env,
+    info: sys::napi_callback_info,
+) -> Val {
+    // SAFETY: the environment of this very callback.
+    let js = unsafe { Js::new(env) };
+    enter(js, || {
+        let (_, data) = callback_info(js, info, &mut [])?;
+        // SAFETY: `EnvState::set_up` gave the scratch, which the calling function holds; only this thread
+        // touches it.
+        let scratch = unsafe { &*data.cast::<Scratch>() };
+        let address = scratch.record.replace(0) as usize;
+        let record = ptr::with_exposed_provenance::<Record>(address);
+        // SAFETY: an export has just written the address of the record that it owns. Where somebody
+        // got hold of this function by other ways (the call sites of a stack trace), it is null.
+        match unsafe { record.as_ref() }.map(|record| (record, &record.crossing)) {
+            Some((record, Some(crossing))) => record.call_scratch(crossing, scratch),
+            _ => Err(js.throw_type_error("only exported functions can call this")),
+        }
     })
 }
 
@@ -297,7 +382,7 @@ pub(crate) fn call_sync(
         which: Which::Export(index),
         // The arguments are in an array already: values are as good as raw ones.
         is_numeric: false,
-        is_small: false,
+        crossing: None,
         signature: export.signature.clone(),
         cached: Cell::new((u64::MAX, None)),
     };
@@ -309,21 +394,54 @@ pub(crate) fn call_sync(
 }
 
 impl Record {
-    #[cold]
     fn call(&self, args: &[Val]) -> JsResult<Val> {
-        if !self.is_numeric {
-            return self.call_general(args);
+        if self.is_numeric {
+            self.call_numeric(args)
+        } else {
+            self.call_general(args)
         }
-        let len = args.len().max(self.signature.results.len());
-        self.call_numeric(args, &mut vec![RawValue::i32(0); len])
     }
 
     #[inline(always)]
-    fn call_numeric(&self, args: &[Val], raw: &mut [RawValue]) -> JsResult<Val> {
+    fn call_scratch(&self, crossing: &Crossing, scratch: &Scratch) -> JsResult<Val> {
+        let mut raw = [RawValue::i32(0); SCRATCH_PARAMS];
+        let args = scratch.args.iter().map(|arg| f64::from_bits(arg.get()));
+        let args = args.take(crossing.count);
+        for ((slot, arg), ty) in raw.iter_mut().zip(args).zip(&crossing.params) {
+            *slot = match ty {
+                ValueType::F32 => RawValue::f32(arg as f32),
+                ValueType::F64 => RawValue::f64(arg),
+                _ => RawValue::i32(to_int32(arg)),
+            };
+        }
+        self.run(&mut raw)?;
+        if let Some(ty) = crossing.result {
+            let [value, ..] = raw;
+            let [place, ..] = &scratch.args;
+            place.set(match ty {
+                ValueType::F32 => f64::from(value.to_f32()).to_bits(),
+                ValueType::F64 => value.to_f64().to_bits(),
+                // Both halves alike, so that byte order does not matter.
+                _ => u64::from(value.to_i32() as u32) * 0x1_0000_0001,
+            });
+        }
+        Ok(ptr::null_mut())
+    }
+
+    fn call_numeric(&self, args: &[Val]) -> JsResult<Val> {
+        let len = args.len().max(self.signature.results.len());
+        let mut raw: SmallVec<[RawValue; FEW]> = smallvec![RawValue::i32(0); len];
         // Coercion may run JavaScript, so it comes before anything is entered.
         for ((slot, arg), ty) in raw.iter_mut().zip(args).zip(&*self.signature.params) {
             *slot = self.env.to_raw(*arg, *ty)?;
         }
+        self.run(&mut raw)?;
+        self.raw_results(&raw)
+    }
+
+    /// Runs the function; `raw` holds the arguments, and then the results.
+    #[inline(always)]
+    fn run(&self, raw: &mut [RawValue]) -> JsResult<()> {
         let manager = &*self.manager;
         if matches!(self.target, Target::Live(_))
             && manager.detours.get() == 0
@@ -332,21 +450,50 @@ impl Record {
         {
             return self.call_at_home(inside, raw);
         }
-        self.call_numeric_slow(raw)
+        match self.calling() {
+            Some(side) => self.run_again(&side, raw),
+            None => self.run_slow(raw),
+        }
+    }
+
+    /// The instance, if JavaScript answers a host call of it on this very thread and there is stack
+    /// for one more level.
+    #[inline(never)]
+    fn calling(&self) -> Option<Rc<ReplicaSide>> {
+        let side = match &self.target {
+            Target::Live(_) => self.manager.stack.borrow().last().map(Rc::clone)?,
+            Target::Lease(lease) if !lease.lease.is_released() => Rc::clone(&lease.side),
+            Target::Instance(side) if !side.is_expired.get() => Rc::clone(side),
+            Target::Lease(_) | Target::Instance(_) => return None,
+        };
+        let is_direct = matches!(side.frames.borrow().last(), Some(Frame::Direct));
+        (is_direct && has_stack(self.manager.stack_floor)).then_some(side)
+    }
+
+    /// One more level of a call that is on the stack: as little of it as can be.
+    #[inline(never)]
+    fn run_again(&self, side: &Rc<ReplicaSide>, raw: &mut [RawValue]) -> JsResult<()> {
+        let Some(func) = self.function(&side.replica) else {
+            return Err(self.throw(&self.missing(&side.replica)));
+        };
+        // SAFETY: this thread is inside a host call of that instance, whose function it is; `raw` was
+        // filled after its signature.
+        match unsafe { side.replica.call_raw(&func, raw) } {
+            Ok(()) => {
+                side.before_js(self.env.js());
+                Ok(())
+            }
+            Err(error) => self.settle(Entry::Again, side, Some(error)),
+        }
     }
 
     #[inline(always)]
-    fn call_at_home(&self, inside: Inside<'_, Job>, raw: &mut [RawValue]) -> JsResult<Val> {
+    fn call_at_home(&self, inside: Inside<'_, Job>, raw: &mut [RawValue]) -> JsResult<()> {
         let manager = &*self.manager;
-        let current = manager.current.borrow();
-        let side = match &*current {
-            Some(side) => Rc::clone(side),
-            None => {
-                drop((current, inside));
-                return Err(self.throw(&self.gone()));
-            }
+        let Some(side) = manager.current_quickly() else {
+            drop(inside);
+            return Err(self.throw(&self.gone()));
         };
-        drop(current);
         let Some(func) = self.function(&side.replica) else {
             drop(inside);
             return Err(self.throw(&self.missing(&side.replica)));
@@ -355,13 +502,12 @@ impl Record {
         // that instance's, and `raw` was filled after its signature.
         let outcome = unsafe { side.replica.call_raw(&func, raw) };
         if outcome.is_err() || side.replica.is_poisoned() {
-            self.settle(Entry::Home(inside), &side, outcome.err())?;
-            return self.raw_results(raw);
+            return self.settle(Entry::Home(inside), &side, outcome.err());
         }
         drop(inside);
         manager.completed.set(manager.completed.get() + 1);
         side.before_js(self.env.js());
-        self.raw_results(raw)
+        Ok(())
     }
 
     #[inline(always)]
@@ -422,19 +568,13 @@ impl Record {
 
     // ------------------------------------------------------------------ everything but the fast path
 
-    fn call_numeric_slow(&self, raw: &mut [RawValue]) -> JsResult<Val> {
+    #[cold]
+    #[inline(never)]
+    fn run_slow(&self, raw: &mut [RawValue]) -> JsResult<()> {
         let path = self.path().map_err(|e| self.throw(&e))?;
         let (entry, side) = match path {
             Path::Here(entry, side) => (entry, side),
-            Path::There(pool, side) => {
-                let types = self.signature.params.iter();
-                let args = raw
-                    .iter()
-                    .zip(types)
-                    .map(|(v, ty)| v.to_value(*ty))
-                    .collect();
-                return self.call_there(&pool, &side, args);
-            }
+            Path::There(pool, side) => return self.run_there(&pool, &side, raw),
         };
         let Some(func) = self.function(&side.replica) else {
             self.leave(entry, &side);
@@ -444,22 +584,41 @@ impl Record {
         // filled after its signature.
         let call = || unsafe { side.replica.call_raw(&func, raw) };
         let outcome = self.timed(&entry, &side, call);
-        self.settle(entry, &side, outcome.err())?;
-        self.raw_results(raw)
+        self.settle(entry, &side, outcome.err())
+    }
+
+    #[inline(never)]
+    fn run_there(
+        &self,
+        pool: &Rc<JsEnd>,
+        side: &Rc<ReplicaSide>,
+        raw: &mut [RawValue],
+    ) -> JsResult<()> {
+        let types = self.signature.params.iter();
+        let args = raw
+            .iter()
+            .zip(types)
+            .map(|(v, ty)| v.to_value(*ty))
+            .collect();
+        let results = self.call_there(pool, side, args)?;
+        for (slot, value) in raw.iter_mut().zip(&results) {
+            *slot = RawValue::from_number(value);
+        }
+        Ok(())
     }
 
     /// `limits.timeoutMs` holds for outermost synchronous calls too.
+    #[inline]
     fn timed<T>(
         &self,
         entry: &Entry<'_>,
         side: &ReplicaSide,
-        call: impl FnOnce() -> Result<T, Error>,
-    ) -> Result<T, Error> {
+        call: impl FnOnce() -> Result<T, Box<Error>>,
+    ) -> Result<T, Box<Error>> {
         match (self.manager.timeout_ms, entry) {
-            (Some(ms), Entry::Home(_) | Entry::Leased(_)) => side
-                .replica
-                .with_deadline(ms, call)
-                .and_then(|outcome| outcome),
+            (Some(ms), Entry::Home(_) | Entry::Leased(_)) => {
+                side.replica.with_deadline(ms, call).map_err(Box::new)?
+            }
             _ => call(),
         }
     }
@@ -486,7 +645,10 @@ impl Record {
         let path = self.path().map_err(|e| self.throw(&e))?;
         let (entry, side) = match path {
             Path::Here(entry, side) => (entry, side),
-            Path::There(pool, side) => return self.call_there(&pool, &side, args),
+            Path::There(pool, side) => {
+                let results = self.call_there(&pool, &side, args)?;
+                return self.env.results(&results, Some(&side));
+            }
         };
         let Some(func) = self.function(&side.replica) else {
             self.leave(entry, &side);
@@ -498,6 +660,7 @@ impl Record {
             // SAFETY: as above; the function is that instance's.
             Which::Handle(_) => unsafe { side.replica.call(&func, args) },
         };
+        let call = || call().map_err(Box::new);
         let (values, error) = match self.timed(&entry, &side, call) {
             Ok(values) => (values, None),
             Err(error) => (Vec::new(), Some(error)),
@@ -512,16 +675,13 @@ impl Record {
         pool: &Rc<JsEnd>,
         side: &Rc<ReplicaSide>,
         args: Vec<Value>,
-    ) -> JsResult<Val> {
+    ) -> JsResult<Vec<Value>> {
         let Some(func) = resolve(&side.replica, self.which) else {
             return Err(self.throw(&self.missing(&side.replica)));
         };
-        let outcome = pool.call(&self.env, side, func, args);
+        let outcome = pool.call(&self.env, side, func, &self.signature, args);
         side.before_js(self.env.js());
-        match outcome {
-            Ok(values) => self.env.results(&values, Some(side)),
-            Err(error) => Err(self.throw(&error)),
-        }
+        outcome.map_err(|error| self.throw(&error))
     }
 
     /// Leaves an instance that failed, or that is poisoned although the call went on (JavaScript
@@ -531,7 +691,7 @@ impl Record {
         &self,
         entry: Entry<'_>,
         side: &Rc<ReplicaSide>,
-        error: Option<Error>,
+        error: Option<Box<Error>>,
     ) -> JsResult<()> {
         let is_outermost = !matches!(entry, Entry::Again);
         match &error {
@@ -558,13 +718,12 @@ impl Record {
 
     // ------------------------------------------------------------------ finding the way
 
-    fn path(&self) -> Result<Path<'_>, Error> {
+    #[inline(never)]
+    fn path(&self) -> Result<Path<'_>, Box<Error>> {
         if !has_stack(self.manager.stack_floor) {
             let manager = &self.manager.manager;
-            return Err(out_of_stack(
-                manager.name(),
-                manager.options().limits.stack_bytes(),
-            ));
+            let stack_bytes = manager.options().limits.stack_bytes();
+            return Err(out_of_stack(manager.name(), stack_bytes).into());
         }
         match &self.target {
             Target::Live(_) => {
@@ -577,26 +736,26 @@ impl Record {
             }
             Target::Lease(lease) => {
                 if lease.lease.is_released() {
-                    return Err(lease.lease.stale());
+                    return Err(lease.lease.stale().into());
                 }
                 if let Some(path) = through_host_call(&lease.side) {
                     return Ok(path);
                 }
                 if lease.side.replica.is_poisoned() {
-                    return Err(lease.lease.poisoned());
+                    return Err(lease.lease.poisoned().into());
                 }
                 let inside = lease.lease.enter()?;
                 Ok(Path::Here(Entry::Leased(inside), Rc::clone(&lease.side)))
             }
             Target::Instance(side) => {
                 if side.is_expired.get() {
-                    return Err(side.replica.stale());
+                    return Err(side.replica.stale().into());
                 }
                 if let Some(path) = through_host_call(side) {
                     return Ok(path);
                 }
                 if side.replica.is_poisoned() {
-                    return Err(side.replica.stale());
+                    return Err(side.replica.stale().into());
                 }
                 if let Some(lease) = self.lease_on(side) {
                     let inside = lease.lease.enter()?;
@@ -604,10 +763,16 @@ impl Record {
                 }
                 match &*self.manager.current.borrow() {
                     Some(current) if Rc::ptr_eq(current, side) => {}
-                    _ => return Err(busy(&self.manager, "the instance is not in a host call")),
+                    _ => {
+                        return Err(
+                            busy(&self.manager, "the instance is not in a host call").into()
+                        );
+                    }
                 }
                 match self.path_home()? {
-                    Path::Here(_, now) if !Rc::ptr_eq(&now, side) => Err(side.replica.stale()),
+                    Path::Here(_, now) if !Rc::ptr_eq(&now, side) => {
+                        Err(side.replica.stale().into())
+                    }
                     path => Ok(path),
                 }
             }
@@ -624,16 +789,15 @@ impl Record {
             .find(|lease| Rc::ptr_eq(&lease.side, side) && !lease.lease.is_released())
     }
 
-    fn path_home(&self) -> Result<Path<'_>, Error> {
+    fn path_home(&self) -> Result<Path<'_>, Box<Error>> {
         let manager = &*self.manager;
         if manager.swapping.get() > 0 && !matches!(manager.home.refusal(), Away::Shut) {
+            let name = manager.manager.name();
             return Err(Error::new(
                 ErrorCode::Reloading,
-                format!(
-                    "a swap of {} is under way; use call(), which waits its turn",
-                    manager.manager.name()
-                ),
-            ));
+                format!("a swap of {name} is under way; use call(), which waits its turn"),
+            )
+            .into());
         }
         if let Some(inside) = manager.home.enter() {
             return Ok(Path::Here(Entry::Home(inside), manager.current()?));
@@ -644,7 +808,7 @@ impl Record {
         // Once more: the instance may have come home meanwhile.
         match manager.home.enter() {
             Some(inside) => Ok(Path::Here(Entry::Home(inside), manager.current()?)),
-            None => Err(self.refused()),
+            None => Err(self.refused().into()),
         }
     }
 
@@ -669,6 +833,27 @@ impl Record {
                 ),
             ),
         }
+    }
+}
+
+/// `ToInt32` of a number.
+#[inline(always)]
+fn to_int32(value: f64) -> i32 {
+    // Saturates, and NaN becomes 0.
+    let whole = value as i64;
+    if whole.unsigned_abs() < 1 << 53 {
+        return whole as i32;
+    }
+    to_int32_far(value)
+}
+
+#[cold]
+fn to_int32_far(value: f64) -> i32 {
+    if value.is_finite() {
+        // Exact: the remainder of two floats always is.
+        (value.trunc() % 4_294_967_296.0) as i64 as i32
+    } else {
+        0
     }
 }
 

@@ -16,19 +16,38 @@ use napi::sys;
 use smallvec::SmallVec;
 use wasm_molt_engine::{
     Error, ErrorCode, FuncHandle, HostCall, HostFunction, Import, ImportKind, ImportValue, Module,
-    Result, Signature, Stop, Value, ValueType,
+    RawValue, Replica, Result, Signature, Stop, Value, ValueType,
 };
 
 use crate::env::EnvState;
-use crate::js::{JsResult, Kind, Pending, Val};
+use crate::js::{Js, JsResult, Kind, Pending, Val};
 use crate::js_only::JsOnly;
 use crate::side::{Frame, ManagerSide, ReplicaSide};
+
+/// Arguments that most imports do not exceed; the frame is on the stack at each level of re-entrance.
+const FEW: usize = 6;
 
 struct Bound {
     env: Rc<EnvState>,
     manager: Rc<ManagerSide>,
     side: Rc<ReplicaSide>,
     function: sys::napi_ref,
+}
+
+impl Bound {
+    /// JavaScript is about to answer a host call.
+    #[inline]
+    fn begin(&self, frame: Frame) {
+        self.side.before_js(self.env.js());
+        self.manager.push_frame(&self.side, frame);
+        self.env.scratch().next_epoch();
+    }
+
+    #[inline]
+    fn end(&self) {
+        self.manager.pop_frame(&self.side);
+        self.env.scratch().next_epoch();
+    }
 }
 
 impl Drop for Bound {
@@ -48,8 +67,18 @@ struct Handle(Arc<JsImport>);
 
 /// What the pool thread hears.
 enum ToPool {
-    Reply(Result<SmallVec<[Value; 2]>>),
-    Call(FuncHandle, Vec<Value>),
+    Reply(Result<Reply, Box<Error>>),
+    Call(Box<Nested>),
+}
+
+/// In a box, as all that is on the stack while a nested call runs.
+type Reply = Box<SmallVec<[Value; 2]>>;
+
+/// A call back into the guest.
+struct Nested {
+    func: FuncHandle,
+    signature: Signature,
+    args: Vec<Value>,
 }
 
 /// What the JS thread hears.
@@ -88,8 +117,29 @@ impl HostFunction for Handle {
     fn call(&self, call: &mut HostCall<'_>) -> Result<()> {
         match self.0.bound.get() {
             Some(bound) => self.0.call_here(bound, call),
-            None => self.0.call_there(call),
+            None => {
+                let args = std::mem::take(&mut call.args);
+                let pool = self.0.ask(call.signature, args)?;
+                call.results = *pool.converse(call.replica)?;
+                Ok(())
+            }
         }
+    }
+
+    #[inline]
+    fn call_numbers(
+        &self,
+        replica: &Replica,
+        signature: &Signature,
+        values: &mut [RawValue],
+    ) -> Option<Result<(), Box<Error>>> {
+        Some(match self.0.bound.get() {
+            Some(bound) => {
+                let js = bound.env.js();
+                js.scoped(|| self.0.call_numbers_here(bound, signature, values))
+            }
+            None => self.0.call_numbers_there(replica, signature, values),
+        })
     }
 }
 
@@ -99,10 +149,9 @@ impl JsImport {
     fn call_here(&self, bound: &Bound, call: &mut HostCall<'_>) -> Result<()> {
         let js = bound.env.js();
         js.scoped(|| {
-            bound.side.before_js(js);
-            bound.manager.push_frame(&bound.side, Frame::Direct);
+            bound.begin(Frame::Direct);
             let returned = Self::call_js(bound, &call.args);
-            bound.manager.pop_frame(&bound.side);
+            bound.end();
             let returned = returned.map_err(|Pending| bound.env.take_thrown())?;
             if must_wait(&bound.env, returned, call.signature)? {
                 bound.env.ignore(returned);
@@ -110,6 +159,84 @@ impl JsImport {
             }
             convert(&bound.env, returned, call.signature, &mut call.results)
         })
+    }
+
+    /// What most imports are: numbers in, a number or nothing out.
+    #[inline]
+    fn call_numbers_here(
+        &self,
+        bound: &Bound,
+        signature: &Signature,
+        values: &mut [RawValue],
+    ) -> Result<(), Box<Error>> {
+        let js = bound.env.js();
+        bound.begin(Frame::Direct);
+        let returned = Self::call_js_with_numbers(bound, &signature.params, values);
+        bound.end();
+        let Ok(returned) = returned else {
+            return Err(thrown(&bound.env));
+        };
+        match (&*signature.results, &mut *values) {
+            ([], _) if js.is_undefined(returned) => Ok(()),
+            ([ty], [slot, ..]) if let Some(number) = plain_number(js, returned, *ty) => {
+                *slot = number;
+                Ok(())
+            }
+            _ => self.convert_numbers(bound, returned, signature, values),
+        }
+    }
+
+    #[inline]
+    fn call_js_with_numbers(
+        bound: &Bound,
+        params: &[ValueType],
+        values: &[RawValue],
+    ) -> JsResult<Val> {
+        let function = bound.env.helper(bound.function)?;
+        let mut few = [std::ptr::null_mut(); FEW];
+        let Some(args) = few.get_mut(..params.len()) else {
+            return Self::call_js_with_many(bound, params, values);
+        };
+        for (arg, (value, ty)) in args.iter_mut().zip(values.iter().zip(params)) {
+            *arg = bound.env.raw_to_js(*value, *ty)?;
+        }
+        bound.env.js().call(function, args)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn call_js_with_many(
+        bound: &Bound,
+        params: &[ValueType],
+        values: &[RawValue],
+    ) -> JsResult<Val> {
+        let values: Vec<_> = values
+            .iter()
+            .zip(params)
+            .map(|(value, ty)| value.to_value(*ty))
+            .collect();
+        Self::call_js(bound, &values)
+    }
+
+    /// Something else than the very numbers that the signature asks for.
+    #[cold]
+    #[inline(never)]
+    fn convert_numbers(
+        &self,
+        bound: &Bound,
+        returned: Val,
+        signature: &Signature,
+        values: &mut [RawValue],
+    ) -> Result<(), Box<Error>> {
+        if must_wait(&bound.env, returned, signature)? {
+            bound.env.ignore(returned);
+            return Err(Box::new(self.async_import()));
+        }
+        let converted = converted(&bound.env, returned, signature)?;
+        for (slot, value) in values.iter_mut().zip(&converted) {
+            *slot = RawValue::from_number(value);
+        }
+        Ok(())
     }
 
     fn call_js(bound: &Bound, args: &[Value]) -> JsResult<Val> {
@@ -136,61 +263,119 @@ impl JsImport {
 
     // ------------------------------------------------------------------ on a pool thread
 
-    fn call_there(self: &Arc<Self>, call: &mut HostCall<'_>) -> Result<()> {
+    #[inline(never)]
+    fn call_numbers_there(
+        self: &Arc<Self>,
+        replica: &Replica,
+        signature: &Signature,
+        values: &mut [RawValue],
+    ) -> Result<(), Box<Error>> {
+        let pool = self.ask_with_numbers(signature, values)?;
+        let reply = pool.converse(replica)?;
+        for (slot, value) in values.iter_mut().zip(&*reply) {
+            *slot = RawValue::from_number(value);
+        }
+        Ok(())
+    }
+
+    // Each step of the conversation is apart: only what is on the stack while a nested call runs
+    // counts at each level of re-entrance.
+
+    #[inline(never)]
+    fn ask_with_numbers(
+        self: &Arc<Self>,
+        signature: &Signature,
+        values: &[RawValue],
+    ) -> Result<PoolEnd, Box<Error>> {
+        let args = values
+            .iter()
+            .zip(&*signature.params)
+            .map(|(value, ty)| value.to_value(*ty))
+            .collect();
+        self.ask(signature, args)
+    }
+
+    #[inline(never)]
+    fn ask(
+        self: &Arc<Self>,
+        signature: &Signature,
+        args: SmallVec<[Value; 6]>,
+    ) -> Result<PoolEnd, Box<Error>> {
         let request = Arc::new(Request {
             import: Arc::clone(self),
-            signature: call.signature.clone(),
-            args: std::mem::take(&mut call.args),
+            signature: signature.clone(),
+            args,
         });
         let inner = NESTED.with_borrow(|nested| nested.last().cloned());
-        let pool = if let Some(to_js) = inner {
+        if let Some(to_js) = inner {
             // The JS thread waits in a nested call of ours: it serves this request right there.
             let from_js = REPLIES.with_borrow(|replies| replies.last().cloned());
             let from_js =
                 from_js.ok_or_else(|| Error::internal("a conversation without its other half"))?;
             to_js.send(ToJs::Request(request)).map_err(|_| gone())?;
-            PoolEnd { to_js, from_js }
-        } else {
-            let (to_js, from_pool) = bounded(1);
-            let (to_pool, from_js) = bounded(1);
-            let end = JsEnd { to_pool, from_pool };
-            let posted = self
-                .bound
-                .inbox()
-                .post(Box::new(move |_| answer(&request, end)));
-            posted.map_err(|_| gone())?;
-            PoolEnd { to_js, from_js }
-        };
-        call.results = wait(&pool, call)?;
-        Ok(())
+            return Ok(PoolEnd { to_js, from_js });
+        }
+        let (to_js, from_pool) = bounded(1);
+        let (to_pool, from_js) = bounded(1);
+        let end = JsEnd { to_pool, from_pool };
+        let posted = self
+            .bound
+            .inbox()
+            .post(Box::new(move |_| answer(&request, end)));
+        posted.map_err(|_| gone())?;
+        Ok(PoolEnd { to_js, from_js })
     }
 }
 
-/// Waits for the reply, running nested calls meanwhile.
-fn wait(pool: &PoolEnd, call: &HostCall<'_>) -> Result<SmallVec<[Value; 2]>> {
-    let cancelled = call.replica.interrupter().cancelled();
-    loop {
-        // A stop that an inner wait has seen ends the outer ones too: what still arrives on this
-        // conversation may be the answer to somebody else.
-        if call.replica.interrupter().is_stopped() {
-            return Err(call.replica.interrupted());
-        }
-        let message = select! {
-            recv(pool.from_js) -> message => message.map_err(|_| gone())?,
-            recv(cancelled) -> _ => return Err(call.replica.interrupted()),
-        };
-        match message {
-            ToPool::Reply(reply) => return reply,
-            ToPool::Call(func, args) => {
-                NESTED.with_borrow_mut(|n| n.push(pool.to_js.clone()));
-                REPLIES.with_borrow_mut(|r| r.push(pool.from_js.clone()));
-                // SAFETY: this thread holds the replica: it is inside this very host call of it.
-                let outcome = unsafe { call.replica.call(&func, args) };
-                NESTED.with_borrow_mut(Vec::pop);
-                REPLIES.with_borrow_mut(Vec::pop);
-                pool.to_js.send(ToJs::Done(outcome)).map_err(|_| gone())?;
+impl PoolEnd {
+    /// Runs nested calls until the reply is there.
+    fn converse(&self, replica: &Replica) -> Result<Reply, Box<Error>> {
+        loop {
+            match self.hear(replica)? {
+                ToPool::Reply(reply) => return reply,
+                ToPool::Call(nested) => self.run_nested(replica, nested)?,
             }
         }
+    }
+
+    #[inline(never)]
+    fn hear(&self, replica: &Replica) -> Result<ToPool, Box<Error>> {
+        let cancelled = replica.interrupter().cancelled();
+        // A stop that an inner wait has seen ends the outer ones too: what still arrives on this
+        // conversation may be the answer to somebody else.
+        if replica.interrupter().is_stopped() {
+            return Err(replica.interrupted().into());
+        }
+        select! {
+            recv(self.from_js) -> message => message.map_err(|_| gone().into()),
+            recv(cancelled) -> _ => Err(replica.interrupted().into()),
+        }
+    }
+
+    #[inline(never)]
+    #[expect(
+        clippy::boxed_local,
+        reason = "out of the box it would be on the stack twice"
+    )]
+    fn run_nested(&self, replica: &Replica, nested: Box<Nested>) -> Result<(), Box<Error>> {
+        NESTED.with_borrow_mut(|n| n.push(self.to_js.clone()));
+        REPLIES.with_borrow_mut(|r| r.push(self.from_js.clone()));
+        let Nested {
+            func,
+            signature,
+            args,
+        } = *nested;
+        // SAFETY: this thread holds the replica: it is inside a host call of it. The signature came
+        // with the function.
+        let outcome = unsafe { replica.call_typed(&func, &signature, args) };
+        NESTED.with_borrow_mut(Vec::pop);
+        REPLIES.with_borrow_mut(Vec::pop);
+        self.tell(ToJs::Done(outcome))
+    }
+
+    #[inline(never)]
+    fn tell(&self, message: ToJs) -> Result<(), Box<Error>> {
+        self.to_js.send(message).map_err(|_| Box::new(gone()))
     }
 }
 
@@ -210,7 +395,7 @@ fn answer(request: &Arc<Request>, end: JsEnd) {
     let end = Rc::new(end);
     let returned = match run_request(bound, request, &end) {
         Ok(returned) => returned,
-        Err(error) => return end.reply(Err(error)),
+        Err(error) => return end.reply(Err(*error)),
     };
     match must_wait(&bound.env, returned, &request.signature) {
         Ok(true) => {}
@@ -241,19 +426,17 @@ fn answer(request: &Arc<Request>, end: JsEnd) {
     }
 }
 
-fn run_request(bound: &Bound, request: &Request, end: &Rc<JsEnd>) -> Result<Val> {
-    bound.side.before_js(bound.env.js());
-    bound
-        .manager
-        .push_frame(&bound.side, Frame::Remote(Rc::clone(end)));
+fn run_request(bound: &Bound, request: &Request, end: &Rc<JsEnd>) -> Result<Val, Box<Error>> {
+    bound.begin(Frame::Remote(Rc::clone(end)));
     let returned = JsImport::call_js(bound, &request.args);
-    bound.manager.pop_frame(&bound.side);
-    returned.map_err(|Pending| bound.env.take_thrown())
+    bound.end();
+    returned.map_err(|Pending| thrown(&bound.env))
 }
 
 impl JsEnd {
     fn reply(&self, reply: Result<SmallVec<[Value; 2]>>) {
         // Nobody listens if the call was stopped meanwhile.
+        let reply = reply.map(Box::new).map_err(Box::new);
         let _ = self.to_pool.send(ToPool::Reply(reply));
     }
 
@@ -261,52 +444,96 @@ impl JsEnd {
     pub(crate) fn call(
         self: &Rc<Self>,
         env: &EnvState,
-        side: &Rc<ReplicaSide>,
+        side: &ReplicaSide,
         func: FuncHandle,
+        signature: &Signature,
         args: Vec<Value>,
     ) -> Result<Vec<Value>> {
-        let stopped = || {
-            Error::new(
-                ErrorCode::Interrupted,
-                format!(
-                    "the call of {} that made this host call was stopped",
-                    side.replica.module().name()
-                ),
-            )
-        };
-        self.to_pool
-            .send(ToPool::Call(func, args))
-            .map_err(|_| stopped())?;
-        let stop = || {
-            let why = Stop::Interrupted("its worker is ending".into());
-            side.replica.interrupter().stop_current(why);
-        };
+        let nested = Box::new(Nested {
+            func,
+            signature: signature.clone(),
+            args,
+        });
+        let sent = self.to_pool.send(ToPool::Call(nested));
+        sent.map_err(|_| stopped(side))?;
         loop {
-            let message = match &env.watch {
-                Some(watch) => watch.wait_for(&self.from_pool, stop),
-                None => self.from_pool.recv(),
-            };
-            match message.map_err(|_| stopped())? {
+            match self.hear(env, side)? {
                 ToJs::Done(outcome) => return outcome,
-                ToJs::Request(request) => {
-                    let reply = env.js().scoped(|| self.serve(&request));
-                    self.reply(reply);
-                }
+                ToJs::Request(request) => env.js().scoped(|| self.serve(&request)),
             }
         }
     }
 
-    /// An import of a nested call: this thread waits, so it must be synchronous.
-    fn serve(self: &Rc<Self>, request: &Request) -> Result<SmallVec<[Value; 2]>> {
-        let import = &*request.import;
-        let bound = import.bound.get().ok_or_else(gone)?;
-        let returned = run_request(bound, request, self)?;
-        if must_wait(&bound.env, returned, &request.signature)? {
-            bound.env.ignore(returned);
-            return Err(import.async_import());
-        }
-        converted(&bound.env, returned, &request.signature)
+    #[inline(never)]
+    fn hear(&self, env: &EnvState, side: &ReplicaSide) -> Result<ToJs> {
+        let stop = || {
+            let why = Stop::Interrupted("its worker is ending".into());
+            side.replica.interrupter().stop_current(why);
+        };
+        let message = match &env.watch {
+            Some(watch) => watch.wait_for(&self.from_pool, stop),
+            None => self.from_pool.recv(),
+        };
+        message.map_err(|_| stopped(side))
     }
+
+    /// An import of a nested call: this thread waits, so it must be synchronous.
+    #[inline(never)]
+    fn serve(self: &Rc<Self>, request: &Request) {
+        let Some(bound) = request.import.bound.get() else {
+            return self.reply(Err(gone()));
+        };
+        let returned = run_request(bound, request, self);
+        self.reply_with(bound, request, returned);
+    }
+
+    #[inline(never)]
+    fn reply_with(&self, bound: &Bound, request: &Request, returned: Result<Val, Box<Error>>) {
+        let returned = match returned {
+            Ok(returned) => returned,
+            Err(error) => return self.reply(Err(*error)),
+        };
+        let waits = match must_wait(&bound.env, returned, &request.signature) {
+            Ok(waits) => waits,
+            Err(error) => return self.reply(Err(error)),
+        };
+        if waits {
+            bound.env.ignore(returned);
+            return self.reply(Err(request.import.async_import()));
+        }
+        self.reply(converted(&bound.env, returned, &request.signature));
+    }
+}
+
+#[cold]
+fn stopped(side: &ReplicaSide) -> Error {
+    Error::new(
+        ErrorCode::Interrupted,
+        format!(
+            "the call of {} that made this host call was stopped",
+            side.replica.module().name()
+        ),
+    )
+}
+
+#[cold]
+#[expect(
+    clippy::unnecessary_box_returns,
+    reason = "boxed errors keep frames small where guests re-enter"
+)]
+fn thrown(env: &EnvState) -> Box<Error> {
+    Box::new(env.take_thrown())
+}
+
+/// The value if it needs no coercion.
+#[inline]
+fn plain_number(js: Js, value: Val, ty: ValueType) -> Option<RawValue> {
+    Some(match ty {
+        ValueType::I64 => RawValue::i64(js.bigint_bits(value)?),
+        ValueType::F32 => RawValue::f32(js.get_number(value)? as f32),
+        ValueType::F64 => RawValue::f64(js.get_number(value)?),
+        _ => RawValue::i32(js.get_int32(value)?),
+    })
 }
 
 /// Whether the guest has to wait: for a promise, and for any other thenable where it cannot be meant as

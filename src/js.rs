@@ -343,11 +343,10 @@ impl Js {
     /// `ToInt32`, as the WebAssembly JS API coerces.
     #[inline]
     pub(crate) fn to_int32(self, value: Val) -> JsResult<i32> {
-        let mut v = 0;
-        // SAFETY: valid environment, value and out pointer.
-        if unsafe { sys::napi_get_value_int32(self.0, value, &raw mut v) } == sys::Status::napi_ok {
+        if let Some(v) = self.get_int32(value) {
             return Ok(v);
         }
+        let mut v = 0;
         let number = self.coerce_number(value)?;
         napi!(self, napi_get_value_int32(number, &raw mut v))?;
         Ok(v)
@@ -386,6 +385,24 @@ impl Js {
         (status == sys::Status::napi_ok).then_some(v)
     }
 
+    /// `ToInt32` of a number; `None` if it is something else.
+    #[inline]
+    pub(crate) fn get_int32(self, value: Val) -> Option<i32> {
+        let mut v = 0;
+        // SAFETY: valid environment, value and out pointer.
+        let status = unsafe { sys::napi_get_value_int32(self.0, value, &raw mut v) };
+        (status == sys::Status::napi_ok).then_some(v)
+    }
+
+    #[inline]
+    pub(crate) fn is_undefined(self, value: Val) -> bool {
+        let mut kind = 0;
+        // SAFETY: valid environment, value and out pointer.
+        let status = unsafe { sys::napi_typeof(self.0, value, &raw mut kind) };
+        status == sys::Status::napi_ok && kind == sys::ValueType::napi_undefined
+    }
+
+    #[inline]
     pub(crate) fn get_number(self, value: Val) -> Option<f64> {
         let mut v = 0.0;
         // SAFETY: valid environment, value and out pointer.

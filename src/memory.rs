@@ -50,7 +50,7 @@ impl View {
         }
     }
 
-    /// The buffer of this moment.
+    /// The buffer of this moment; a `Uint8Array` where it is only a copy, which must not be kept.
     pub(crate) fn buffer(&self, js: Js, memory: &MemoryRecord) -> JsResult<Val> {
         if self.is_live() {
             self.check(js, memory);
@@ -122,8 +122,7 @@ fn copy(js: Js, memory: &MemoryRecord, len: usize) -> JsResult<Val> {
     memory
         .read(0, &mut bytes)
         .map_err(|e| out_of_bounds(js, &e))?;
-    let array = js.uint8_array(&bytes)?;
-    js.property(array, c"buffer")
+    js.uint8_array(&bytes)
 }
 
 /// `read`, `readString` and `write` throw a `RangeError`.

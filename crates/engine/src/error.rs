@@ -240,3 +240,10 @@ impl Error {
 
 /// A guest exception nobody caught: an orderly unwinding, the instance stays usable.
 pub(crate) const UNCAUGHT_EXCEPTION: &str = "uncaught-exception";
+
+/// Where errors are rare and frames should be small they travel in a box.
+impl From<Box<Error>> for Error {
+    fn from(error: Box<Error>) -> Self {
+        *error
+    }
+}

@@ -174,7 +174,8 @@ impl Guest<'_> {
 
     fn call(&self, func: &FuncHandle, values: &mut [RawValue]) -> Result<()> {
         // SAFETY: `run`'s contract; `check` has compared the signatures, so `values` fits.
-        unsafe { self.replica.call_raw(func, values) }
+        unsafe { self.replica.call_raw(func, values) }?;
+        Ok(())
     }
 
     fn function(&self, name: &str) -> Result<FuncHandle> {

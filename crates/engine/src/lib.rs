@@ -41,7 +41,7 @@ pub use interrupt::{Interrupter, Stop};
 pub use lease::{Lease, LeaseInside};
 pub use limits::Limits;
 pub use manager::{Done, Event, Job, LeaseDone, Manager, ManagerState, ManagerStats, Replaced};
-pub use memory::{MemoryRecord, MemoryView, OutOfBounds, Reservation};
+pub use memory::{MemoryRecord, MemoryView, OutOfBounds, Reservation, memory_changes};
 pub use module::{ExportedFunction, Import, ImportKind, Module};
 pub use options::{BufferAbi, BufferReturns, CacheChoice, EngineOptions, ManagerOptions, Source};
 pub use replica::{RawValue, Replica};

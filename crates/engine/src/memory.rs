@@ -30,7 +30,7 @@ pub(crate) use host::{
     MemoryOptions, MemoryPlan, configure, new_memory, with_plan, with_plan_and_poll,
 };
 pub(crate) use poll::{HAS_POLL_PAGE, PollPage, is_poll_fault};
-pub use record::{MemoryRecord, MemoryView, OutOfBounds};
+pub use record::{MemoryRecord, MemoryView, OutOfBounds, memory_changes};
 pub use reservation::Reservation;
 
 /// Everything is rounded up to this: a wasm page, and a multiple of every host page size in use.

@@ -514,7 +514,11 @@ impl Replica {
     /// # Errors
     /// [`ErrorCode::StaleHandle`] once released; else however the guest ended.
     #[inline]
-    pub unsafe fn call_raw(&self, func: &FuncHandle, values: &mut [RawValue]) -> Result<()> {
+    pub unsafe fn call_raw(
+        &self,
+        func: &FuncHandle,
+        values: &mut [RawValue],
+    ) -> Result<(), Box<Error>> {
         let len = values.len();
         let raw: *mut [ValRaw] =
             std::ptr::slice_from_raw_parts_mut(values.as_mut_ptr().cast::<ValRaw>(), len);
@@ -528,8 +532,8 @@ impl Replica {
         // SAFETY: contract of this function.
         match unsafe { self.with_context(run) } {
             Some(Ok(())) => Ok(()),
-            Some(Err(error)) => Err(self.call_failed(func, error)),
-            None => Err(self.stale()),
+            Some(Err(error)) => Err(Box::new(self.call_failed(func, error))),
+            None => Err(Box::new(self.stale())),
         }
     }
 
@@ -547,8 +551,7 @@ impl Replica {
         unsafe { self.with_context(run) }.unwrap_or_else(|| Err(self.stale()))
     }
 
-    /// Calls the export at that position of [`Module::functions`]: numbers take the raw way, which
-    /// need not ask the engine for the function's type.
+    /// Calls the export at that position of [`Module::functions`].
     ///
     /// # Safety
     /// The calling thread holds the replica (see the module's text).
@@ -560,22 +563,37 @@ impl Replica {
         else {
             return Err(self.missing(index));
         };
-        let signature = &export.signature;
+        // SAFETY: contract of this function; the signature is the export's.
+        unsafe { self.call_typed(&func, &export.signature, args) }
+    }
+
+    /// Calls a function whose type is known: numbers take the raw way, which need not ask the engine
+    /// for it and leaves more of the stack to who calls back and forth.
+    ///
+    /// # Safety
+    /// As [`Self::call`]; `signature` is the function's.
+    ///
+    /// # Errors
+    /// As [`Self::call`].
+    pub unsafe fn call_typed(
+        &self,
+        func: &FuncHandle,
+        signature: &Signature,
+        args: Vec<Value>,
+    ) -> Result<Vec<Value>> {
         let fits = args
             .iter()
             .map(Value::ty)
             .eq(signature.params.iter().copied());
         if !fits || !signature.is_numeric() {
             // SAFETY: contract of this function.
-            return unsafe { self.call(&func, args) };
+            return unsafe { self.call(func, args) };
         }
-        let mut raw: SmallVec<[RawValue; 4]> = args
-            .iter()
-            .map(|value| RawValue(number_to_raw(value)))
-            .collect();
+        let mut raw: SmallVec<[RawValue; 4]> = args.iter().map(RawValue::from_number).collect();
+        drop(args);
         raw.resize(raw.len().max(signature.results.len()), RawValue::i32(0));
         // SAFETY: contract of this function; the values fit the signature, as was just compared.
-        unsafe { self.call_raw(&func, &mut raw) }?;
+        unsafe { self.call_raw(func, &mut raw) }?;
         Ok(raw
             .iter()
             .zip(&*signature.results)
@@ -644,6 +662,7 @@ impl Replica {
     ///
     /// # Errors
     /// [`ErrorCode::Internal`] if no deadline can be set; then `f` has not run.
+    #[inline(never)]
     pub fn with_deadline<R>(&self, timeout_ms: u64, f: impl FnOnce() -> R) -> Result<R> {
         if self.is_in_host_call() {
             return Ok(f());
@@ -792,6 +811,11 @@ impl RawValue {
     #[inline]
     pub fn f64(v: f64) -> Self {
         Self(ValRaw::f64(v.to_bits()))
+    }
+    /// From a number; 0 for anything else.
+    #[inline]
+    pub fn from_number(value: &Value) -> Self {
+        Self(number_to_raw(value))
     }
     /// As an i32.
     #[inline]

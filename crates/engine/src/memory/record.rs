@@ -22,6 +22,14 @@ pub struct MemoryRecord {
     home: RwLock<Option<Arc<Reservation>>>,
 }
 
+static CHANGES: AtomicUsize = AtomicUsize::new(0);
+
+/// Another number whenever a memory of the process has grown or moved. Who hears, by whatever
+/// synchronises, of something that happened after the growth, also sees the number.
+pub fn memory_changes() -> usize {
+    CHANGES.load(Ordering::Acquire)
+}
+
 /// A moment's address and length of a memory, with what keeps the address valid.
 #[derive(Debug, Clone)]
 pub struct MemoryView {
@@ -159,6 +167,7 @@ impl MemoryRecord {
     /// Publishes a new size in the same place.
     pub(super) fn resized(&self, len: usize) {
         self.len.store(len, Ordering::Release);
+        CHANGES.fetch_add(1, Ordering::Release);
         self.peak.fetch_max(len, Ordering::AcqRel);
     }
 
