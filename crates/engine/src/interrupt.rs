@@ -8,10 +8,12 @@
 //! A run is numbered. A stop names the run it means, so one that comes too late never hits the next.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
+use crate::deadline::Deadline;
 use crate::error::{Error, ErrorCode};
 use crate::memory::PollPage;
 use crate::value::HostRef;
@@ -56,6 +58,61 @@ struct State {
     stop: Option<Stop>,
     /// The stop holds for every run there may still be.
     is_for_good: bool,
+    /// The store is gone: nothing is left to be stopped.
+    is_released: bool,
+}
+
+/// Epoch mode: what a strike needs.
+struct Epochs {
+    /// Its epoch is bumped.
+    engine: wasmtime::Engine,
+    /// Read by the deadline callback.
+    is_struck: AtomicBool,
+    /// The timer thread bumps until the struck run has ended.
+    is_repeating: AtomicBool,
+}
+
+impl std::fmt::Debug for Epochs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Epochs")
+            .field("is_struck", &self.is_struck)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Epochs {
+    /// Between two bumps of the epoch for the same strike.
+    const AGAIN: Duration = Duration::from_millis(1);
+
+    fn strike(self: &Arc<Self>) {
+        self.is_struck.store(true, Ordering::SeqCst);
+        self.engine.increment_epoch();
+        self.repeat();
+    }
+
+    /// One bump may be lost: between the deadline callback's look at the flag and the deadline that
+    /// wasmtime sets afterwards, which counts from the epoch of that moment.
+    fn repeat(self: &Arc<Self>) {
+        if self.is_repeating.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let weak = Arc::downgrade(self);
+        let again = Deadline::after(Self::AGAIN, move || {
+            let Some(epochs) = Weak::upgrade(&weak) else {
+                return;
+            };
+            // In this order, so that a strike of this very moment starts its own repetition.
+            epochs.is_repeating.store(false, Ordering::SeqCst);
+            if epochs.is_struck.load(Ordering::SeqCst) {
+                epochs.engine.increment_epoch();
+                epochs.repeat();
+            }
+        });
+        match again {
+            Ok(deadline) => deadline.detach(),
+            Err(_) => self.is_repeating.store(false, Ordering::SeqCst),
+        }
+    }
 }
 
 /// Stops the runs of one instance.
@@ -63,10 +120,7 @@ struct State {
 pub struct Interrupter {
     state: Mutex<State>,
     poll: OnceLock<PollPage>,
-    /// Epoch mode: the engine whose epoch is bumped.
-    epochs: Option<wasmtime::Engine>,
-    /// Epoch mode: read by the deadline callback.
-    flag: AtomicBool,
+    epochs: Option<Arc<Epochs>>,
     cancel: (Sender<()>, Receiver<()>),
 }
 
@@ -75,8 +129,13 @@ impl Interrupter {
         Self {
             state: Mutex::default(),
             poll: OnceLock::new(),
-            epochs,
-            flag: AtomicBool::new(false),
+            epochs: epochs.map(|engine| {
+                Arc::new(Epochs {
+                    engine,
+                    is_struck: AtomicBool::new(false),
+                    is_repeating: AtomicBool::new(false),
+                })
+            }),
             cancel: bounded(1),
         }
     }
@@ -114,7 +173,9 @@ impl Interrupter {
             return state.stop.clone();
         }
         let stop = state.stop.take()?;
-        self.flag.store(false, Ordering::Release);
+        if let Some(epochs) = &self.epochs {
+            epochs.is_struck.store(false, Ordering::SeqCst);
+        }
         if let Some(poll) = self.poll.get() {
             // Failing to map the page back leaves an instance that stops at once: it is poisoned anyway.
             let _ = poll.grant();
@@ -149,24 +210,35 @@ impl Interrupter {
         if state.stop.is_none() {
             state.stop = Some(stop);
         }
-        self.strike();
+        if !state.is_released {
+            self.strike();
+        }
     }
 
     /// Called with the lock held, so that `end` cannot slip in between.
     fn strike(&self) {
-        self.flag.store(true, Ordering::Release);
         if let Some(poll) = self.poll.get() {
             let _ = poll.revoke();
         }
-        if let Some(engine) = &self.epochs {
-            engine.increment_epoch();
+        if let Some(epochs) = &self.epochs {
+            epochs.strike();
         }
         let _ = self.cancel.0.try_send(());
     }
 
     /// Epoch mode: whether this very instance is meant.
     pub(crate) fn is_struck(&self) -> bool {
-        self.flag.load(Ordering::Acquire)
+        self.epochs
+            .as_ref()
+            .is_some_and(|epochs| epochs.is_struck.load(Ordering::SeqCst))
+    }
+
+    /// The store is gone: nothing is left to be stopped.
+    pub(crate) fn released(&self) {
+        self.lock().is_released = true;
+        if let Some(epochs) = &self.epochs {
+            epochs.is_struck.store(false, Ordering::SeqCst);
+        }
     }
 
     /// Whether the present run was stopped.
