@@ -268,7 +268,7 @@ export class WasmModuleManager extends EventEmitter implements AsyncDisposable {
    * Errors:
    * - ERR_WASM_DRAIN_TIMEOUT: `inFlight` operations did not end in time. Nothing is released, what runs goes on, nothing is
    *   admitted; `close()` again waits again, `destroy()` ends it.
-   * - ERR_WASM_INVALID_ARGUMENT: not a whole number of milliseconds.
+   * - ERR_WASM_INVALID_ARGUMENT: not a whole number of milliseconds, or an option that is not known; nothing is closed.
    */
   close(options?: { drainTimeoutMs?: number }): Promise<void>
 
@@ -435,7 +435,7 @@ export interface EngineOptions {
   memoryReservationBytes?: number
 }
 
-/** How a call may be stopped. */
+/** How a call may be stopped. Unknown names are refused (ERR_WASM_INVALID_ARGUMENT). */
 export interface CallOptions {
   /**
    * Takes the call out of the queue, or interrupts it even while the guest runs; the promise rejects with signal.reason; the pool stays.
@@ -447,7 +447,7 @@ export interface CallOptions {
   timeoutMs?: number
 }
 
-/** How the wait for a lease may be stopped. */
+/** How the wait for a lease may be stopped. Unknown names are refused (ERR_WASM_INVALID_ARGUMENT). */
 export interface LeaseOptions {
   /** Gives up waiting; does nothing once the instance is held. */
   signal?: AbortSignal

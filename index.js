@@ -71,10 +71,29 @@ class LinearMemory {
   }
 }
 
+const CALL_OPTIONS = ['signal', 'timeoutMs']
+const LEASE_OPTIONS = ['signal']
+const CLOSE_OPTIONS = ['drainTimeoutMs']
+
+/** A misspelt option must not be a silent default. Here rather than in the binding: crossing over for it would cost more. */
+function checkKeys(options, known) {
+  if (options === undefined || options === null) return
+  if (typeof options !== 'object') {
+    throw new WasmError('ERR_WASM_INVALID_ARGUMENT', 'options must be an object')
+  }
+  for (const key in options) {
+    if (known.includes(key) || options[key] === undefined) continue
+    throw new WasmError(
+      'ERR_WASM_INVALID_ARGUMENT',
+      `options.${key} is not an option of this version; known: ${known.join(', ')}`,
+    )
+  }
+}
+
 /** Runs `start(canAbort)`, which answers `[promise, control]` where a signal may stop it. */
 function withSignal(signal, start, abort) {
   if (signal === undefined || signal === null) return start(false)
-  if (typeof signal.addEventListener !== 'function') {
+  if (typeof signal.addEventListener !== 'function' || typeof signal.aborted !== 'boolean') {
     throw new WasmError('ERR_WASM_INVALID_ARGUMENT', 'options.signal must be an AbortSignal')
   }
   if (signal.aborted) throw signal.reason
@@ -110,6 +129,7 @@ class LeasedInstance {
   }
 
   async call(name, args, options) {
+    checkKeys(options, CALL_OPTIONS)
     return withSignal(
       options?.signal,
       (canAbort) => binding.leaseCall(this.#lease, name, args, options?.timeoutMs, canAbort),
@@ -437,6 +457,7 @@ class WasmModuleManager extends EventEmitter {
     try {
       this.#mayWait()
       if (options === undefined) return binding.call(this.#handle, name, args)
+      checkKeys(options, CALL_OPTIONS)
       return withSignal(
         options?.signal,
         (canAbort) => binding.call(this.#handle, name, args, options?.timeoutMs, canAbort),
@@ -453,6 +474,7 @@ class WasmModuleManager extends EventEmitter {
 
   async invoke(name, input, options) {
     this.#mayWait()
+    checkKeys(options, CALL_OPTIONS)
     return withSignal(
       options?.signal,
       (canAbort) => binding.invoke(this.#handle, name, input, options?.timeoutMs, canAbort),
@@ -462,6 +484,7 @@ class WasmModuleManager extends EventEmitter {
 
   async acquire(options) {
     this.#mayWait()
+    checkKeys(options, LEASE_OPTIONS)
     return withSignal(
       options?.signal,
       (canAbort) => {
@@ -504,6 +527,7 @@ class WasmModuleManager extends EventEmitter {
   }
 
   async close(options) {
+    checkKeys(options, CLOSE_OPTIONS)
     return binding.close(this.#handle, options?.drainTimeoutMs, isInHook(this.#token))
   }
 

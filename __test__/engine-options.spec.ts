@@ -59,9 +59,12 @@ test('interruptible: false still stops what waits: in the queue, and for a promi
     engine: { interruptible: false },
     imports: { env: { entered: () => {}, hold: () => new Promise(() => {}) } },
   })
-  const held = outcome(manager.call('hold', [1], { timeoutMs: 60 }))
+  const stop = new AbortController()
+  const held = outcome(manager.call('hold', [1], { signal: stop.signal }))
   await assert.rejects(manager.call('add', [1, 2], { timeoutMs: 10 }), hasCode('ERR_WASM_TIMEOUT'))
-  const end = await held
+  stop.abort('enough')
+  assert.deepEqual(await held, { error: 'enough' })
+  const end = await outcome(manager.call('hold', [1], { timeoutMs: 20 }))
   assert.ok('error' in end)
   hasCode('ERR_WASM_TIMEOUT')(end.error)
   assert.equal(await manager.call('add', [1, 2]), 3)

@@ -118,6 +118,15 @@ for (const engine of [{}, { signalsBasedTraps: false }] as const) {
   }
 }
 
+/** Under a short limits.timeoutMs: on a busy machine any call at all may take that long. */
+async function inTime<T>(call: () => Promise<T>): Promise<T> {
+  for (;;) {
+    const end = await outcome(call())
+    if ('value' in end) return end.value
+    hasCode('ERR_WASM_TIMEOUT')(end.error)
+  }
+}
+
 test('limits.timeoutMs stops pool calls, synchronous calls and calls in a lease', LIMIT, async (t) => {
   const { manager } = await endless(t, { limits: { timeoutMs: 40 } })
   const timeout = hasCode('ERR_WASM_TIMEOUT', /40/)
@@ -130,8 +139,8 @@ test('limits.timeoutMs stops pool calls, synchronous calls and calls in a lease'
   await manager.use(async (instance) => {
     await assert.rejects(instance.call('empty'), timeout)
   })
-  assert.equal(await manager.call('ok'), 1)
   assert.equal(manager.stats().calls.interrupted, 5)
+  assert.equal(await inTime(() => manager.call('ok')), 1)
 })
 
 test('limits.timeoutMs counts the running only, timeoutMs of a call counts its waiting as well', LIMIT, async (t) => {
@@ -297,11 +306,39 @@ test('a signal aborted after the answer does nothing, and leaves no listener beh
 
 test('something that is no signal is refused', LIMIT, async (t) => {
   const { manager } = await bench(t)
-  await assert.rejects(
-    manager.call('add', [1, 2], { signal: {} as AbortSignal }),
-    hasCode('ERR_WASM_INVALID_ARGUMENT', /signal/),
-  )
+  for (const signal of [{}, new EventTarget(), { aborted: false }, 'abort', 5] as unknown as AbortSignal[]) {
+    const refused = hasCode('ERR_WASM_INVALID_ARGUMENT', /options\.signal must be an AbortSignal/)
+    await assert.rejects(manager.call('add', [1, 2], { signal }), refused)
+    await assert.rejects(manager.acquire({ signal }), refused)
+  }
 })
+
+test(
+  'options of calls, leases and close() that are not known are refused, naming them and the known ones',
+  LIMIT,
+  async (t) => {
+    const { manager } = await bench(t)
+    const lease = await manager.acquire()
+    const input = Uint8Array.of(1)
+    type Any = Record<string, never>
+    for (const [call, known] of [
+      [(options: Any) => manager.call('add', [1, 2], options), 'signal, timeoutMs'],
+      [(options: Any) => manager.invoke('reverse', input, options), 'signal, timeoutMs'],
+      [(options: Any) => lease.call('add', [1, 2], options), 'signal, timeoutMs'],
+      [(options: Any) => manager.acquire(options), 'signal'],
+      [(options: Any) => manager.use(() => {}, options), 'signal'],
+      [(options: Any) => manager.close(options), 'drainTimeoutMs'],
+    ] as [(options: unknown) => Promise<unknown>, string][]) {
+      const refused = (text: string) => hasCode('ERR_WASM_INVALID_ARGUMENT', new RegExp(text))
+      await assert.rejects(call({ timeout: 5 }), refused(`options\\.timeout is not .*; known: ${known}$`))
+      await assert.rejects(call('soon'), refused('options must be an object'))
+    }
+    assert.equal(manager.state, 'ready', 'a close() that was refused closes nothing')
+    // undefined is as good as absent.
+    assert.equal(await lease.call('add', [1, 2], { timeout: undefined } as unknown as Any), 3)
+    lease.release()
+  },
+)
 
 test(
   'a signal stops a call that waits for a promise of an import, and a late promise harms nobody',
@@ -330,7 +367,7 @@ test('a promise import that never settles is ended by timeoutMs, limits.timeoutM
   assert.equal(await manager.call('add', [1, 2]), 3)
   const limited = await managed(t, workbench, { ...options, limits: { timeoutMs: 20 } })
   await assert.rejects(limited.call('hold', [1]), hasCode('ERR_WASM_TIMEOUT'))
-  assert.equal(await limited.call('add', [1, 2]), 3)
+  assert.equal(await inTime(() => limited.call('add', [1, 2])), 3)
   const call = outcome(manager.call('hold', [1]))
   await until(() => manager.stats().inFlight === 1)
   await manager.destroy()
@@ -347,12 +384,12 @@ test('the neighbours of an interrupted instance run on, and keep their state', L
   const held = manager.call('holdThenCount', [1])
   await arrived(1)
   const inside = entered()
-  const spin = outcome(manager.call('spin', [], { timeoutMs: 300 }))
+  const stop = new AbortController()
+  const spin = outcome(manager.call('spin', [], { signal: stop.signal }))
   await inside
   const burning = manager.call('burn', [30_000_000])
-  const end = await spin
-  assert.ok('error' in end)
-  hasCode('ERR_WASM_TIMEOUT')(end.error)
+  stop.abort('enough')
+  assert.deepEqual(await spin, { error: 'enough' })
   release(1)
   assert.equal(await held, 1)
   assert.equal(typeof (await burning), 'number')
@@ -573,7 +610,7 @@ test('an endless loop in a hook is stopped by limits.timeoutMs, and the reload r
   hasCode('ERR_WASM_RELOAD_FAILED')(end.error)
   hasCode('ERR_WASM_TIMEOUT')((end.error as WasmError).cause)
   isArmed = false
-  assert.equal(await manager.call('add', [1, 2]), 3)
+  assert.equal(await inTime(() => manager.call('add', [1, 2])), 3)
 })
 
 test('destroy ends a hook that waits for ever, or loops in the guest', LIMIT, async () => {
@@ -629,26 +666,24 @@ test('an import that calls back into the guest is no shelter: the nested loop is
   })
   assert.throws(() => limited.exports.run?.(), hasCode('ERR_WASM_TIMEOUT'))
   await assert.rejects(limited.call('run'), hasCode('ERR_WASM_TIMEOUT'))
-  assert.equal(limited.exports.ok?.(), 1)
+  assert.equal(await inTime(async () => limited.exports.ok?.()), 1)
 })
 
-test(
-  'the timeout reaches the waiting event loop: other work goes on while a guest spins on the pool',
-  LIMIT,
-  async (t) => {
-    const { manager, entered } = await bench(t)
-    const inside = entered()
-    const spin = outcome(manager.call('spin', [], { timeoutMs: 100 }))
-    await inside
-    let ticks = 0
-    const counting = (async () => {
-      for (; ticks < 20; ticks += 1) await new Promise((resolve) => setImmediate(resolve))
-    })()
-    await counting
-    assert.equal(ticks, 20)
-    assert.ok('error' in (await spin))
-  },
-)
+test('other work of the event loop goes on while a guest spins on the pool', LIMIT, async (t) => {
+  const { manager, entered } = await bench(t)
+  const inside = entered()
+  const stop = new AbortController()
+  const spin = outcome(manager.call('spin', [], { signal: stop.signal }))
+  await inside
+  let ticks = 0
+  const counting = (async () => {
+    for (; ticks < 20; ticks += 1) await new Promise((resolve) => setImmediate(resolve))
+  })()
+  await counting
+  assert.equal(ticks, 20)
+  stop.abort('enough')
+  assert.deepEqual(await spin, { error: 'enough' })
+})
 
 for (const [what, text] of [
   ['without a memory', '(func (export "spin") (loop (br 0)))'],

@@ -405,8 +405,10 @@ test('stats counts calls by how they ended', LIMIT, async (t) => {
   await assert.rejects(manager.call('boom'))
   assert.equal(manager.stats().calls.trapped, 1)
   const inside = entered()
-  const spin = outcome(manager.call('spin', [], { timeoutMs: 200 }))
+  const stop = new AbortController()
+  const spin = outcome(manager.call('spin', [], { signal: stop.signal }))
   await inside
+  stop.abort()
   await spin
   assert.equal(manager.stats().calls.interrupted, 1)
   close(5)

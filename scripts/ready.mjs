@@ -1,5 +1,5 @@
 // npm run ready: everything that must hold before a change is offered; .ci/run runs it too. Quick checks first.
-import { buildAddon, ensureDependencies, node, run, step } from './tools.mjs'
+import { buildAddon, ensureDependencies, hostTarget, node, run, step } from './tools.mjs'
 
 ensureDependencies()
 node(['scripts/fmt.mjs', '--check'])
@@ -7,7 +7,8 @@ node(['scripts/lint.mjs'])
 buildAddon()
 node(['scripts/test.mjs'])
 step('tracing')
-run('cargo', 'test --release -p wasm-molt-engine --features tracing --test trace'.split(' '))
+const tracing = ['--features', 'wasm-molt-engine/tracing', '--test', 'trace']
+run('cargo', ['test', '--release', '--workspace', ...tracing, ...hostTarget])
 node(['scripts/loom.mjs'])
 step('generated files')
 node(['scripts/generated.mjs'])

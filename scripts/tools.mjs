@@ -46,6 +46,12 @@ export function tool(name, bin, args, options) {
   node([join(dirname(manifest), typeof bins === 'string' ? bins : bins[bin]), ...args], options)
 }
 
+/**
+ * napi builds for a named target, in that target's folder. Whoever else asks cargo names it too, so that one build of
+ * the engine serves the addon and the tests.
+ */
+export const hostTarget = ['--target', 'host-tuple']
+
 /** Installs a folder's npm packages when they are missing or older than its lock file. */
 export function ensureDependencies(folder = root) {
   const lock = join(folder, 'package-lock.json')

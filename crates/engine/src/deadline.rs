@@ -58,6 +58,11 @@ impl Deadline {
         }
         Ok(Self(key))
     }
+
+    /// Nothing cancels it any more.
+    pub(crate) fn detach(self) {
+        std::mem::forget(self);
+    }
 }
 
 impl Drop for Deadline {

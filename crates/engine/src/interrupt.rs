@@ -10,10 +10,12 @@
 //! A run is numbered. A stop names the run it means, so one that comes too late never hits the next.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
+use crate::deadline::Deadline;
 use crate::error::{Error, ErrorCode};
 use crate::memory::PollPage;
 use crate::value::HostRef;
@@ -63,6 +65,61 @@ struct State {
     halt: Option<Stop>,
     /// A guest that runs is to look up, and has not yet.
     is_called: bool,
+    /// The store is gone: nothing is left to be stopped.
+    is_released: bool,
+}
+
+/// Epoch mode: what a strike needs.
+struct Epochs {
+    /// Its epoch is bumped.
+    engine: wasmtime::Engine,
+    /// Read by the deadline callback.
+    is_struck: AtomicBool,
+    /// The timer thread bumps until the struck run has ended.
+    is_repeating: AtomicBool,
+}
+
+impl std::fmt::Debug for Epochs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Epochs")
+            .field("is_struck", &self.is_struck)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Epochs {
+    /// Between two bumps of the epoch for the same strike.
+    const AGAIN: Duration = Duration::from_millis(1);
+
+    fn strike(self: &Arc<Self>) {
+        self.is_struck.store(true, Ordering::SeqCst);
+        self.engine.increment_epoch();
+        self.repeat();
+    }
+
+    /// One bump may be lost: between the deadline callback's look at the flag and the deadline that
+    /// wasmtime sets afterwards, which counts from the epoch of that moment.
+    fn repeat(self: &Arc<Self>) {
+        if self.is_repeating.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let weak = Arc::downgrade(self);
+        let again = Deadline::after(Self::AGAIN, move || {
+            let Some(epochs) = Weak::upgrade(&weak) else {
+                return;
+            };
+            // In this order, so that a strike of this very moment starts its own repetition.
+            epochs.is_repeating.store(false, Ordering::SeqCst);
+            if epochs.is_struck.load(Ordering::SeqCst) {
+                epochs.engine.increment_epoch();
+                epochs.repeat();
+            }
+        });
+        match again {
+            Ok(deadline) => deadline.detach(),
+            Err(_) => self.is_repeating.store(false, Ordering::SeqCst),
+        }
+    }
 }
 
 /// Stops the runs of one instance.
@@ -70,10 +127,7 @@ struct State {
 pub struct Interrupter {
     state: Mutex<State>,
     poll: OnceLock<PollPage>,
-    /// Epoch mode: the engine whose epoch is bumped.
-    epochs: Option<wasmtime::Engine>,
-    /// Epoch mode: read by the deadline callback.
-    flag: AtomicBool,
+    epochs: Option<Arc<Epochs>>,
     cancel: (Sender<()>, Receiver<()>),
 }
 
@@ -82,8 +136,13 @@ impl Interrupter {
         Self {
             state: Mutex::default(),
             poll: OnceLock::new(),
-            epochs,
-            flag: AtomicBool::new(false),
+            epochs: epochs.map(|engine| {
+                Arc::new(Epochs {
+                    engine,
+                    is_struck: AtomicBool::new(false),
+                    is_repeating: AtomicBool::new(false),
+                })
+            }),
             cancel: bounded(1),
         }
     }
@@ -130,7 +189,9 @@ impl Interrupter {
         }
         let stop = state.stop.take()?;
         state.is_called = false;
-        self.flag.store(false, Ordering::Release);
+        if let Some(epochs) = &self.epochs {
+            epochs.is_struck.store(false, Ordering::SeqCst);
+        }
         if let Some(poll) = self.poll.get() {
             // Failing to map the page back leaves an instance that stops at once: it is poisoned anyway.
             let _ = poll.grant();
@@ -190,13 +251,19 @@ impl Interrupter {
         if state.stop.is_none() {
             state.stop = Some(stop);
         }
-        self.strike();
+        if !state.is_released {
+            self.strike();
+        }
     }
 
     /// Called with the lock held, so that `end` cannot slip in between.
     fn strike(&self) {
-        self.flag.store(true, Ordering::Release);
-        self.interrupt();
+        if let Some(poll) = self.poll.get() {
+            let _ = poll.revoke();
+        }
+        if let Some(epochs) = &self.epochs {
+            epochs.strike();
+        }
         let _ = self.cancel.0.try_send(());
     }
 
@@ -205,8 +272,8 @@ impl Interrupter {
         if let Some(poll) = self.poll.get() {
             let _ = poll.revoke();
         }
-        if let Some(engine) = &self.epochs {
-            engine.increment_epoch();
+        if let Some(epochs) = &self.epochs {
+            epochs.engine.increment_epoch();
         }
     }
 
@@ -246,7 +313,17 @@ impl Interrupter {
 
     /// Epoch mode: whether this very instance is meant.
     pub(crate) fn is_struck(&self) -> bool {
-        self.flag.load(Ordering::Acquire)
+        self.epochs
+            .as_ref()
+            .is_some_and(|epochs| epochs.is_struck.load(Ordering::SeqCst))
+    }
+
+    /// The store is gone: nothing is left to be stopped.
+    pub(crate) fn released(&self) {
+        self.lock().is_released = true;
+        if let Some(epochs) = &self.epochs {
+            epochs.is_struck.store(false, Ordering::SeqCst);
+        }
     }
 
     /// Whether the present run was stopped.

@@ -757,6 +757,7 @@ impl Replica {
         // SAFETY: contract of this function.
         let store = unsafe { &mut *self.store.get() }.take();
         drop(store);
+        self.interrupter.released();
     }
 }
 

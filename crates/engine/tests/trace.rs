@@ -1,4 +1,4 @@
-//! Spans, as a subscriber sees them: `cargo test -p wasm-molt-engine --features tracing --test trace`.
+//! Spans, as a subscriber sees them: `cargo test --workspace --features wasm-molt-engine/tracing --test trace`.
 #![cfg(feature = "tracing")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test may stop")]
 

@@ -54,9 +54,12 @@ fn a_timeout_stops_whatever_runs_and_the_instance_is_replaced() {
     for setup in both(|| Setup::new(&guests::spinner())) {
         let rig = setup.start();
         for (count, (name, args)) in ENDLESS.into_iter().enumerate() {
-            let error = rig.call_for(10, name, args).get().unwrap_err();
-            assert_eq!(error.code(), Some(ErrorCode::Timeout), "{name}: {error}");
-            assert!(error.to_string().contains("timeoutMs = 10"), "{error}");
+            // On a busy machine its time may be up before it runs.
+            while rig.stats().calls.interrupted == count as u64 {
+                let error = rig.call_for(10, name, args).get().unwrap_err();
+                assert_eq!(error.code(), Some(ErrorCode::Timeout), "{name}: {error}");
+                assert!(error.to_string().contains("timeoutMs = 10"), "{error}");
+            }
             assert_eq!(rig.number("well", &[]), 7);
             assert_eq!(rig.stats().generation, count as u64 + 2);
         }
@@ -94,7 +97,7 @@ fn the_limit_of_all_calls_holds_for_each() {
                 "{name}"
             );
         }
-        assert_eq!(rig.number("well", &[]), 7);
+        assert_eq!(rig.number_in_time("well", &[]), 7);
     }
 }
 
@@ -125,7 +128,13 @@ fn a_synchronous_call_has_the_limit_too() {
                 ErrorCode::Timeout,
                 "{name}"
             );
-            let well = rig.call_sync("well", &[]).unwrap();
+            // A busy machine may take that long for a call that ends as well.
+            let well = loop {
+                match rig.call_sync("well", &[]) {
+                    Err(error) if error.code() == Some(ErrorCode::Timeout) => {}
+                    ended => break ended.unwrap(),
+                }
+            };
             assert!(matches!(well.as_slice(), [Value::I32(7)]), "{name}");
         }
     }
@@ -269,9 +278,11 @@ fn a_host_call_that_waits_hears_of_the_stop() {
     door.arrived();
     control.stop(aborted());
     assert_aborted(held.get());
-    let timed = rig.call_for(10, "run", &[Value::I32(2)]);
-    assert_eq!(code(timed.get()), ErrorCode::Timeout);
-    door.arrived();
+    // On a busy machine its time may be up before it gets that far.
+    while door.is_quiet() {
+        let timed = rig.call_for(10, "run", &[Value::I32(2)]);
+        assert_eq!(code(timed.get()), ErrorCode::Timeout);
+    }
     door.open();
     assert_eq!(rig.number("run", &[3]), 3);
 }
@@ -337,6 +348,38 @@ fn neighbours_run_on() {
         assert!(other.is_open(), "it was not meant");
         stop_other.stop(aborted());
         assert_aborted(other.get());
+    }
+}
+
+#[test]
+fn a_stop_just_after_another_instances_stop_is_obeyed() {
+    // Epochs: the other's stop has this one look at its flag, and its own could fall between that
+    // look and the next deadline, and was lost for ever.
+    let door = Door::deaf();
+    let epochs = |setup: Setup| {
+        setup
+            .options(|o| o.engine.signals_based_traps = false)
+            .start()
+    };
+    // The same guest, so that they share the engine and its epoch.
+    let rig = epochs(at_door(&door));
+    let other = epochs(at_door(&door));
+    for round in 0..1500 {
+        let (inside, stop_inside) = other.call_abortable("run", &[Value::I32(1)]);
+        let (spinning, stop_spinning) = rig.call_abortable("spin", &[]);
+        door.arrived();
+        wasm_molt_testkit::wait::eventually("it spins", || {
+            rig.stats().times.wait.count == round + 1
+        });
+        stop_inside.stop(aborted());
+        // Each round meets another moment of the reaction.
+        for _ in 0..round % 50 {
+            std::hint::spin_loop();
+        }
+        stop_spinning.stop(aborted());
+        assert_aborted(spinning.get());
+        door.go();
+        let _ = inside.get();
     }
 }
 
@@ -525,14 +568,15 @@ fn what_is_not_interruptible_ends_by_itself() {
     let door = Door::deaf();
     let setup = at_door(&door).options(|o| o.engine.interruptible = false);
     let rig = setup.start();
-    let held = rig.call_for(250, "run", &[Value::I32(1)]);
+    let (held, stop_held) = rig.call_abortable("run", &[Value::I32(1)]);
     door.arrived();
+    stop_held.stop(aborted());
     // Whoever waits behind it can still be stopped: nothing runs there.
     assert_eq!(
-        code(rig.call_for(300, "run", &[Value::I32(2)]).get()),
+        code(rig.call_for(5, "run", &[Value::I32(2)]).get()),
         ErrorCode::Timeout
     );
-    assert!(held.is_open(), "its own time is up, and it runs on");
+    assert!(held.is_open(), "it was stopped, and it runs on");
     door.open();
     assert_eq!(number(held.get()), 1, "and ends as it would have");
     assert_eq!(rig.number("twice", &[3]), 6);

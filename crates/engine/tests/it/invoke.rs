@@ -135,7 +135,14 @@ fn an_invoke_that_never_ends_is_stopped() {
             code(rig.invoke("endless", b"input").get()),
             ErrorCode::Timeout
         );
-        assert_eq!(bytes(rig.invoke("process", &[1]).get()), [2]);
+        // A busy machine may take that long for a call that ends as well.
+        let ended = loop {
+            match rig.invoke("process", &[1]).get() {
+                Err(error) if error.code() == Some(ErrorCode::Timeout) => {}
+                ended => break ended,
+            }
+        };
+        assert_eq!(bytes(ended), [2]);
     }
 }
 
