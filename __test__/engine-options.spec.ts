@@ -44,7 +44,10 @@ test('interruptible: false lets running code run to its end, whatever the timeou
         },
       },
     })
-    const end = await outcome(manager.call('long', [400_000_000], { timeoutMs: 10 }))
+    const attempt = () => outcome(manager.call('long', [400_000_000], { timeoutMs: 10 }))
+    let end = await attempt()
+    // On a busy machine the time may be over before a thread has taken the call.
+    while ('error' in end && /still waiting/.test(String(end.error))) end = await attempt()
     if (interruptible) {
       assert.ok('error' in end)
       hasCode('ERR_WASM_TIMEOUT')(end.error)

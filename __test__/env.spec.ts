@@ -4,7 +4,7 @@ import { copyFileSync, mkdirSync, symlinkSync } from 'node:fs'
 import { join } from 'node:path'
 import { test } from 'node:test'
 import { fileURLToPath } from 'node:url'
-import { temporaryFolder, workbench } from './guests.ts'
+import { temporaryFolder, wat, workbench } from './guests.ts'
 import { child, INDEX_URL, LIMIT, reported } from './support.ts'
 
 const ROOT = fileURLToPath(new URL('..', import.meta.url))
