@@ -651,7 +651,7 @@ fn a_roll_that_fails_names_its_step_and_builds_no_third_generation() {
     let timed_out = Failure::DrainTimeout(InFlight(1));
     assert_eq!(
         failed(&[(Step::Stragglers, Fault::Timeout)], abort),
-        (timed_out.clone(), false)
+        (timed_out, false)
     );
     let never_end = [
         (Step::Stragglers, Fault::Timeout),
