@@ -1045,21 +1045,29 @@ impl Shared {
         lease
     }
 
+    /// Leases with a ticket that hold one of these instances.
+    fn leases_on(&self, replicas: &[Arc<Replica>]) -> Vec<Arc<Lease>> {
+        let leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = leases.iter().filter_map(Weak::upgrade);
+        let is_meant = |lease: &Arc<Lease>| {
+            let id = lease.replica().id();
+            replicas.iter().any(|replica| replica.id() == id)
+        };
+        all.filter(is_meant).collect()
+    }
+
     /// Stops what runs or is about to on these instances, until they [resume](Self::resume), and takes
     /// leases on them away from their holders.
     pub(crate) fn interrupt(self: &Arc<Self>, replicas: &[Arc<Replica>], why: &Stop) {
+        // First of all: once what runs has been stopped, its instance is lost, and what waits behind it
+        // would be refused for that.
+        for lease in self.leases_on(replicas) {
+            lease.refuse_waiting(why);
+        }
         for replica in replicas {
             replica.interrupter().halt(why.clone());
         }
-        let is_meant = {
-            let ids: Vec<_> = replicas.iter().map(|r| r.id()).collect();
-            move |lease: &Arc<Lease>| ids.contains(&lease.replica().id())
-        };
-        let leases: Vec<_> = {
-            let leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
-            let all = leases.iter().filter_map(Weak::upgrade);
-            all.filter(is_meant).collect()
-        };
+        let leases = self.leases_on(replicas);
         if leases.is_empty() {
             return;
         }
