@@ -384,13 +384,13 @@ fn run_guarded(shared: &Arc<Shared>, replica: &Replica, run: RunId, work: Work) 
 }
 
 fn run_guest(shared: &Shared, replica: &Replica, work: Work) -> Result<Outcome> {
-    let missing = || Error::internal("a function that the module does not have");
     match work {
         Work::Call { function, args } => {
             // SAFETY: the caller of `CallJob::run` holds the replica.
             unsafe { replica.call_export(function, args) }.map(Outcome::Values)
         }
         Work::Invoke { function, input } => {
+            let missing = || replica.missing(function);
             let func = replica.function(function).ok_or_else(missing)?;
             // SAFETY: the caller of `CallJob::run` holds the replica; the function is its own.
             unsafe { invoke::run(replica, &shared.options.abi, &func, function, &input) }

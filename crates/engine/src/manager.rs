@@ -1053,20 +1053,27 @@ impl Shared {
         lease
     }
 
+    /// Leases with a ticket that hold one of these instances.
+    fn leases_on(&self, replicas: &[Arc<Replica>]) -> Vec<Arc<Lease>> {
+        // Not dropped under the lock: the last handle gives its slot to a lease that waits, which is
+        // noted there.
+        let mut all: Vec<_> = {
+            let leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
+            leases.iter().filter_map(Weak::upgrade).collect()
+        };
+        all.retain(|lease| {
+            let id = lease.replica().id();
+            replicas.iter().any(|replica| replica.id() == id)
+        });
+        all
+    }
+
     /// Stops what runs or is about to on these instances, until they [resume](Self::resume), and takes
     /// leases on them away from their holders.
     pub(crate) fn interrupt(self: &Arc<Self>, replicas: &[Arc<Replica>], why: &Stop) {
-        let is_meant = {
-            let ids: Vec<_> = replicas.iter().map(|r| r.id()).collect();
-            move |lease: &Arc<Lease>| ids.contains(&lease.replica().id())
-        };
-        let leases: Vec<_> = {
-            let leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
-            let all = leases.iter().filter_map(Weak::upgrade);
-            all.filter(is_meant).collect()
-        };
-        // What waits first: a call that is stopped leaves an instance that refuses them for its own reason.
-        for lease in &leases {
+        // First of all: once what runs has been stopped, its instance is lost, and what waits behind it
+        // would be refused for that.
+        for lease in self.leases_on(replicas) {
             lease.refuse_waiting(why);
         }
         // All first: who is stopped frees a thread for a call that has another of these instances.
@@ -1076,6 +1083,7 @@ impl Shared {
         for replica in replicas {
             replica.interrupter().halt(why.clone());
         }
+        let leases = self.leases_on(replicas);
         if leases.is_empty() {
             return;
         }

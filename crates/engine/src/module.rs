@@ -238,7 +238,7 @@ impl Module {
     ///
     /// Positions are how calls that wait, and functions that the host holds, name what they mean; so
     /// they hold for every build of a manager's life. A function that is gone leaves its position
-    /// empty, and one whose type is another counts as gone and as new.
+    /// empty until it comes back, and one whose type is another counts as gone and as new.
     ///
     /// # Errors
     /// [`ErrorCode::IncompatibleModule`], with everything that is in use and missing.
@@ -253,7 +253,8 @@ impl Module {
             let named = |f: &&mut Option<ExportedFunction>| {
                 f.as_ref().is_some_and(|f| f.name == before.name)
             };
-            let found = own.iter_mut().find(named).filter(|_| before.is_offered);
+            // An empty position, too: a function that comes back finds its own.
+            let found = own.iter_mut().find(named);
             let fits = found
                 .as_ref()
                 .and_then(|f| f.as_ref())

@@ -229,6 +229,17 @@ impl TestHost {
         );
     }
 
+    /// Forgets what happened, but for instances that came and have not gone: a log that grows would
+    /// look like a leak.
+    pub fn forget(&self) {
+        let mut log = self.log();
+        log.events = Vec::new();
+        let changes = std::mem::take(&mut log.changes);
+        let has_gone = |id: &u64| changes.iter().any(|change| change.old.contains(id));
+        let lives = |change: &&Change| !change.new.iter().all(has_gone);
+        log.changes = changes.iter().filter(lives).cloned().collect();
+    }
+
     /// How often the host was told that it is not needed any more.
     pub fn released_count(&self) -> usize {
         self.log().released

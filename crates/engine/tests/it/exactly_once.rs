@@ -17,10 +17,11 @@ use proptest::sample::Index;
 use proptest::test_runner::{RngAlgorithm, TestError, TestRng, TestRunner};
 use wasm_molt_engine::{
     CallControl, CallLimits, Error, ErrorCode, HostRef, Lease, ManagerState, OnDrainTimeout,
-    Outcome, ReloadOptions, ReloadReport, Stop, Value, WaitId,
+    Outcome, ReloadOptions, ReloadReport, Source, Stop, Value, WaitId,
 };
 use wasm_molt_testkit::door::Door;
 use wasm_molt_testkit::faults::Point;
+use wasm_molt_testkit::guests;
 use wasm_molt_testkit::host::Script;
 use wasm_molt_testkit::rig::{Ended, Rig, Setup};
 use wasm_molt_testkit::wait::Answer;
@@ -42,6 +43,20 @@ const LEDGER: &str = r#"(module $ledger
     (func (export "trapped") (param i32) (result i32) (call $note (local.get 0)) unreachable)
     (func (export "endless") (param i32) (result i32)
         (call $note (local.get 0)) (loop $again (br $again)) unreachable))"#;
+
+/// The same with everything in another order, and more.
+fn other_build() -> Source {
+    let (head, functions) = LEDGER.split_once("    (func (export").unwrap();
+    let functions = format!("    (func (export{}", functions.strip_suffix(')').unwrap());
+    let mut functions: Vec<_> = functions.split("    (func (export").skip(1).collect();
+    functions.reverse();
+    let more = r#"    (func (export "more") (result i32) (i32.const 1))"#;
+    let functions: String = functions
+        .iter()
+        .map(|function| format!("    (func (export{function}\n"))
+        .collect();
+    guests::source(&format!("{head}{more}\n{functions})"))
+}
 
 /// What a call does once it runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,6 +105,9 @@ enum Op {
         drain_ms: Option<u64>,
         interrupts: bool,
         skip_save: bool,
+        is_rolling: bool,
+        /// To the first build or to the other one.
+        build: Option<bool>,
     },
     /// The next hook of that kind fails.
     Fail(Point),
@@ -139,6 +157,8 @@ fn op() -> impl Strategy<Value = Op> {
         prop::option::of(0..5u64),
         any::<bool>(),
         any::<bool>(),
+        any::<bool>(),
+        prop::option::weighted(0.2, any::<bool>()),
     );
     prop_oneof![
         20 => call().prop_map(|(kind, bound)| Op::Call(kind, bound)),
@@ -150,8 +170,8 @@ fn op() -> impl Strategy<Value = Op> {
         4 => Just(Op::Lease),
         1 => any::<Index>().prop_map(Op::CancelLease),
         4 => any::<Index>().prop_map(Op::Release),
-        4 => reload.prop_map(|(reason, drain_ms, interrupts, skip_save)| {
-            Op::Reload { reason, drain_ms, interrupts, skip_save }
+        5 => reload.prop_map(|(reason, drain_ms, interrupts, skip_save, is_rolling, build)| {
+            Op::Reload { reason, drain_ms, interrupts, skip_save, is_rolling, build }
         }),
         1 => prop_oneof![
             Just(Point::Imports),
@@ -228,7 +248,12 @@ struct History {
     sync: Vec<(i32, Kind, wasm_molt_engine::Result<Vec<Value>>)>,
     asked_leases: Vec<(Answer<wasm_molt_engine::Result<Arc<Lease>>>, WaitId)>,
     leases: Vec<Arc<Lease>>,
-    reloads: Vec<Answer<wasm_molt_engine::Result<Arc<ReloadReport>>>>,
+    reloads: Vec<(
+        &'static str,
+        Answer<wasm_molt_engine::Result<Arc<ReloadReport>>>,
+    )>,
+    builds: [Source; 2],
+    has_rolled: bool,
     next_tag: i32,
     may_interrupt: bool,
     may_fail: bool,
@@ -274,6 +299,8 @@ impl History {
             asked_leases: Vec::new(),
             leases: Vec::new(),
             reloads: Vec::new(),
+            builds: [guests::source(LEDGER), other_build()],
+            has_rolled: false,
             next_tag: 0,
             may_interrupt: false,
             may_fail: false,
@@ -391,8 +418,16 @@ impl History {
                 drain_ms,
                 interrupts,
                 skip_save,
+                is_rolling,
+                build,
             } => {
                 self.may_interrupt |= interrupts;
+                self.has_rolled |= is_rolling;
+                let what = match (is_rolling, build) {
+                    (_, Some(_)) => "swap",
+                    (true, None) => "roll",
+                    (false, None) => "reload",
+                };
                 let reload = self.rig.ask_reload(ReloadOptions {
                     reason: format!("reason {reason}"),
                     drain_timeout: drain_ms.map(Duration::from_millis),
@@ -401,10 +436,15 @@ impl History {
                     } else {
                         OnDrainTimeout::Abort
                     },
-                    skip_save: *skip_save,
-                    ..ReloadOptions::default()
+                    skip_save: *skip_save || *is_rolling,
+                    strategy: if *is_rolling {
+                        wasm_molt_engine::Strategy::Rolling
+                    } else {
+                        wasm_molt_engine::Strategy::Exclusive
+                    },
+                    source: build.map(|other| self.builds[usize::from(other)].clone()),
                 });
-                self.reloads.push(reload);
+                self.reloads.push((what, reload));
             }
             Op::Fail(point) => {
                 self.may_fail = true;
@@ -485,9 +525,9 @@ impl History {
 
     fn check_reloads(&mut self, tally: &Tally) {
         let mut generations = Vec::new();
-        for reload in std::mem::take(&mut self.reloads) {
+        for (what, reload) in std::mem::take(&mut self.reloads) {
             let reload = reload.get();
-            count(tally, "reload", &word(&reload));
+            count(tally, what, &word(&reload));
             match reload {
                 Ok(report) => generations.push(report.generation.get()),
                 Err(error) => match error.code() {
@@ -506,7 +546,8 @@ impl History {
         );
     }
 
-    /// One instance runs its calls in the order in which they came; so does one lease.
+    /// One instance runs its calls in the order in which they came, unless two generations run at
+    /// once; so does one lease, whatever the generations do.
     fn check_order(&self, notes: &[i32]) {
         let is_sync = |tag: &i32| self.sync.iter().any(|(sync, _, _)| sync == tag);
         let mut orders: HashMap<Option<u64>, Vec<i32>> = HashMap::new();
@@ -515,7 +556,7 @@ impl History {
             orders.entry(call.lease).or_default().push(*tag);
         }
         for (lease, order) in orders {
-            if lease.is_some() || self.world.instances == 1 {
+            if lease.is_some() || self.world.instances == 1 && !self.has_rolled {
                 assert!(order.is_sorted(), "{lease:?}: {order:?}");
             }
         }
@@ -634,7 +675,7 @@ fn check_sync(kind: Kind, outcome: &wasm_molt_engine::Result<Vec<Value>>, times:
 }
 
 /// What a run must have come across to be worth anything.
-const ENDS: [&str; 13] = [
+const ENDS: [&str; 16] = [
     "call: done",
     "call: thrown",
     "call: aborted",
@@ -648,9 +689,12 @@ const ENDS: [&str; 13] = [
     "at home: done",
     "reload: done",
     "reload: ERR_WASM_DRAIN_TIMEOUT",
+    "roll: done",
+    "swap: done",
+    "in a lease: ERR_WASM_INTERRUPTED",
 ];
 
-fn seed() -> u64 {
+pub(crate) fn seed() -> u64 {
     let given = std::env::var("WASM_MOLT_SEED")
         .ok()
         .and_then(|seed| seed.parse().ok());

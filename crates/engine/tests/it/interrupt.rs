@@ -5,12 +5,14 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use wasm_molt_engine::{CallLimits, Error, ErrorCode, HostRef, Outcome, Stop, Value};
+use wasm_molt_engine::{
+    CallLimits, Error, ErrorCode, HostRef, OnDrainTimeout, Outcome, ReloadOptions, Stop, Value,
+};
 use wasm_molt_testkit::door::Door;
 use wasm_molt_testkit::guests;
 use wasm_molt_testkit::host::Script;
 use wasm_molt_testkit::inside::call_again;
-use wasm_molt_testkit::rig::{Rig, Setup, code, number, trap};
+use wasm_molt_testkit::rig::{Rig, Setup, because, code, number, trap};
 use wasm_molt_testkit::wait::eventually;
 
 /// Both ways of stopping: the poll page, and epochs where faults are not signals.
@@ -54,11 +56,14 @@ fn a_timeout_stops_whatever_runs_and_the_instance_is_replaced() {
     for setup in both(|| Setup::new(&guests::spinner())) {
         let rig = setup.start();
         for (count, (name, args)) in ENDLESS.into_iter().enumerate() {
-            // On a busy machine its time may be up before it runs.
-            while rig.stats().calls.interrupted == count as u64 {
+            // On a busy machine one may time out before it has got its thread.
+            loop {
                 let error = rig.call_for(10, name, args).get().unwrap_err();
                 assert_eq!(error.code(), Some(ErrorCode::Timeout), "{name}: {error}");
                 assert!(error.to_string().contains("timeoutMs = 10"), "{error}");
+                if !error.to_string().contains("still waiting") {
+                    break;
+                }
             }
             assert_eq!(rig.number("well", &[]), 7);
             assert_eq!(rig.stats().generation, count as u64 + 2);
@@ -632,4 +637,83 @@ fn limits_that_nobody_set_cost_nothing_and_stop_nothing() {
     assert_eq!(number(call.get()), 3);
     // Longer than any clock can hold.
     assert_eq!(number(rig.call_for(u64::MAX, "add", &args).get()), 3);
+}
+
+/// What a reload that does not want to wait any longer does to those in flight.
+fn impatient() -> ReloadOptions {
+    ReloadOptions {
+        drain_timeout: Some(Duration::from_millis(5)),
+        on_drain_timeout: OnDrainTimeout::Interrupt,
+        ..because("impatient")
+    }
+}
+
+#[test]
+fn an_interrupt_reaches_those_that_have_an_instance_and_no_thread_yet() {
+    for has_control in [false, true] {
+        for has_home in [false, true] {
+            let setup = || {
+                Setup::new(&guests::spinner()).options(|o| {
+                    (o.instances, o.threads, o.has_home) = (2, Some(1), has_home);
+                })
+            };
+            for setup in both(setup) {
+                let rig = setup.start();
+                let endless = || match has_control {
+                    true => rig.call_abortable("spin", &[]).0,
+                    false => rig.call("bare", &[]),
+                };
+                let calls = [endless(), endless()];
+                let report = rig.ask_reload(impatient()).get().unwrap();
+                assert_eq!((report.generation.get(), report.drained), (2, 2));
+                for call in calls {
+                    assert_eq!(code(call.get()), ErrorCode::Interrupted);
+                }
+                assert_eq!(rig.number("well", &[]), 7);
+                assert_eq!(rig.stats().gate.retired, 0);
+            }
+        }
+    }
+}
+
+#[test]
+fn an_interrupt_takes_leases_away_and_refuses_what_waits_in_them() {
+    for setup in both(|| Setup::new(&guests::spinner()).instances(2)) {
+        let rig = setup.start();
+        let (idle, busy) = (rig.lease(), rig.lease());
+        let running = rig.call_in(&busy, "spin", &[]);
+        let queued: Vec<_> = (0..3).map(|_| rig.call_in(&busy, "well", &[])).collect();
+        let waiting = rig.call("well", &[]);
+        let asked = rig.ask_lease().0;
+        let report = rig.ask_reload(impatient()).get().unwrap();
+        assert_eq!((report.drained, report.queued), (2, 2));
+        assert_eq!(code(running.get()), ErrorCode::Interrupted);
+        for call in queued {
+            assert_eq!(code(call.get()), ErrorCode::Interrupted);
+        }
+        for lease in [&idle, &busy] {
+            assert_eq!(code(rig.enter(lease, drop)), ErrorCode::StaleHandle);
+            let late = rig.call_in(lease, "well", &[]).get();
+            assert_eq!(code(late), ErrorCode::StaleHandle);
+            assert!(lease.replica().is_released());
+            // Whoever held it may still say so.
+            rig.release(lease);
+        }
+        // Those who waited at the gate were not in flight.
+        assert_eq!(number(waiting.get()), 7);
+        rig.release(&asked.get().unwrap());
+    }
+}
+
+#[test]
+fn an_interrupt_ends_waits_for_the_host() {
+    let door = Door::new();
+    for setup in both(|| at_door(&door)) {
+        let rig = setup.start();
+        let held = rig.call("run", &[Value::I32(1)]);
+        door.arrived();
+        assert_eq!(rig.ask_reload(impatient()).get().unwrap().drained, 1);
+        assert_eq!(code(held.get()), ErrorCode::Interrupted);
+        assert_eq!(rig.number("twice", &[4]), 8);
+    }
 }

@@ -16,7 +16,9 @@
 mod call;
 mod close;
 mod exactly_once;
+mod fault_matrix;
 mod host;
+mod hot_swap;
 mod interrupt;
 mod invoke;
 mod lease;
@@ -25,4 +27,6 @@ mod memory;
 mod pool;
 mod reload;
 mod repair;
+mod rolling;
 mod stress;
+mod survival;

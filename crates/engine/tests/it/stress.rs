@@ -4,13 +4,13 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use wasm_molt_engine::{CallLimits, HostRef, Manager, Value, Work};
+use wasm_molt_engine::{CallLimits, HostRef, Manager, ReloadOptions, Strategy, Value, Work};
 use wasm_molt_testkit::guests;
 use wasm_molt_testkit::host::Script;
 use wasm_molt_testkit::inside::call_leased;
 use wasm_molt_testkit::meter::{self, Reading};
 use wasm_molt_testkit::quiet::alone;
-use wasm_molt_testkit::rig::{Rig, Setup, number, trap};
+use wasm_molt_testkit::rig::{Rig, Setup, because, number, trap};
 use wasm_molt_testkit::wait::{answer, eventually};
 
 const MIB: usize = 1 << 20;
@@ -148,6 +148,57 @@ fn two_thousand_reloads_with_calls_in_flight_lose_nothing_and_keep_nothing() {
 }
 
 #[test]
+fn ten_thousand_reloads_of_both_kinds_keep_nothing() {
+    const ROUNDS: usize = 5;
+    const RELOADS: usize = 2000;
+    let _alone = alone();
+    // A call of the old generation must not keep the new one from its thread.
+    let rig = Setup::new(&guests::counter())
+        .options(|o| (o.instances, o.threads) = (2, Some(4)))
+        .start();
+    let mut readings = Vec::new();
+    let mut left_behind = 0;
+    for _ in 0..ROUNDS {
+        for n in 0..RELOADS {
+            let (lease, call) = (rig.lease(), rig.call("increment", &[]));
+            if n % 2 == 0 {
+                let report = rig.ask_reload(rolling()).get().unwrap();
+                left_behind += report.drained;
+                assert!(number(rig.call_in(&lease, "increment", &[]).get()) > 0);
+                rig.release(&lease);
+            } else {
+                rig.release(&lease);
+                rig.reload("exclusive");
+            }
+            assert!(number(call.get()) > 0);
+        }
+        rig.reload("a full stop");
+        eventually("one generation is left", || {
+            rig.manager.stats(None).memory_bytes == 2 << 16
+        });
+        rig.host.forget();
+        readings.extend(settled(
+            readings.first().map(|first: &Reading| first.threads),
+        ));
+    }
+    let stats = rig.stats();
+    assert_eq!(stats.generation, (ROUNDS * (RELOADS + 1)) as u64 + 1);
+    assert!(
+        left_behind >= ROUNDS * RELOADS / 2,
+        "{left_behind} left behind"
+    );
+    assert_eq!((stats.gate.stragglers, stats.gate.retired), (0, 0));
+    assert_flat("reloads of both kinds", &readings);
+}
+
+fn rolling() -> ReloadOptions {
+    ReloadOptions {
+        strategy: Strategy::Rolling,
+        ..because("rolling")
+    }
+}
+
+#[test]
 fn reloads_at_home_with_synchronous_calls_in_between_keep_nothing() {
     const ROUNDS: usize = 4;
     const RELOADS: usize = 100;
@@ -158,7 +209,7 @@ fn reloads_at_home_with_synchronous_calls_in_between_keep_nothing() {
     for round in 0..ROUNDS {
         for n in 0..RELOADS {
             let calls = [rig.call("increment", &[]), rig.call("increment", &[])];
-            let reload = rig.ask_reload(wasm_molt_testkit::rig::because("stress"));
+            let reload = rig.ask_reload(because("stress"));
             answered += i64::from(rig.call_sync("increment", &[]).is_ok());
             reload.get().unwrap();
             for call in calls {
@@ -167,8 +218,7 @@ fn reloads_at_home_with_synchronous_calls_in_between_keep_nothing() {
             }
             answered += i64::from(rig.call_sync("increment", &[]).is_ok());
             if (round + n) % 2 == 0 {
-                rig.reload_now(wasm_molt_testkit::rig::because("stress at home"))
-                    .unwrap();
+                rig.reload_now(because("stress at home")).unwrap();
             }
         }
         readings.extend(settled(
