@@ -234,9 +234,15 @@ fn a_host_call_that_waits_hears_of_the_stop() {
     door.arrived();
     control.stop(aborted());
     assert_aborted(held.get());
-    let timed = rig.call_for(10, "run", &[Value::I32(2)]);
-    assert_eq!(code(timed.get()), ErrorCode::Timeout);
-    door.arrived();
+    // On a busy machine one may time out before it has got there.
+    loop {
+        let timed = rig.call_for(10, "run", &[Value::I32(2)]);
+        assert_eq!(code(timed.get()), ErrorCode::Timeout);
+        if !door.is_quiet() {
+            break;
+        }
+    }
+    assert_eq!(door.arrived(), 2);
     door.open();
     assert_eq!(rig.number("run", &[3]), 3);
 }
