@@ -1050,22 +1050,30 @@ impl Shared {
         let mut leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
         leases.retain(|lease| lease.strong_count() > 0);
         leases.push(Arc::downgrade(&lease));
+        drop(leases);
+        if self.is_destroyed() {
+            // Those that were known have been ended already; nobody has this one yet.
+            lease.release();
+        }
         lease
+    }
+
+    /// Not to be dropped under the lock: the last handle of one gives its slot to a lease that waits,
+    /// which is noted there.
+    fn known_leases(&self) -> Vec<Arc<Lease>> {
+        let leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
+        leases.iter().filter_map(Weak::upgrade).collect()
     }
 
     /// Leases with a ticket that hold one of these instances.
     fn leases_on(&self, replicas: &[Arc<Replica>]) -> Vec<Arc<Lease>> {
-        // Not dropped under the lock: the last handle gives its slot to a lease that waits, which is
-        // noted there.
-        let mut all: Vec<_> = {
-            let leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
-            leases.iter().filter_map(Weak::upgrade).collect()
-        };
-        all.retain(|lease| {
+        let is_meant = |lease: &Arc<Lease>| {
             let id = lease.replica().id();
             replicas.iter().any(|replica| replica.id() == id)
-        });
-        all
+        };
+        let mut leases = self.known_leases();
+        leases.retain(is_meant);
+        leases
     }
 
     /// Stops what runs or is about to on these instances, until they [resume](Self::resume), and takes
@@ -1616,6 +1624,10 @@ impl Shared {
                 new,
                 generation,
             });
+            // One that the host has not been told of yet would otherwise be held for ever.
+            for lease in shared.known_leases() {
+                lease.release();
+            }
         }));
     }
 

@@ -1,5 +1,6 @@
 //! The swap, carried out: the protocol of [`wasm_molt_lifecycle::swap`] over real instances.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -525,7 +526,9 @@ impl Backend for Swap<'_> {
             };
             shared.stats.reloaded(&reason);
             shared.set_state(ManagerState::Ready);
-            shared.host.replaced(&change);
+            // A panic of the host's must not leave the gate behind what serves.
+            let told = catch_unwind(AssertUnwindSafe(|| shared.host.replaced(&change)));
+            drop(told);
             // Only now can anybody get a slot of the new generation.
             match home {
                 Some(home) => home.roll(),
