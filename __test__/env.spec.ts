@@ -288,14 +288,14 @@ for (const [what, flags] of [
       manager.on('trap', () => { throw new Error('from the listener') })
       const codes = []
       for (let i = 0; i < 2; i += 1) await manager.call('trap').catch((error) => { codes.push(error.code) })
-      report({ codes, uncaught, then: await manager.call('slow') })
+      report({ codes, uncaught, after: await manager.call('slow') })
       `,
         { env: { SLOW: slow }, flags: [...flags] },
       )
       assert.deepEqual(reported(ended), {
         codes: ['ERR_WASM_TRAP', 'ERR_WASM_TRAP'],
         uncaught: ['from the listener', 'from the listener'],
-        then: 30_000_000,
+        after: 30_000_000,
       })
     },
   )
