@@ -175,6 +175,10 @@ const { setImmediate } = globalThis
 const look = () => {
   if (binding.look()) setImmediate(look)
 }
+const lookNext = () => setImmediate(look)
+// Whatever a look brings (imports, events) belongs to nobody's asynchronous context, least of all to that of a hook
+// which happened to hand a call over.
+const outside = AsyncLocalStorage.snapshot()
 
 const result = (kind) => (kind === 1 ? i32[2] : kind === 0 ? undefined : f64[1])
 
@@ -287,7 +291,7 @@ const callExport = binding.setup({
     Object.defineProperty(exportMakers[params](at, kind), 'name', { value: name, configurable: true }),
   isMainThread,
   lookSoon: () => {
-    setImmediate(look)
+    outside(lookNext)
   },
   error: (code, message, fields, cause) => new WasmError(code, message, fields, cause),
   toBigInt64: (value) => BigInt.asIntN(64, value),

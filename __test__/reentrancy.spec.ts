@@ -1,5 +1,6 @@
 // The manager, used from inside what it calls: hooks, imports, the imports function, listeners. No deadlock, and one meaning each.
 import assert from 'node:assert/strict'
+import { AsyncLocalStorage } from 'node:async_hooks'
 import type { EventEmitter } from 'node:events'
 import { test } from 'node:test'
 import type { InstanceContext, LeasedInstance, ManagerOptions } from '../index.js'
@@ -810,3 +811,26 @@ test('reloads from everywhere at once all end, one generation after the other', 
     seen.map((_, index) => index + 2),
   )
 })
+
+test(
+  "what comes from a pool thread is in nobody's asynchronous context, whoever has handed a call over",
+  BOUND,
+  async (t) => {
+    const context = new AsyncLocalStorage<string>()
+    const seen: unknown[] = []
+    const source = wat(
+      '(module (import "env" "f" (func $f)) (func (export "run") (call $f)) (func (export "boom") (unreachable)))',
+    )
+    const manager = await managed(t, source, { imports: { env: { f: () => void seen.push(context.getStore()) } } })
+    manager.on('trap', () => seen.push(context.getStore()))
+    for (let i = 0; i < 20; i += 1) {
+      await context.run('the caller', async () => {
+        await manager.call('run')
+        await manager.call('boom').catch(() => {})
+        assert.equal(context.getStore(), 'the caller')
+      })
+    }
+    await until(() => seen.length === 40)
+    assert.deepEqual(new Set(seen), new Set([undefined]))
+  },
+)
