@@ -156,3 +156,65 @@ for (const [what, options] of [
     })
   }
 }
+
+// On other systems nothing tells mappings, descriptors and threads apart as cheaply.
+test('ten thousand reloads in a row keep nothing: memory, mappings, descriptors, threads, JavaScript objects', {
+  timeout: 120_000,
+  skip: process.platform !== 'linux' && 'reads /proc',
+}, async () => {
+  const ended = await child(
+    `
+    import { readdirSync, readFileSync } from 'node:fs'
+    const manager = await WasmModuleManager.create(process.env.WORKBENCH, {
+      cache: false, instances: 2,
+      imports: (instance) => ({ env: { entered() {}, hold: (key) => instance.exports.add(key, 0) } }),
+      saveState: (instance) => instance.exports.peek(),
+      restoreState: async (instance, value) => { instance.exports.set(value + 1) },
+    })
+    const { add, hold } = manager.exports
+    const readings = []
+    const read = async () => {
+      // What a reload lets go of is dropped on the event loop and by the collector, in turns.
+      for (let i = 0; i < 6; i += 1) { gc(); await new Promise((resolve) => setImmediate(resolve)) }
+      readings.push({
+        heap: process.memoryUsage().heapUsed,
+        resident: Number(/VmRSS:\\s+(\\d+)/.exec(readFileSync('/proc/self/status', 'utf8'))[1]) * 1024,
+        mappings: readFileSync('/proc/self/maps', 'utf8').split('\\n').length,
+        descriptors: readdirSync('/proc/self/fd').length,
+        threads: readdirSync('/proc/self/task').length,
+      })
+    }
+    for (let round = 0; round < 10; round += 1) {
+      for (let i = 0; i < 500; i += 1) {
+        const view = manager.memory.buffer
+        const [, answer] = await Promise.all([manager.reload(), manager.call('hold', [i])])
+        if (answer !== i || view.byteLength !== 0) throw new Error('reload ' + i + ' of round ' + round)
+        await manager.reload({ strategy: 'rolling', skipSave: true })
+        if (add(i, 1) !== i + 1 || hold(i) !== i) throw new Error('exports')
+      }
+      await read()
+    }
+    report({ generation: manager.generation, readings })
+    await manager.close()
+    `,
+    { env, flags: ['--expose-gc'], timeoutMs: 100_000 },
+  )
+  interface Reading {
+    heap: number
+    resident: number
+    mappings: number
+    descriptors: number
+    threads: number
+  }
+  const { generation, readings } = reported<{ generation: number; readings: Reading[] }>(ended)
+  assert.equal(generation, 10_001)
+  const [, , early] = readings
+  const late = readings.at(-1)
+  assert.ok(early && late)
+  const text = JSON.stringify(readings)
+  assert.ok(late.heap - early.heap < 1 << 20, text)
+  assert.ok(late.resident - early.resident < 12 << 20, text)
+  assert.ok(late.mappings - early.mappings < 40, text)
+  assert.ok(late.descriptors <= early.descriptors, text)
+  assert.ok(late.threads <= early.threads + 2, text)
+})
