@@ -232,7 +232,7 @@ fn failed(
             waited_ms: options.drain_timeout.unwrap_or_default().as_millis(),
         },
         Failure::Cancelled => shared.closed(),
-        Failure::Step { .. } if scope.is_cancelled() => shared.closed(),
+        Failure::Step { .. } if scope.is_cancelled() || shared.is_destroyed() => shared.closed(),
         Failure::Step {
             cause: cause @ Error::Incompatible { .. },
             ..
@@ -569,7 +569,7 @@ impl Backend for Swap<'_> {
     }
 
     fn is_cancelled(&self) -> bool {
-        self.is_homeless || self.scope.is_cancelled()
+        self.is_homeless || self.scope.is_cancelled() || self.shared.is_destroyed()
     }
 
     fn done(&mut self, step: Step, took: Duration) {

@@ -408,6 +408,8 @@ fn check_calls(cell: Cell, held: Answer<Ended>, waiting: Vec<Answer<Ended>>) {
                 // It came after the close that a hook asked for.
                 Some(ErrorCode::Closed) if cell.fault == Fault::CloseInside => {}
                 Some(ErrorCode::Interrupted | ErrorCode::Closed) if is_cut => {}
+                // It was let in before the gate closed, and had no thread yet.
+                Some(ErrorCode::Interrupted) if cell.fault == Fault::TimeoutInterrupt => {}
                 _ => panic!("{error}"),
             },
         }
