@@ -581,23 +581,22 @@ impl Js {
 
     /// Defines an own property, whatever its name (`__proto__` too).
     pub(crate) fn define(self, object: Val, name: &str, value: Val) -> JsResult<()> {
-        let property = sys::napi_property_descriptor {
-            utf8name: ptr::null(),
-            name: self.string(name)?,
-            method: None,
-            getter: None,
-            setter: None,
-            value,
-            attributes: sys::PropertyAttributes::writable
-                | sys::PropertyAttributes::enumerable
-                | sys::PropertyAttributes::configurable,
-            data: ptr::null_mut(),
-        };
-        napi!(self, napi_define_properties(object, 1, &raw const property))
+        let writable = sys::PropertyAttributes::writable;
+        self.define_as(object, name, value, writable)
     }
 
     /// Likewise, but only this addon changes it.
     pub(crate) fn define_constant(self, object: Val, name: &str, value: Val) -> JsResult<()> {
+        self.define_as(object, name, value, sys::PropertyAttributes::default)
+    }
+
+    fn define_as(
+        self,
+        object: Val,
+        name: &str,
+        value: Val,
+        more: sys::napi_property_attributes,
+    ) -> JsResult<()> {
         let property = sys::napi_property_descriptor {
             utf8name: ptr::null(),
             name: self.string(name)?,
@@ -605,7 +604,9 @@ impl Js {
             getter: None,
             setter: None,
             value,
-            attributes: sys::PropertyAttributes::enumerable | sys::PropertyAttributes::configurable,
+            attributes: sys::PropertyAttributes::enumerable
+                | sys::PropertyAttributes::configurable
+                | more,
             data: ptr::null_mut(),
         };
         napi!(self, napi_define_properties(object, 1, &raw const property))

@@ -877,7 +877,7 @@ impl Shared {
             options.limits.stack_bytes(),
             &options.cache,
         )?;
-        Module::load(&engine, Some(pool), source, name)
+        Module::load(&engine, pool, source, name)
     }
 
     /// Loads another build of the module. The pool's threads may all be inside guests, so it is compiled

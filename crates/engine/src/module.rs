@@ -162,7 +162,7 @@ impl Module {
     /// Reads and compiles `source` on the threads of `pool`.
     pub(crate) fn load(
         engine: &Engine,
-        pool: Option<&Pool>,
+        pool: &Pool,
         source: &Source,
         name: Option<&str>,
     ) -> Result<Self> {
@@ -185,7 +185,7 @@ impl Module {
         };
         let compile = || wasmtime::Module::new(&engine.wasmtime, &*spliced.bytes);
         let compiled = pool
-            .map_or_else(compile, |pool| pool.install(compile))
+            .install(compile)
             .map_err(|e| refuse_module(&name, &engine, &e))?;
         let imports = compiled
             .imports()

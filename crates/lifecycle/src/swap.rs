@@ -231,11 +231,7 @@ pub fn run<B: Backend>(
     clock: &dyn Clock,
     plan: &Plan,
 ) -> Result<Timings, Failure<B::Cause>> {
-    let mut swap = Swap {
-        backend,
-        phase: Phase::Serving,
-        is_over: false,
-    };
+    let mut swap = Swap::new(backend);
     let mut timings = Timings {
         instantiate: swap.instantiate(clock)?,
         ..Timings::default()
@@ -299,11 +295,7 @@ pub fn run_rolling<B: Backend>(
     clock: &dyn Clock,
     plan: &Plan,
 ) -> Result<Timings, Failure<B::Cause>> {
-    let mut swap = Swap {
-        backend,
-        phase: Phase::Serving,
-        is_over: false,
-    };
+    let mut swap = Swap::new(backend);
     let mut timings = Timings::default();
 
     let started = clock.now();
@@ -335,7 +327,15 @@ struct Swap<'a, B: Backend> {
     is_over: bool,
 }
 
-impl<B: Backend> Swap<'_, B> {
+impl<'a, B: Backend> Swap<'a, B> {
+    fn new(backend: &'a mut B) -> Self {
+        Self {
+            backend,
+            phase: Phase::Serving,
+            is_over: false,
+        }
+    }
+
     fn advance(&mut self) {
         self.phase = self.phase.advance();
     }
