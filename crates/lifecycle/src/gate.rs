@@ -409,7 +409,7 @@ impl<W: Waiter> Gate<W> {
 
     /// Has those who wait for the gate look again whether they want to give up. Also for a gate that
     /// was shut before: its owner may have had more to say since.
-    fn ask_again(&self) {
+    pub fn ask_again(&self) {
         // Under the lock, so that nobody is between looking and waiting.
         let does_wake = self.locked(|state| state.drainers > 0);
         if does_wake {

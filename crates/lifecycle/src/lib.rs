@@ -24,11 +24,14 @@
 //! * [`Generation`]: everything built by one successful load or swap. Numbered, never reused.
 //! * [`swap`]: the protocol. Exclusive: instantiate, close the gate, drain, save, restore, commit (or
 //!   roll back), open the gate. Rolling: instantiate, roll the gate.
+//! * [`pause`]: close the gate, drain, do something to the instances (snapshot, reset, fork), open the
+//!   gate.
 
 mod clock;
 mod gate;
 mod generation;
 mod home;
+pub mod pause;
 mod phase;
 mod start;
 mod state;
@@ -45,6 +48,7 @@ pub use gate::{
 };
 pub use generation::Generation;
 pub use home::{Away, Home, Inside};
+pub use pause::{PauseFailure, PausePlan, PauseTimings, Paused};
 pub use phase::{FailedPhase, Phase};
 pub use swap::{Backend, Drained, Failure, OnDrainTimeout, Plan, Step, Timings};
 pub use ticket::{Ticket, TicketId};

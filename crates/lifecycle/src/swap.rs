@@ -320,6 +320,11 @@ fn step_failed<C>(phase: FailedPhase) -> impl FnOnce(C) -> Failure<C> {
 /// What was interrupted gets at least this long to notice, however short the caller's own patience.
 const INTERRUPTED_DRAIN: Duration = Duration::from_secs(5);
 
+/// How long to wait for what was interrupted.
+pub(crate) fn once_interrupted(drain_timeout: Option<Duration>) -> Option<Duration> {
+    drain_timeout.map(|timeout| timeout.max(INTERRUPTED_DRAIN))
+}
+
 /// A swap under way. Dropped before it is over, by an error or a panic, it is undone.
 struct Swap<'a, B: Backend> {
     backend: &'a mut B,
@@ -370,10 +375,7 @@ impl<'a, B: Backend> Swap<'a, B> {
         if drained.is_err() && plan.on_drain_timeout == OnDrainTimeout::Interrupt {
             self.check_cancelled()?;
             self.backend.interrupt(whom);
-            let rest = plan
-                .drain_timeout
-                .map(|timeout| timeout.max(INTERRUPTED_DRAIN));
-            drained = self.wait_for(whom, rest);
+            drained = self.wait_for(whom, once_interrupted(plan.drain_timeout));
         }
         if drained.is_err() {
             // Whoever cancelled wants to hear of that, rather than of the calls that it did not
