@@ -253,8 +253,91 @@ export class WasmModuleManager extends EventEmitter implements AsyncDisposable {
    */
   reloadSync(options?: ReloadOptions): ReloadReport
 
-  /** A plain object taken at this moment; read again for later figures. Usable in every state. */
-  stats(): ManagerStats
+  /**
+   * Captures the state of the first replica: contents and size of every memory, mutable globals (hidden ones too), tables.
+   *
+   * Drains as an exclusive reload does (30 seconds at most), captures, serves on. From here on new generations, replacements of
+   * trapped replicas, and resets begin with it: neither the start function nor `_initialize` nor `initialize` runs then, only
+   * `reseed`. `saveState` and `restoreState` still run on a reload.
+   * The newest snapshot is kept until it is released, or another build takes over (`reload({ source })`), whether the handle is
+   * kept or not; older ones live as long as their handles. docs/snapshots.md has the rules.
+   * * `signal`: gives up waiting; rejects with `signal.reason`.
+   *
+   * Errors (nothing was captured, the manager serves on):
+   * - ERR_WASM_SNAPSHOT_UNSUPPORTED: the module has state that cannot be captured; the text says which.
+   * - ERR_WASM_DRAIN_TIMEOUT, ERR_WASM_CLOSED, `signal.reason`.
+   * - ERR_WASM_RELOADING: it was called inside a hook of this manager.
+   * - ERR_WASM_INTERNAL: the system has no memory or file descriptor left for it.
+   *
+   * Cost: the pages that were written since the last snapshot are copied once, while calls wait; with `snapshots.prepare` the first
+   * capture remaps instead. Benchmark: `snapshots`.
+   */
+  snapshot(options?: { signal?: AbortSignal }): Promise<Snapshot>
+
+  /**
+   * The same without leaving this thread; nothing may be in flight.
+   *
+   * Errors, thrown, beyond those of {@link WasmModuleManager.snapshot}:
+   * - ERR_WASM_BUSY: calls or leases are in flight. ERR_WASM_RELOADING: a reload, reset or snapshot is under way.
+   */
+  snapshotSync(): Snapshot
+
+  /**
+   * Puts every replica back to `to`, in place: contents, size (`memory.size` goes down, pages beyond it trap, growing again works),
+   * globals, tables. Pages go back to the system.
+   *
+   * Not a new generation: exports, leases taken later and pointers older than the snapshot stay valid; pointers that are newer mean
+   * nothing any more, and `memory.buffer` is detached. A replica that has trapped is in order again.
+   * Drains first, as {@link DrainOptions} say; calls that come meanwhile wait.
+   * * `to`: a snapshot of this manager. Default: the newest that was not released.
+   *
+   * Errors (unless said otherwise nothing was reset, and the manager serves on):
+   * - ERR_WASM_INVALID_ARGUMENT: there is no snapshot, or `to` is another manager's, or an option cannot be used.
+   * - ERR_WASM_STALE_HANDLE: `to` was released. ERR_WASM_INCOMPATIBLE_MODULE: it is of a build that no longer serves.
+   * - ERR_WASM_DRAIN_TIMEOUT, ERR_WASM_CLOSED, and inside a hook ERR_WASM_RELOADING.
+   * - What `reseed` throws, as it is; everything was reset.
+   * - ERR_WASM_INTERNAL: the system refused; the replicas concerned are replaced by new ones from the newest snapshot.
+   *
+   * Cost: follows the dirty pages, not the size; finding them is a walk over the page tables of what the guest has touched, which is
+   * milliseconds for each GiB that it has read since. Benchmark: `snapshots`.
+   */
+  reset(options?: ResetOptions): Promise<ResetReport>
+
+  /**
+   * The same without leaving this thread; nothing may be in flight, and `reseed` must be synchronous.
+   *
+   * Errors, thrown, beyond those of {@link WasmModuleManager.reset}:
+   * - ERR_WASM_BUSY: calls or leases are in flight. ERR_WASM_RELOADING: a reload, reset or snapshot is under way.
+   */
+  resetSync(options?: ResetOptions): ResetReport
+
+  /**
+   * A manager of its own whose replicas begin as a copy-on-write copy of this one's first replica, as fork(2) copies a process.
+   *
+   * Pages are shared until either side writes. The parent is not changed and serves on; neither sees what the other does from then
+   * on, and either may be closed first. The copy is the child's first snapshot: its reloads, replacements and resets begin with it.
+   * The child has the parent's options except for those given; `limits` are merged. `initialize` does not run, `reseed` does:
+   * a copy has the parent's random numbers and whatever else the guest has cached of the world.
+   *
+   * Errors (the parent is not changed, and there is no child):
+   * - ERR_WASM_SNAPSHOT_UNSUPPORTED: as for {@link WasmModuleManager.snapshot}, or the instance holds values of JavaScript
+   *   (externref) or has changed function references in a table or global.
+   * - ERR_WASM_INVALID_ARGUMENT: an option that cannot be used, a memory beyond `limits.memoryBytes`, another `limits.stackBytes`.
+   * - ERR_WASM_LINK: the imports do not fit. What `reseed` throws is the `cause` of ERR_WASM_RELOAD_FAILED.
+   * - ERR_WASM_DRAIN_TIMEOUT, ERR_WASM_CLOSED, and inside a hook ERR_WASM_RELOADING.
+   *
+   * Cost: an instantiation and a few mappings, whatever the size, done at once if nothing is in flight. Where the parent was used
+   * since its last snapshot or fork, the pages that it has written are looked for (as for {@link WasmModuleManager.reset}) and copied
+   * once. A fork starts no thread before its first `call`. Benchmark: `forks`.
+   */
+  fork(options?: ForkOptions): Promise<WasmModuleManager>
+
+  /**
+   * A plain object taken at this moment; read again for later figures. Usable in every state.
+   * * `pages`: adds what linear memory really takes. Walks page tables: microseconds for small memories, up to some 10 ms for each
+   *   GiB in use. Default false.
+   */
+  stats(options?: { pages?: boolean }): ManagerStats
 
   /**
    * Stops admitting, lets what was admitted end (what is queued, and reloads that were asked for, included), releases.
@@ -332,7 +415,7 @@ export interface ManagerOptions {
   imports?: Imports | ((instance: InstanceContext) => Imports)
   /**
    * Runs in each fresh instance before it serves, after its start function and `_initialize`: at the start, in every reload,
-   * and when a trapped instance is replaced.
+   * and when a trapped instance is replaced. Not in one that begins with a snapshot, which has it behind itself: there `reseed` runs.
    *
    * A promise or another thenable is awaited, but it must be synchronous for `createSync`, for `reloadSync`, and for synchronous calls that find a trapped instance.
    */
@@ -352,6 +435,30 @@ export interface ManagerOptions {
    */
   // biome-ignore lint/suspicious/noExplicitAny: what saveState returned, which only its author can type
   restoreState?: (instance: LeasedInstance, state: any, replica: number) => void | Promise<void>
+  /**
+   * Runs wherever an instance is given the state of a snapshot: in a fork, in new generations and replacements, after a reset.
+   * Default: nothing.
+   *
+   * Copies have the random numbers of the original, and whatever else the guest has cached of the world (clocks, host names): have
+   * it seed itself anew here. A string names an export that takes nothing, an i32 or an i64, and is called with random bits of the
+   * system; with `isolation: 'per-call'` it must be that, and is called before each call.
+   */
+  reseed?: string | ((instance: LeasedInstance) => void | Promise<void>)
+  /**
+   * 'per-call': every `call` and `invoke` begins with the newest snapshot's state and leaves nothing behind, a trap included.
+   * Default 'shared'.
+   *
+   * Where nobody has taken one, or all are released, the snapshot is that of the first replica after `initialize`. What
+   * `exports`, `callSync` and leases leave in an instance stays until the next call there: warm up through them, and take a snapshot.
+   * A trapped or stopped instance is put back, not replaced, and the generation stays.
+   *
+   * Errors: ERR_WASM_SNAPSHOT_UNSUPPORTED at the start, for a module that cannot be captured.
+   *
+   * Cost: a reset after each call, microseconds plus the pages that it wrote. Benchmark: `isolation`.
+   */
+  isolation?: 'shared' | 'per-call'
+  /** How snapshots keep memory; see {@link SnapshotOptions}. */
+  snapshots?: SnapshotOptions
   /** For `invoke`. Default names: allocate, deallocate. */
   abi?: BufferAbi
   /** Limits refuse or stop; see {@link Limits}. */
@@ -371,6 +478,23 @@ export interface ManagerOptions {
   cache?: boolean | string
   /** How guests are compiled; see {@link EngineOptions}. Managers with equal options share one engine. */
   engine?: EngineOptions
+}
+
+/** How snapshots keep memory. */
+export interface SnapshotOptions {
+  /**
+   * 'copy-on-write': snapshots are memory files that instances are mapped on, and a copy costs what it writes. 'copy': they are
+   * copies, and so is every reset and fork; slower, with the same results. Default: 'copy-on-write' on Linux, 'copy' elsewhere, where
+   * there is nothing else.
+   */
+  images?: 'copy-on-write' | 'copy'
+  /**
+   * Linear memory begins on pages that the first snapshot takes over instead of copying them: touching fresh memory costs about half
+   * as much again, and the first capture a tenth (benchmark `snapshots`). Default: where a snapshot is certain or likely, which is
+   * with `isolation: 'per-call'`, and for another build (`reload({ source })`) if a snapshot was taken of the one before.
+   * Linux only, with 'copy-on-write'; ignored elsewhere.
+   */
+  prepare?: boolean
 }
 
 /** What one instance, or one call, may use. */
@@ -440,7 +564,7 @@ export interface CallOptions {
   /**
    * Takes the call out of the queue, or interrupts it even while the guest runs; the promise rejects with signal.reason; the pool stays.
    *
-   * If it ran, the replica is replaced.
+   * If it ran, the replica is replaced; with `isolation: 'per-call'` it is put back.
    */
   signal?: AbortSignal
   /** Milliseconds from the call, waiting included; then ERR_WASM_TIMEOUT. Default: none. From 1. */
@@ -528,6 +652,50 @@ export interface ReloadStep {
   step: 'instantiate' | 'drain' | 'save' | 'restore' | 'commit'
   /** Milliseconds; the same figure as in the report, where that has it. */
   durationMs: number
+}
+
+/** How a reset waits, and where it goes. */
+export interface ResetOptions extends DrainOptions {
+  /** A snapshot of this manager. Default: the newest that was not released. */
+  to?: Snapshot
+}
+
+/** What a fork has of its own; all else is its parent's. */
+export type ForkOptions = Partial<Pick<ManagerOptions, 'name' | 'imports' | 'limits'>>
+
+/** What a reset did. */
+export interface ResetReport {
+  /** The one that serves, as before. */
+  generation: number
+  /** Linear-memory bytes over all replicas. */
+  memoryBytesBefore: number
+  memoryBytesAfter: number
+  /** Bytes of the pages that had been written since the replicas were last at a snapshot, and are given back. */
+  dirtyBytes: number
+  /** Milliseconds that the reset itself took, `reseed` included, once nothing was in flight. */
+  durationMs: number
+}
+
+/**
+ * The state of one instance at one moment.
+ *
+ * Collected without a release it is released, unless it is the newest, which the manager keeps.
+ */
+export interface Snapshot extends Disposable {
+  /** Unique in the process, rising. */
+  readonly id: number
+  /** The generation that served. */
+  readonly generation: number
+  /** Bytes of linear memory in it. */
+  readonly memoryBytes: number
+  /** Bytes of pages that are held for it, shared with instances and other snapshots that stand on them; 0 once released. */
+  readonly residentBytes: number
+  /**
+   * Lets go of it. If it was the newest, the one before it that is still there is the newest; with none left, new generations start cold.
+   *
+   * Its pages go back to the system as soon as no instance stands on them. Idempotent.
+   */
+  release(): void
 }
 
 /** What a reload did. */
@@ -706,6 +874,16 @@ export class WasmError extends Error {
 
 // ---------------------------------------------------------------- figures
 
+/** What linear memory really takes, over all replicas of a manager. */
+export interface PageStats {
+  /** Bytes of pages that belong to these replicas alone: what closing the manager gives back. */
+  privateBytes: number
+  /** Bytes of pages of the snapshots that the replicas are mapped on; counted once for each replica. */
+  sharedBytes: number
+  /** Bytes of address space, most of it without any memory behind. */
+  reservedBytes: number
+}
+
 /** Figures of one moment. Counts are exact below 2^53. */
 export interface ManagerStats {
   name: string
@@ -736,6 +914,12 @@ export interface ManagerStats {
   reloads: Record<string, number>
   /** Reloads and replacements that did not happen. */
   reloadsFailed: number
+  /** Resets that succeeded; those of `isolation: 'per-call'` are not counted. */
+  resets: number
+  /** Snapshots that can be used. */
+  snapshots: number
+  /** With `stats({ pages: true })`. */
+  pages?: PageStats
   /** Milliseconds in the guest, of pool calls. Synchronous calls are counted in `calls`, not timed. */
   runTime: Histogram
   /** Milliseconds from the call to its start, of pool calls. */

@@ -74,6 +74,9 @@ class LinearMemory {
 const CALL_OPTIONS = ['signal', 'timeoutMs']
 const LEASE_OPTIONS = ['signal']
 const CLOSE_OPTIONS = ['drainTimeoutMs']
+const SNAPSHOT_OPTIONS = ['signal']
+const FORK_OPTIONS = ['name', 'imports', 'limits']
+const STATS_OPTIONS = ['pages']
 
 /** A misspelt option must not be a silent default. Here rather than in the binding: crossing over for it would cost more. */
 function checkKeys(options, known) {
@@ -145,6 +148,49 @@ class LeasedInstance {
     this.release()
   }
 }
+
+class Snapshot {
+  #handle
+  #facts
+
+  constructor(handle) {
+    this.#handle = handle
+    this.#facts = binding.snapshotFacts(handle)
+  }
+
+  get id() {
+    return this.#facts[0]
+  }
+
+  get generation() {
+    return this.#facts[1]
+  }
+
+  get memoryBytes() {
+    return this.#facts[2]
+  }
+
+  get residentBytes() {
+    return binding.snapshotResidentBytes(this.#handle)
+  }
+
+  release() {
+    binding.snapshotRelease(this.#handle)
+  }
+
+  [Symbol.dispose]() {
+    this.release()
+  }
+
+  /** The handle of what a user passed as a snapshot. */
+  static handleOf(snapshot) {
+    if (snapshot === undefined) return undefined
+    if (typeof snapshot === 'object' && snapshot !== null && #handle in snapshot) return snapshot.#handle
+    throw new WasmError('ERR_WASM_INVALID_ARGUMENT', 'options.to must be a snapshot that snapshot() has returned')
+  }
+}
+const { handleOf } = Snapshot
+delete Snapshot.handleOf
 
 class InstanceContext {
   #context
@@ -304,6 +350,7 @@ const callExport = binding.setup({
   },
   makeLease: (lease) => new LeasedInstance(lease),
   makeContext: (context) => new InstanceContext(context),
+  makeSnapshot: (snapshot) => new Snapshot(snapshot),
 })
 
 /** Paths stay strings, bytes stay bytes; URLs become paths. */
@@ -384,11 +431,18 @@ function isInHook(token) {
 function withScopes(token, options) {
   if (typeof options !== 'object' || options === null) return options
   const hooks = {}
-  for (const name of ['initialize', 'saveState', 'restoreState']) {
+  for (const name of ['initialize', 'saveState', 'restoreState', 'reseed']) {
     const hook = options[name]
     if (typeof hook === 'function') hooks[name] = { value: scoped(token, hook), enumerable: true }
   }
   return Object.create(options, hooks)
+}
+
+/** `Promise.withResolvers`, which Node 20 lacks. */
+function deferred() {
+  const parts = {}
+  parts.promise = new Promise((resolve, reject) => Object.assign(parts, { resolve, reject }))
+  return parts
 }
 
 const reloads = tracingChannel('wasm-molt:reload')
@@ -408,6 +462,7 @@ class WasmModuleManager extends EventEmitter {
   #memory
   #token = {}
   #isWatched = false
+  #options
 
   constructor(key, options) {
     super()
@@ -416,6 +471,8 @@ class WasmModuleManager extends EventEmitter {
     }
     // Weak: the native side must not keep a forgotten manager alive.
     const self = new WeakRef(this)
+    // What a fork inherits is what was given, whatever becomes of the object.
+    this.#options = typeof options === 'object' ? { ...options } : undefined
     this.#handle = binding.newManager(withScopes(this.#token, options), (kind, payload) => {
       if (kind === 'step') steps.publish(payload)
       else self.deref()?.emit(kind, ...(kind === 'close' ? [] : [payload]))
@@ -526,8 +583,58 @@ class WasmModuleManager extends EventEmitter {
     return reloads.traceSync(() => binding.reloadSync(this.#handle, source), this.#trace(options))
   }
 
-  stats() {
-    return binding.stats(this.#handle)
+  async snapshot(options) {
+    if (isInHook(this.#token)) throw this.#inHook('snapshot()')
+    checkKeys(options, SNAPSHOT_OPTIONS)
+    return withSignal(
+      options?.signal,
+      (canAbort) => {
+        const [asking, control] = binding.snapshot(this.#handle)
+        const accept = (snapshot) => {
+          binding.snapshotAccept(this.#handle)
+          return snapshot
+        }
+        if (!canAbort) return asking.then(accept)
+        const { promise, resolve, reject } = deferred()
+        // One that is taken all the same is nobody's.
+        const asked = { control, reject, isOver: false }
+        asking.then((snapshot) => (asked.isOver ? snapshot.release() : resolve(accept(snapshot))), reject)
+        return [promise, asked]
+      },
+      (asked, reason) => {
+        asked.isOver = true
+        asked.reject(reason)
+        binding.cancelSnapshot(this.#handle, asked.control)
+      },
+    )
+  }
+
+  snapshotSync() {
+    return binding.snapshotSync(this.#handle)
+  }
+
+  async reset(options) {
+    if (isInHook(this.#token)) throw this.#inHook('reset()')
+    return binding.reset(this.#handle, options, handleOf(options?.to))
+  }
+
+  resetSync(options) {
+    return binding.resetSync(this.#handle, options, handleOf(options?.to))
+  }
+
+  async fork(options) {
+    if (isInHook(this.#token)) throw this.#inHook('fork()')
+    checkKeys(options, FORK_OPTIONS)
+    const limits =
+      options?.limits === undefined ? this.#options?.limits : { ...this.#options?.limits, ...options.limits }
+    const child = new WasmModuleManager(construction, { name: this.name, ...this.#options, ...options, limits })
+    await binding.fork(this.#handle, child.#handle)
+    return child
+  }
+
+  stats(options) {
+    checkKeys(options, STATS_OPTIONS)
+    return binding.stats(this.#handle, options?.pages)
   }
 
   async close(options) {

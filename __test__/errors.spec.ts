@@ -19,7 +19,15 @@ import {
 } from './support.ts'
 
 /** Arrives with another capability. */
-const NOT_YET: WasmErrorCode[] = ['ERR_WASM_EXIT', 'ERR_WASM_SNAPSHOT_UNSUPPORTED', 'ERR_WASM_INCOMPATIBLE_MODULE']
+const NOT_YET: WasmErrorCode[] = ['ERR_WASM_EXIT', 'ERR_WASM_INCOMPATIBLE_MODULE']
+
+/** Holds a value of JavaScript from its start on. */
+const holder = wat(
+  `(module (import "env" "value" (global $g externref)) (table 1 externref)
+    (func $start (table.set (i32.const 0) (global.get $g))) (start $start))`,
+)
+/** Can drop an element segment. */
+const dropper = wat('(module (table 1 funcref) (elem $e func $f) (func $f (elem.drop $e)))')
 
 const read = (path: string) => readFileSync(new URL(`../${path}`, import.meta.url), 'utf8')
 
@@ -211,6 +219,16 @@ const PROVOKED: Partial<Record<WasmErrorCode, { rejects: Provocation; throws?: P
       const { manager } = await bench(t)
       await manager.close()
       return await fails(() => manager.exports.add?.(1, 2))
+    },
+  },
+  ERR_WASM_SNAPSHOT_UNSUPPORTED: {
+    rejects: async (t) => {
+      const manager = await managed(t, holder, { imports: { env: { value: {} } } })
+      return fails(() => manager.fork())
+    },
+    throws: async (t) => {
+      const manager = await managed(t, dropper)
+      return fails(() => manager.snapshotSync())
     },
   },
   ERR_WASM_INTERNAL: {

@@ -381,7 +381,9 @@ test('stats is a plain object of that moment, with every member of the contract'
     'queued',
     'reloads',
     'reloadsFailed',
+    'resets',
     'runTime',
+    'snapshots',
     'state',
     'waitTime',
   ])

@@ -745,3 +745,59 @@ test('a memory of several hundred megabytes is read, written and given back whol
   manager.reloadSync()
   assert.equal(manager.memory.byteLength, PAGE)
 })
+
+test('native code that still reads a buffer which is detached meanwhile reads on', LIMIT, async () => {
+  // A crash is told by the child's exit.
+  const ended = await child(
+    `
+    import { deflate } from 'node:zlib'
+    import { promisify } from 'node:util'
+    // One write of zlib's does it all: Node itself aborts if zlib comes back to a buffer that is detached.
+    const run = (bytes) => promisify(deflate)(bytes, { chunkSize: 64 << 20 })
+    for (const end of ['reset', 'resetSync', 'reload', 'close']) {
+      const manager = await WasmModuleManager.create(process.env.WORKBENCH, {
+        cache: false, imports: { env: { entered() {}, hold: (key) => key } },
+      })
+      manager.exports.grow(10)
+      await manager.snapshot()
+      manager.exports.grow(500)
+      const work = [1, 2, 3, 4].map(() => run(new Uint8Array(manager.memory.buffer)))
+      await new Promise((resolve) => setImmediate(resolve))
+      await manager[end]()
+      gc()
+      await Promise.all(work)
+      await manager.close()
+    }
+    report('survived')
+    `,
+    { env: { WORKBENCH: workbench }, flags: ['--expose-gc'], timeoutMs: 50_000 },
+  )
+  assert.equal(reported<string>(ended), 'survived')
+})
+
+test('a loop that never comes to the event loop does not use the address space up', {
+  ...LIMIT,
+  skip: process.platform !== 'linux' && 'reads /proc',
+}, async () => {
+  const ended = await child(
+    `
+    import { readFileSync } from 'node:fs'
+    const manager = WasmModuleManager.createSync(process.env.WORKBENCH, {
+      cache: false, imports: { env: { entered() {}, hold: (key) => key } },
+    })
+    manager.snapshotSync()
+    const kib = () => Number(/VmSize:\\s+(\\d+)/.exec(readFileSync('/proc/self/status', 'utf8'))[1])
+    const before = kib()
+    for (let i = 0; i < 6000; i += 1) {
+      manager.exports.grow(1)
+      new Uint8Array(manager.memory.buffer)[0] = 1
+      manager.resetSync()
+    }
+    report((kib() - before) / 2 ** 20)
+    await manager.close()
+    `,
+    { env: { WORKBENCH: workbench }, timeoutMs: 50_000 },
+  )
+  const grownGiB = reported<number>(ended)
+  assert.ok(grownGiB < 8, `${grownGiB} GiB more`)
+})

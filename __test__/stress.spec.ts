@@ -6,6 +6,27 @@ import { child, reported } from './support.ts'
 
 const env = { WORKBENCH: workbench }
 
+/** In a child: `read` tells what the process holds of everything that could be left behind. */
+const READ = `
+  const { readdirSync, readFileSync } = await import('node:fs')
+  const read = async () => {
+    // What is let go of is dropped on the event loop and by the collector, in turns.
+    for (let i = 0; i < 6; i += 1) { gc(); await new Promise((resolve) => setImmediate(resolve)) }
+    const status = readFileSync('/proc/self/status', 'utf8')
+    const bytes = (key) => Number(new RegExp(key + ':\\\\s+(\\\\d+)').exec(status)[1]) * 1024
+    return {
+      heap: process.memoryUsage().heapUsed,
+      resident: bytes('VmRSS'),
+      space: bytes('VmSize'),
+      mappings: readFileSync('/proc/self/maps', 'utf8').split('\\n').length,
+      descriptors: readdirSync('/proc/self/fd').length,
+      threads: readdirSync('/proc/self/task').length,
+    }
+  }
+`
+
+type Reading = Record<'heap' | 'resident' | 'space' | 'mappings' | 'descriptors' | 'threads', number>
+
 const PROGRAM = `
   const seed = Number(process.env.SEED), options = JSON.parse(process.env.OPTIONS), operations = Number(process.env.OPERATIONS)
   let state = seed >>> 0
@@ -63,8 +84,9 @@ const PROGRAM = `
   const sync = (kind, run) => { try { run(); note(kind) } catch (error) { note(kind, error) } }
   const same = (expected) => (value) => { if (value !== expected) throw new Error(value + ' instead of ' + expected) }
   const kept = []
+  const snapshots = [await manager.snapshot()]
   const step = (i) => {
-    switch (random(24)) {
+    switch (random(30)) {
       case 0: case 1: case 2: case 3: return follow('call', manager.call('add', [i, 1]), same(i + 1))
       case 4: case 5: return follow('hold', manager.call('hold', [i]), same(i))
       case 6: return follow('boom', manager.call('boom'))
@@ -105,6 +127,18 @@ const PROGRAM = `
       }
       case 21: { global.gc(); return }
       case 22: { const stats = manager.stats(); if (stats.inFlight > stats.instances.total) throw new Error(JSON.stringify(stats)); return }
+      case 23: return follow('snapshot', manager.snapshot().then((it) => { if (random(3)) snapshots.push(it) }))
+      case 24: case 25: return follow('reset', manager.reset({
+        to: snapshots[random(4)], drainTimeoutMs: random(20), onDrainTimeout: random(2) ? 'interrupt' : 'abort',
+      }))
+      case 26: return sync('resetSync', () => manager.resetSync())
+      case 27: return sync('snapshotSync', () => snapshots.push(manager.snapshotSync()))
+      case 28: {
+        if (snapshots.length > 4) snapshots.splice(random(4), 1)[0].release()
+        return follow('fork', manager.fork({ name: 'child' }).then(async (it) => {
+          try { same(i + 3)(await it.call('add', [i, 3])); if (random(2)) await it.reset(); it.exports.count() } finally { await it.close() }
+        }))
+      }
       default: return follow('lease abort', (() => {
         const controller = new AbortController()
         const promise = manager.acquire({ signal: controller.signal }).then((lease) => lease.release())
@@ -135,10 +169,12 @@ for (const [what, options] of [
   ['one replica', {}],
   ['one replica and limits.timeoutMs', { limits: { timeoutMs: 100 } }],
   ['three replicas on two threads', { instances: 3, threads: 2 }],
+  ['two replicas, isolated calls', { instances: 2, threads: 2, isolation: 'per-call' }],
+  ['two replicas, snapshots by copies', { instances: 2, snapshots: { images: 'copy' } }],
   ['two replicas, explicit bounds checks', { instances: 2, threads: 2, engine: { signalsBasedTraps: false } }],
 ] as const) {
   for (const seed of [1, 2, 3]) {
-    test(`calls, traps, timeouts, signals, leases and reloads at once, seed ${seed}: ${what}`, {
+    test(`calls, traps, timeouts, signals, leases, reloads, resets and forks at once, seed ${seed}: ${what}`, {
       timeout: 60_000,
     }, async () => {
       const ended = await child(PROGRAM, {
@@ -157,6 +193,115 @@ for (const [what, options] of [
   }
 }
 
+test('a million isolated calls leave nothing behind: memory, address space, mappings, descriptors', {
+  timeout: 120_000,
+  skip: process.platform !== 'linux' && 'reads /proc',
+}, async () => {
+  const ended = await child(
+    `
+    ${READ}
+    const manager = await WasmModuleManager.create(process.env.WORKBENCH, {
+      cache: false, instances: 2, isolation: 'per-call', maxQueue: 100000,
+      imports: { env: { entered() {}, hold: (key) => key } },
+      initialize: (instance) => { instance.exports.set(41) },
+    })
+    const readings = []
+    for (let round = 0; round < 10; round += 1) {
+      for (let turn = 0; turn < 100; turn += 1) {
+        const calls = []
+        for (let i = 0; i < 1000; i += 1) {
+          // Counts, grows, and traps now and then: each from where the snapshot is.
+          calls.push(i % 100 === 99 ? manager.call('boom').catch((e) => e.code)
+            : i % 10 === 9 ? manager.call('grow', [4]) : manager.call('count'))
+        }
+        const answers = await Promise.all(calls)
+        for (let i = 0; i < 1000; i += 1) {
+          const expected = i % 100 === 99 ? 'ERR_WASM_TRAP' : i % 10 === 9 ? 1 : 42
+          if (answers[i] !== expected) throw new Error(i + ': ' + answers[i])
+        }
+      }
+      readings.push(await read())
+    }
+    report({ generation: manager.generation, calls: manager.stats().calls, readings })
+    await manager.close()
+    `,
+    { env, flags: ['--expose-gc'], timeoutMs: 110_000 },
+  )
+  interface Report {
+    generation: number
+    calls: { completed: number; trapped: number }
+    readings: Reading[]
+  }
+  const { generation, calls, readings } = reported<Report>(ended)
+  assert.equal(generation, 1)
+  // One more: what `initialize` calls, in the first replica only.
+  assert.deepEqual([calls.completed, calls.trapped], [990_001, 10_000])
+  const [, , early] = readings
+  const late = readings.at(-1)
+  assert.ok(early && late)
+  const text = JSON.stringify(readings)
+  assert.ok(late.resident - early.resident < 12 << 20, text)
+  assert.ok(late.space - early.space < 64 << 20, text)
+  assert.ok(late.mappings - early.mappings < 40, text)
+  assert.ok(late.descriptors <= early.descriptors, text)
+})
+
+test('a thousand forks of a parent of 256 MiB fit where the parent fits', {
+  timeout: 120_000,
+  skip: process.platform !== 'linux' && 'reads /proc',
+}, async () => {
+  const ended = await child(
+    `
+    ${READ}
+    const manager = await WasmModuleManager.create(process.env.WORKBENCH, {
+      cache: false, imports: { env: { entered() {}, hold: (key) => key } },
+    })
+    manager.exports.grow(256 * 16 - manager.memory.buffer.byteLength / 65536)
+    new Uint32Array(manager.memory.buffer).fill(7)
+    manager.exports.set(41)
+    const { byteLength } = manager.memory.buffer
+    const readings = [await read()]
+    for (let round = 0; round < 2; round += 1) {
+      const forks = []
+      for (let i = 0; i < 1000; i += 1) forks.push(await manager.fork())
+      readings.push(await read())
+      for (const [i, fork] of forks.entries()) {
+        fork.exports.set(i)
+        const words = new Uint32Array(fork.memory.buffer)
+        if (words.byteLength !== byteLength || words.at(-1) !== 7) throw new Error('contents of ' + i)
+      }
+      for (const [i, fork] of forks.entries()) if (fork.exports.peek() !== i) throw new Error('state of ' + i)
+      if (manager.exports.peek() !== 41) throw new Error('the parent')
+      readings.push(await read())
+      await Promise.all(forks.map((fork) => fork.close()))
+      forks.length = 0
+      readings.push(await read())
+    }
+    report({ byteLength, readings, sharedBytes: manager.stats({ pages: true }).pages.sharedBytes })
+    await manager.close()
+    `,
+    { env, flags: ['--expose-gc'], timeoutMs: 110_000 },
+  )
+  const { byteLength, readings, sharedBytes } = reported<
+    Record<'byteLength' | 'sharedBytes', number> & { readings: Reading[] }
+  >(ended)
+  const text = JSON.stringify(readings)
+  const [before, forked, written, closed, forkedAgain, writtenAgain, closedAgain] = readings
+  assert.ok(before && forked && written && closed && forkedAgain && writtenAgain && closedAgain)
+  assert.equal(byteLength, 256 << 20)
+  assert.ok(before.resident > 256 << 20, text)
+  // From the first fork on the state is in the snapshot, once, which only stats() counts.
+  assert.ok(Math.max(forked.resident, written.resident, writtenAgain.resident) < before.resident, text)
+  assert.ok(sharedBytes > 250 << 20 && sharedBytes <= byteLength, `${sharedBytes}`)
+  assert.equal(forked.threads, before.threads, text)
+  assert.ok(forked.descriptors - before.descriptors < 4, text)
+  // What the allocator keeps for the next thousand is there once.
+  assert.ok(forkedAgain.resident - forked.resident < 24 << 20, text)
+  assert.ok(closedAgain.resident - closed.resident < 16 << 20, text)
+  assert.ok(closedAgain.mappings - closed.mappings < 40, text)
+  assert.ok(closedAgain.descriptors <= closed.descriptors, text)
+})
+
 // On other systems nothing tells mappings, descriptors and threads apart as cheaply.
 test('ten thousand reloads in a row keep nothing: memory, mappings, descriptors, threads, JavaScript objects', {
   timeout: 120_000,
@@ -164,7 +309,7 @@ test('ten thousand reloads in a row keep nothing: memory, mappings, descriptors,
 }, async () => {
   const ended = await child(
     `
-    import { readdirSync, readFileSync } from 'node:fs'
+    ${READ}
     const manager = await WasmModuleManager.create(process.env.WORKBENCH, {
       cache: false, instances: 2,
       imports: (instance) => ({ env: { entered() {}, hold: (key) => instance.exports.add(key, 0) } }),
@@ -173,17 +318,6 @@ test('ten thousand reloads in a row keep nothing: memory, mappings, descriptors,
     })
     const { add, hold } = manager.exports
     const readings = []
-    const read = async () => {
-      // What a reload lets go of is dropped on the event loop and by the collector, in turns.
-      for (let i = 0; i < 6; i += 1) { gc(); await new Promise((resolve) => setImmediate(resolve)) }
-      readings.push({
-        heap: process.memoryUsage().heapUsed,
-        resident: Number(/VmRSS:\\s+(\\d+)/.exec(readFileSync('/proc/self/status', 'utf8'))[1]) * 1024,
-        mappings: readFileSync('/proc/self/maps', 'utf8').split('\\n').length,
-        descriptors: readdirSync('/proc/self/fd').length,
-        threads: readdirSync('/proc/self/task').length,
-      })
-    }
     for (let round = 0; round < 10; round += 1) {
       for (let i = 0; i < 500; i += 1) {
         const view = manager.memory.buffer
@@ -192,20 +326,13 @@ test('ten thousand reloads in a row keep nothing: memory, mappings, descriptors,
         await manager.reload({ strategy: 'rolling', skipSave: true })
         if (add(i, 1) !== i + 1 || hold(i) !== i) throw new Error('exports')
       }
-      await read()
+      readings.push(await read())
     }
     report({ generation: manager.generation, readings })
     await manager.close()
     `,
     { env, flags: ['--expose-gc'], timeoutMs: 100_000 },
   )
-  interface Reading {
-    heap: number
-    resident: number
-    mappings: number
-    descriptors: number
-    threads: number
-  }
   const { generation, readings } = reported<{ generation: number; readings: Reading[] }>(ended)
   assert.equal(generation, 10_001)
   const [, , early] = readings

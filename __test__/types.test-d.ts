@@ -9,6 +9,7 @@ import {
   type DrainOptions,
   type EngineOptions,
   errorCodes,
+  type ForkOptions,
   type Histogram,
   type ImportDescriptor,
   type Imports,
@@ -20,10 +21,14 @@ import {
   type ManagerOptions,
   type ManagerStats,
   type ModuleSource,
+  type PageStats,
   type ReloadOptions,
   type ReloadReport,
   type ReloadStep,
   type ReloadTrace,
+  type ResetOptions,
+  type ResetReport,
+  type Snapshot,
   version,
   WasmError,
   type WasmErrorCode,
@@ -84,6 +89,9 @@ expectTypeOf<keyof ManagerOptions>().toEqualTypeOf<
   | 'maxQueue'
   | 'cache'
   | 'engine'
+  | 'isolation'
+  | 'snapshots'
+  | 'reseed'
 >()
 expectTypeOf<ManagerOptions>().toExtend<Partial<ManagerOptions>>()
 expectTypeOf<ManagerOptions['cache']>().toEqualTypeOf<boolean | string | undefined>()
@@ -143,8 +151,16 @@ WasmModuleManager.create('x.wasm', { limits: { memory: 1 } })
 WasmModuleManager.create('x.wasm', { wasi: true })
 // @ts-expect-error [recycle] has not arrived
 WasmModuleManager.create('x.wasm', { recycle: { calls: 1 } })
-// @ts-expect-error [snapshot] has not arrived
-WasmModuleManager.create('x.wasm', { isolation: 'per-call' })
+WasmModuleManager.create('x.wasm', {
+  isolation: 'per-call',
+  snapshots: { images: 'copy', prepare: true },
+  reseed: 'seed',
+})
+WasmModuleManager.create('x.wasm', { reseed: async (instance) => void instance.exports.seed?.(1) })
+// @ts-expect-error no such isolation
+WasmModuleManager.create('x.wasm', { isolation: 'per-process' })
+// @ts-expect-error no such images
+WasmModuleManager.create('x.wasm', { snapshots: { images: 'zip' } })
 // @ts-expect-error no such form
 WasmModuleManager.create('x.wasm', { abi: { returns: 'pair' } })
 // @ts-expect-error bytes are numbers
@@ -246,12 +262,24 @@ manager.reload({ strategy: 'sideways' })
 manager.reload({ source: new WebAssembly.Module(new Uint8Array()) })
 // @ts-expect-error no such answer to a drain timeout
 manager.reload({ onDrainTimeout: 'wait' })
-// @ts-expect-error [snapshot] has not arrived
-manager.snapshot()
-// @ts-expect-error [snapshot] has not arrived
-manager.reset()
-// @ts-expect-error [snapshot] has not arrived
-manager.fork()
+
+// ---------------------------------------------------------------- snapshot, reset, fork
+
+expectTypeOf(manager.snapshot).toEqualTypeOf<(options?: { signal?: AbortSignal }) => Promise<Snapshot>>()
+expectTypeOf(manager.snapshotSync).toEqualTypeOf<() => Snapshot>()
+expectTypeOf(manager.reset).toEqualTypeOf<(options?: ResetOptions) => Promise<ResetReport>>()
+expectTypeOf(manager.resetSync).toEqualTypeOf<(options?: ResetOptions) => ResetReport>()
+expectTypeOf(manager.fork).toEqualTypeOf<(options?: ForkOptions) => Promise<WasmModuleManager>>()
+expectTypeOf<ResetOptions>().toExtend<DrainOptions & { to?: Snapshot }>()
+expectTypeOf<ForkOptions>().toEqualTypeOf<Partial<Pick<ManagerOptions, 'name' | 'imports' | 'limits'>>>()
+expectTypeOf<Snapshot>().toExtend<Disposable>()
+expectTypeOf<keyof ResetReport>().toEqualTypeOf<
+  'generation' | 'memoryBytesBefore' | 'memoryBytesAfter' | 'dirtyBytes' | 'durationMs'
+>()
+// @ts-expect-error a number is no snapshot
+manager.reset({ to: 1 })
+// @ts-expect-error a fork has its parent's threads
+manager.fork({ threads: 2 })
 
 // ---------------------------------------------------------------- the end
 
@@ -335,7 +363,9 @@ if (error.code === 'ERR_WASM_OOPS') throw error
 
 // ---------------------------------------------------------------- figures
 
-expectTypeOf(manager.stats).toEqualTypeOf<() => ManagerStats>()
+expectTypeOf(manager.stats).toEqualTypeOf<(options?: { pages?: boolean }) => ManagerStats>()
+expectTypeOf<ManagerStats['pages']>().toEqualTypeOf<PageStats | undefined>()
+expectTypeOf<PageStats>().toEqualTypeOf<Record<'privateBytes' | 'sharedBytes' | 'reservedBytes', number>>()
 expectTypeOf<ManagerStats['state']>().toEqualTypeOf<WasmModuleManager['state']>()
 expectTypeOf<ManagerStats['instances']>().toEqualTypeOf<{ total: number; busy: number; poisoned: number }>()
 expectTypeOf<ManagerStats['calls']>().toEqualTypeOf<{

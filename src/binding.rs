@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use napi::sys;
 use wasm_molt_engine::{
-    CallControl, CallLimits, Error, ErrorCode, Manager, Module, Outcome, Settle, Stop, Strategy,
-    Work,
+    CallControl, CallLimits, Error, ErrorCode, Manager, Module, Outcome, ResetOptions, Settle,
+    Snapshot, SnapshotControl, Stop, Strategy, Work,
 };
 
 use crate::convert::cannot_cross;
@@ -46,6 +46,16 @@ pub(crate) const FUNCTIONS: &[(&str, Native)] = &[
     ("cancelAcquire", cancel_acquire),
     ("reload", reload),
     ("reloadSync", reload_sync),
+    ("snapshot", snapshot),
+    ("snapshotSync", snapshot_sync),
+    ("cancelSnapshot", cancel_snapshot),
+    ("snapshotAccept", snapshot_accept),
+    ("snapshotFacts", snapshot_facts),
+    ("snapshotResidentBytes", snapshot_resident_bytes),
+    ("snapshotRelease", snapshot_release),
+    ("reset", reset),
+    ("resetSync", reset_sync),
+    ("fork", fork),
     ("watchSteps", watch_steps),
     ("wouldWait", would_wait),
     ("close", close),
@@ -197,7 +207,9 @@ fn state(js: Js, args: &[Val]) -> JsResult<Val> {
 fn stats(js: Js, args: &[Val]) -> JsResult<Val> {
     let side = side(js, args)?;
     side.flush_counts();
-    report::stats(js, &side.manager.stats(Some(&side.home)))
+    let pages = js.get_bool(arg(args, 1)).unwrap_or(false);
+    let usage = pages.then(|| side.manager.memory_usage());
+    report::stats(js, &side.manager.stats(Some(&side.home)), usage.as_ref())
 }
 
 /// `(handle, options) => Promise<ReloadReport>`
@@ -229,6 +241,147 @@ fn reload_sync(js: Js, args: &[Val]) -> JsResult<Val> {
         .reload_now(Some(&side.home), &options)
         .map_err(|e| env.throw(&e, &side.place()))?;
     report::reload(js, &report)
+}
+
+// ---------------------------------------------------------------------- snapshots
+
+/// What a `Snapshot` holds.
+struct SnapshotSide {
+    snapshot: Arc<Snapshot>,
+    manager: Rc<ManagerSide>,
+}
+
+fn snapshot_object(env: &Rc<EnvState>, side: &Rc<ManagerSide>, it: Arc<Snapshot>) -> JsResult<Val> {
+    let js = env.js();
+    let handle = js.external(SnapshotSide {
+        snapshot: it,
+        manager: Rc::clone(side),
+    })?;
+    js.call(env.helper(env.helpers.make_snapshot)?, &[handle])
+}
+
+/// `(handle) => [Promise<Snapshot>, control]`
+fn snapshot(js: Js, args: &[Val]) -> JsResult<Val> {
+    let env = EnvState::of(js)?;
+    let side = side(js, args)?;
+    let pending = Deferred::new(&env, &side)?;
+    let promise = pending.promise;
+    side.swap_begins();
+    let done = pending.done_always(ManagerSide::swap_ends, snapshot_object);
+    let control = side.manager.snapshot(done);
+    let pair = js.array(2)?;
+    js.set_element(pair, 0, promise)?;
+    js.set_element(pair, 1, js.external(control)?)?;
+    Ok(pair)
+}
+
+/// `(handle) => Snapshot`
+fn snapshot_sync(js: Js, args: &[Val]) -> JsResult<Val> {
+    let env = EnvState::of(js)?;
+    let side = side(js, args)?;
+    let taken = side.manager.snapshot_now(Some(&side.home));
+    let taken = taken.map_err(|e| env.throw(&e, &side.place()))?;
+    snapshot_object(&env, &side, taken)
+}
+
+/// `cancelSnapshot(handle, control)`
+fn cancel_snapshot(js: Js, args: &[Val]) -> JsResult<Val> {
+    let side = side(js, args)?;
+    // SAFETY: `index.js` passes the second half of what `snapshot` returned.
+    let control = unsafe { js.external_ref::<SnapshotControl>(arg(args, 1)) }?;
+    control.cancel(&side.manager);
+    Ok(js.undefined())
+}
+
+/// `(handle) => void`: the snapshot that was asked for is wanted.
+fn snapshot_accept(js: Js, args: &[Val]) -> JsResult<Val> {
+    side(js, args)?.manager.accept_snapshot();
+    Ok(js.undefined())
+}
+
+/// `(snapshot) => [id, generation, memoryBytes]`: what does not change.
+fn snapshot_facts(js: Js, args: &[Val]) -> JsResult<Val> {
+    // SAFETY: `index.js` passes what `makeSnapshot` was given.
+    let it = &unsafe { js.external_ref::<SnapshotSide>(arg(args, 0)) }?.snapshot;
+    let facts = js.array(3)?;
+    let numbers = [it.id(), it.generation().get(), it.memory_bytes() as u64];
+    for (index, number) in (0..).zip(numbers) {
+        js.set_element(facts, index, js.number(number as f64)?)?;
+    }
+    Ok(facts)
+}
+
+/// `(snapshot) => number`
+fn snapshot_resident_bytes(js: Js, args: &[Val]) -> JsResult<Val> {
+    // SAFETY: `index.js` passes what `makeSnapshot` was given.
+    let it = unsafe { js.external_ref::<SnapshotSide>(arg(args, 0)) }?;
+    js.number(it.snapshot.resident_bytes() as f64)
+}
+
+/// `(snapshot) => void`
+fn snapshot_release(js: Js, args: &[Val]) -> JsResult<Val> {
+    // SAFETY: `index.js` passes what `makeSnapshot` was given.
+    let it = unsafe { js.external_ref::<SnapshotSide>(arg(args, 0)) }?;
+    it.manager.manager.release_snapshot(&it.snapshot);
+    // Values of JavaScript that it held are let go of now.
+    EnvState::of(js)?.sweep();
+    Ok(js.undefined())
+}
+
+/// `ResetOptions`; `to` comes by itself, as the handle that a `Snapshot` holds.
+fn reset_options(env: &EnvState, side: &ManagerSide, args: &[Val]) -> JsResult<ResetOptions> {
+    let js = env.js();
+    let mut options =
+        options::reset(js, arg(args, 1)).map_err(|e| refused(env, e, &side.place()))?;
+    let to = arg(args, 2);
+    if js.kind(to)? == crate::js::Kind::External {
+        // SAFETY: `index.js` passes what `makeSnapshot` was given.
+        let it = unsafe { js.external_ref::<SnapshotSide>(to) }?;
+        options.to = Some(Arc::clone(&it.snapshot));
+    }
+    Ok(options)
+}
+
+/// `(handle, options, to?) => Promise<ResetReport>`
+fn reset(js: Js, args: &[Val]) -> JsResult<Val> {
+    let env = EnvState::of(js)?;
+    let side = side(js, args)?;
+    let options = reset_options(&env, &side, args)?;
+    let pending = Deferred::new(&env, &side)?;
+    let promise = pending.promise;
+    side.swap_begins();
+    let report = |env: &Rc<EnvState>, _: &Rc<ManagerSide>, it| report::reset(env.js(), &it);
+    let done = pending.done_always(ManagerSide::swap_ends, report);
+    side.manager.reset(options, done);
+    Ok(promise)
+}
+
+/// `(handle, options, to?) => ResetReport`
+fn reset_sync(js: Js, args: &[Val]) -> JsResult<Val> {
+    let env = EnvState::of(js)?;
+    let side = side(js, args)?;
+    let options = reset_options(&env, &side, args)?;
+    let done = side.manager.reset_now(Some(&side.home), &options);
+    let done = done.map_err(|e| env.throw(&e, &side.place()))?;
+    report::reset(js, &done)
+}
+
+/// `(handle, child) => Promise<void> | undefined`: starts the child as a copy, here and now if it can be.
+fn fork(js: Js, args: &[Val]) -> JsResult<Val> {
+    let env = EnvState::of(js)?;
+    let side = side(js, args)?;
+    let child = self::side(js, args.get(1..).unwrap_or_default())?;
+    if let Some(forked) = side.manager.fork_now(&side.home, &child.manager) {
+        forked.map_err(|e| env.throw(&e, &side.place()))?;
+        return Ok(js.undefined());
+    }
+    let pending = Deferred::new(&env, &side)?;
+    let promise = pending.promise;
+    side.swap_begins();
+    let none = |env: &Rc<EnvState>, _: &Rc<ManagerSide>, ()| Ok(env.js().undefined());
+    let done = pending.done_always(ManagerSide::swap_ends, none);
+    side.manager.fork(&child.manager, done);
+    Ok(promise)
 }
 
 /// `(handle, watch) => void`: whether steps of reloads are told.

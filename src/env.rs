@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use napi::sys;
-use wasm_molt_engine::{HostRef, Watch, memory_changes};
+use wasm_molt_engine::{HostRef, Replica, Watch, memory_changes};
 
 use crate::exports::{Scratch, call_through_scratch};
 use crate::inbox::{Inbox, Task};
@@ -31,6 +31,8 @@ pub(crate) struct Helpers {
     pub(crate) make_lease: sys::napi_ref,
     /// `(context) => InstanceContext`
     pub(crate) make_context: sys::napi_ref,
+    /// `(snapshot) => Snapshot`
+    pub(crate) make_snapshot: sys::napi_ref,
     /// `(name, params, result, at) => function` through the scratch.
     pub(crate) make_export: sys::napi_ref,
     /// `() => void`: has `look` called in the next turn of the event loop.
@@ -112,6 +114,7 @@ impl EnvState {
             follow: helper(c"follow")?,
             make_lease: helper(c"makeLease")?,
             make_context: helper(c"makeContext")?,
+            make_snapshot: helper(c"makeSnapshot")?,
             make_export: helper(c"makeExport")?,
             look_soon: helper(c"lookSoon")?,
         };
@@ -168,6 +171,15 @@ impl EnvState {
         for side in self.replicas.borrow().values() {
             side.before_js(js);
         }
+    }
+
+    /// The memories of these instances have other contents now, or are about to: views of them end.
+    pub(crate) fn end_views(&self, replicas: &[Arc<Replica>]) {
+        let sides = self.replicas.borrow();
+        for side in replicas.iter().filter_map(|it| sides.get(&it.id())) {
+            side.view.detach(self.js());
+        }
+        self.scratch().next_epoch();
     }
 
     /// A function whose arguments and result cross in the scratch.

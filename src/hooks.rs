@@ -29,6 +29,7 @@ pub(crate) struct JsHost {
     env: usize,
     does_initialize: bool,
     saves_state: bool,
+    reseeds: bool,
     watches_steps: Arc<AtomicBool>,
     watch: Option<Arc<Watch>>,
     /// Trap events that have not been delivered yet.
@@ -44,6 +45,7 @@ enum Hook {
     Initialize,
     SaveState(usize),
     RestoreState(HostRef, usize),
+    Reseed,
 }
 
 impl Hook {
@@ -52,6 +54,7 @@ impl Hook {
             Self::Initialize => "initialize",
             Self::SaveState(_) => "saveState",
             Self::RestoreState(..) => "restoreState",
+            Self::Reseed => "reseed",
         }
     }
 }
@@ -72,6 +75,7 @@ impl JsHost {
             env: env.js().raw() as usize,
             does_initialize: hooks.initialize.get().is_some(),
             saves_state: hooks.save_state.get().is_some(),
+            reseeds: hooks.reseed.get().is_some(),
             watches_steps: Arc::clone(watches_steps),
             watch: env.watch.clone(),
             traps_due: Arc::default(),
@@ -179,6 +183,20 @@ impl Host for JsHost {
         }
     }
 
+    fn rewound(&self, replicas: &[Arc<Replica>]) {
+        if let Ok((env, _)) = self.here() {
+            env.end_views(replicas);
+        }
+    }
+
+    fn reseeds(&self) -> bool {
+        self.reseeds
+    }
+
+    fn reseed(&self, lease: &Arc<Lease>) -> Result<()> {
+        self.hook(lease, Hook::Reseed).map(drop)
+    }
+
     fn revoked(&self, lease: &Arc<Lease>) {
         if let Ok((_, side)) = self.here() {
             side.expire_leases(|s| s.replica.id() == lease.replica().id());
@@ -284,6 +302,7 @@ fn call_hook(
         Hook::Initialize => manager.hooks.initialize.get(),
         Hook::SaveState(_) => manager.hooks.save_state.get(),
         Hook::RestoreState(..) => manager.hooks.restore_state.get(),
+        Hook::Reseed => manager.hooks.reseed.get(),
     };
     let Some(reference) = reference else {
         return Ok(None);
@@ -291,7 +310,7 @@ fn call_hook(
     let function = env.helper(reference)?;
     let instance = lease.object()?;
     let returned = match hook {
-        Hook::Initialize => js.call(function, &[instance])?,
+        Hook::Initialize | Hook::Reseed => js.call(function, &[instance])?,
         Hook::SaveState(replica) => js.call(function, &[instance, js.number(*replica as f64)?])?,
         Hook::RestoreState(state, replica) => {
             let state = env.kept(state)?;

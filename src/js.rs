@@ -41,6 +41,7 @@ pub(crate) enum Kind {
     Object,
     Function,
     BigInt,
+    External,
     Other,
 }
 
@@ -336,6 +337,7 @@ impl Js {
             sys::ValueType::napi_object => Kind::Object,
             sys::ValueType::napi_function => Kind::Function,
             sys::ValueType::napi_bigint => Kind::BigInt,
+            sys::ValueType::napi_external => Kind::External,
             _ => Kind::Other,
         })
     }
@@ -753,6 +755,28 @@ impl Js {
         Err(self.throw_range_error(&format!(
             "an ArrayBuffer over {len} bytes cannot be made (Node-API status {status}); use read() and write()"
         )))
+    }
+
+    /// Keeps `content` until the object is collected, or the environment ends.
+    pub(crate) fn keep_with<T: 'static>(self, object: Val, content: T) -> JsResult<()> {
+        let content = Box::into_raw(Box::new(content));
+        // SAFETY: valid environment and value; the finalizer gets the box, once.
+        let status = unsafe {
+            sys::napi_add_finalizer(
+                self.0,
+                object,
+                content.cast(),
+                Some(drop_box::<T>),
+                ptr::null_mut(),
+                ptr::null_mut(),
+            )
+        };
+        if status == sys::Status::napi_ok {
+            return Ok(());
+        }
+        // SAFETY: Node-API did not take it.
+        drop(unsafe { Box::from_raw(content) });
+        Err(Pending)
     }
 
     pub(crate) fn empty_buffer(self) -> JsResult<Val> {

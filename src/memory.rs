@@ -8,9 +8,10 @@
 use std::cell::{Cell, RefCell};
 use std::ptr;
 use std::rc::Rc;
+use std::sync::{Arc, Weak};
 
 use napi::sys;
-use wasm_molt_engine::{MemoryRecord, OutOfBounds};
+use wasm_molt_engine::{MemoryRecord, OutOfBounds, Pin};
 
 use crate::env::EnvState;
 use crate::js::{Js, JsResult, Val};
@@ -20,6 +21,8 @@ pub(crate) struct View {
     buffer: Cell<sys::napi_ref>,
     base: Cell<*mut u8>,
     len: Cell<usize>,
+    /// The buffer's, to be told when nobody can read through it any more.
+    pin: RefCell<Weak<Pin>>,
     /// JavaScript has moved the bytes to another buffer, perhaps in another worker: their address range
     /// must not go with this environment.
     is_moved: RefCell<Rc<Cell<bool>>>,
@@ -31,6 +34,7 @@ impl Default for View {
             buffer: Cell::new(ptr::null_mut()),
             base: Cell::new(ptr::null_mut()),
             len: Cell::new(0),
+            pin: RefCell::default(),
             is_moved: RefCell::default(),
         }
     }
@@ -72,10 +76,18 @@ impl View {
         }
         let (base, len) = (view.base, view.byte_length);
         let is_moved = Rc::default();
+        let pin = Arc::downgrade(&view.pin);
+        let pin_of_object = Arc::clone(&view.pin);
         match js.external_buffer(base, len, view.pin, Rc::clone(&is_moved))? {
             Some(buffer) => {
+                // Detaching lets go of the bytes at once, and native code that was given them (zlib) may
+                // still be at work: it holds the object.
+                if js.can_run() {
+                    js.keep_with(buffer, pin_of_object)?;
+                }
                 EnvState::of(js)?.look_out()?;
                 *self.is_moved.borrow_mut() = is_moved;
+                *self.pin.borrow_mut() = pin;
                 self.buffer.set(js.reference(buffer)?);
                 self.base.set(base);
                 self.len.set(len);
@@ -107,10 +119,19 @@ impl View {
             return;
         }
         let reference = self.buffer.replace(ptr::null_mut());
+        let pin = self.pin.take().upgrade();
         // A scope of its own: this also runs where no JavaScript is on the stack.
         js.scoped(|| {
-            if let Some(buffer) = js.dereference(reference) {
+            // One that is detached already was moved: its bytes are read through another.
+            if let Some(buffer) = js.dereference(reference)
+                && !js.is_detached(buffer)
+            {
                 js.detach(buffer);
+                if js.is_detached(buffer)
+                    && let Some(pin) = pin
+                {
+                    pin.harmless();
+                }
             }
         });
         js.unreference(reference);

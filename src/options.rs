@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use napi::sys;
 use wasm_molt_engine::{
-    BufferAbi, BufferReturns, CacheChoice, EngineOptions, Error, Limits, ManagerOptions,
-    OnDrainTimeout, ReloadOptions, Source, Strategy,
+    BufferAbi, BufferReturns, CacheChoice, EngineOptions, Error, ImageKind, Isolation, Limits,
+    ManagerOptions, OnDrainTimeout, ReloadOptions, ResetOptions, Source, Strategy,
 };
 
 use crate::convert::invalid;
@@ -106,6 +106,21 @@ impl<'a> Reader<'a> {
         }
     }
 
+    fn drain_timeout(&self) -> Read<Option<Duration>> {
+        Ok(self.count("drainTimeoutMs", 0)?.map(Duration::from_millis))
+    }
+
+    fn on_drain_timeout(&self) -> Read<OnDrainTimeout> {
+        match self.text("onDrainTimeout")?.as_deref() {
+            None | Some("abort") => Ok(OnDrainTimeout::Abort),
+            Some("interrupt") => Ok(OnDrainTimeout::Interrupt),
+            Some(other) => Err(invalid(format!(
+                "options.onDrainTimeout is '{other}'; it must be 'abort' or 'interrupt'"
+            ))
+            .into()),
+        }
+    }
+
     fn function(&self, name: &str) -> Read<Option<sys::napi_ref>> {
         match self.get(name)? {
             None => Ok(None),
@@ -141,6 +156,9 @@ fn read_manager(js: Js, object: Val, hooks: &mut Hooks) -> Read<ManagerOptions> 
         "maxQueue",
         "cache",
         "engine",
+        "isolation",
+        "snapshots",
+        "reseed",
     ];
     let mut options = ManagerOptions {
         has_home: true,
@@ -167,6 +185,23 @@ fn read_manager(js: Js, object: Val, hooks: &mut Hooks) -> Read<ManagerOptions> 
         Some((value, Kind::String)) => CacheChoice::Folder(PathBuf::from(js.get_string(value)?)),
         Some(_) => return reader.wrong("cache", "true, false or the path of a folder"),
     };
+    options.isolation = match reader.text("isolation")?.as_deref() {
+        None | Some("shared") => Isolation::Shared,
+        Some("per-call") => Isolation::PerCall,
+        Some(other) => {
+            return Err(invalid(format!(
+                "options.isolation is '{other}'; it must be 'shared' or 'per-call'"
+            ))
+            .into());
+        }
+    };
+    snapshots(js, js.property(object, c"snapshots")?, &mut options)?;
+    match reader.get("reseed")? {
+        None => {}
+        Some((value, Kind::String)) => options.reseed = Some(js.get_string(value)?),
+        Some((value, Kind::Function)) => hooks.reseed.set(Some(js.reference(value)?)),
+        Some(_) => return reader.wrong("reseed", "the name of an export, or a function"),
+    }
     hooks.initialize.set(reader.function("initialize")?);
     hooks.save_state.set(reader.function("saveState")?);
     hooks.restore_state.set(reader.function("restoreState")?);
@@ -178,6 +213,26 @@ fn read_manager(js: Js, object: Val, hooks: &mut Hooks) -> Read<ManagerOptions> 
         hooks.imports.set(Some(js.reference(value)?));
     }
     Ok(options)
+}
+
+fn snapshots(js: Js, object: Val, options: &mut ManagerOptions) -> Read<()> {
+    let known = ["images", "prepare"];
+    let Some(reader) = Reader::open(js, "options.snapshots", object, &known)? else {
+        return Ok(());
+    };
+    options.images = match reader.text("images")?.as_deref() {
+        None => options.images,
+        Some("copy-on-write") => ImageKind::CopyOnWrite,
+        Some("copy") => ImageKind::Copy,
+        Some(other) => {
+            return Err(invalid(format!(
+                "options.snapshots.images is '{other}'; it must be 'copy-on-write' or 'copy'"
+            ))
+            .into());
+        }
+    };
+    options.prepares_snapshots = reader.boolean("prepare")?;
+    Ok(())
 }
 
 fn limits(js: Js, object: Val) -> Read<Limits> {
@@ -279,19 +334,10 @@ pub(crate) fn reload(js: Js, object: Val) -> Read<ReloadOptions> {
     if let Some(reason) = reader.text("reason")? {
         options.reason = reason;
     }
-    if let Some(ms) = reader.count("drainTimeoutMs", 0)? {
-        options.drain_timeout = Some(Duration::from_millis(ms));
+    if let Some(timeout) = reader.drain_timeout()? {
+        options.drain_timeout = Some(timeout);
     }
-    options.on_drain_timeout = match reader.text("onDrainTimeout")?.as_deref() {
-        None | Some("abort") => OnDrainTimeout::Abort,
-        Some("interrupt") => OnDrainTimeout::Interrupt,
-        Some(other) => {
-            return Err(invalid(format!(
-                "options.onDrainTimeout is '{other}'; it must be 'abort' or 'interrupt'"
-            ))
-            .into());
-        }
-    };
+    options.on_drain_timeout = reader.on_drain_timeout()?;
     options.skip_save = reader.boolean("skipSave")?.unwrap_or(false);
     options.strategy = match reader.text("strategy")?.as_deref() {
         None | Some("exclusive") => Strategy::Exclusive,
@@ -306,6 +352,20 @@ pub(crate) fn reload(js: Js, object: Val) -> Read<ReloadOptions> {
     if let Some((value, _)) = reader.get("source")? {
         options.source = Some(source(js, value)?);
     }
+    Ok(options)
+}
+
+/// The options of a reset; `to` is taken out by `index.js`.
+pub(crate) fn reset(js: Js, object: Val) -> Read<ResetOptions> {
+    let known = ["to", "drainTimeoutMs", "onDrainTimeout"];
+    let mut options = ResetOptions::default();
+    let Some(reader) = Reader::open(js, "options", object, &known)? else {
+        return Ok(options);
+    };
+    if let Some(timeout) = reader.drain_timeout()? {
+        options.drain_timeout = Some(timeout);
+    }
+    options.on_drain_timeout = reader.on_drain_timeout()?;
     Ok(options)
 }
 

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use wasm_molt_engine::{Histogram, ManagerStats, ReloadReport, ReloadStep};
+use wasm_molt_engine::{
+    Histogram, ManagerStats, MemoryUsage, ReloadReport, ReloadStep, ResetReport,
+};
 
 use crate::js::{Js, JsResult, Val};
 
@@ -46,8 +48,22 @@ pub(crate) fn step(js: Js, manager: &str, step: &ReloadStep) -> JsResult<Val> {
     Ok(object)
 }
 
+/// `ResetReport`.
+pub(crate) fn reset(js: Js, report: &ResetReport) -> JsResult<Val> {
+    let object = js.object()?;
+    let number = |name, v: f64| js.set(object, name, js.number(v)?);
+    number(c"generation", report.generation.get() as f64)?;
+    number(c"memoryBytesBefore", report.memory_bytes_before as f64)?;
+    number(c"memoryBytesAfter", report.memory_bytes_after as f64)?;
+    number(c"dirtyBytes", report.dirty_bytes as f64)?;
+    number(c"durationMs", ms(report.took))?;
+    Ok(object)
+}
+
 /// `ManagerStats`.
-pub(crate) fn stats(js: Js, stats: &ManagerStats) -> JsResult<Val> {
+///
+/// * `usage`: what linear memory really takes, if somebody asked.
+pub(crate) fn stats(js: Js, stats: &ManagerStats, usage: Option<&MemoryUsage>) -> JsResult<Val> {
     let object = js.object()?;
     let number = |object, name, v: f64| js.set(object, name, js.number(v)?);
     js.set(object, c"name", js.string(&stats.name)?)?;
@@ -76,6 +92,15 @@ pub(crate) fn stats(js: Js, stats: &ManagerStats) -> JsResult<Val> {
     }
     js.set(object, c"reloads", reloads)?;
     number(object, c"reloadsFailed", stats.reloads_failed as f64)?;
+    number(object, c"resets", stats.resets as f64)?;
+    number(object, c"snapshots", stats.snapshots as f64)?;
+    if let Some(usage) = usage {
+        let pages = js.object()?;
+        number(pages, c"privateBytes", usage.private_bytes as f64)?;
+        number(pages, c"sharedBytes", usage.shared_bytes as f64)?;
+        number(pages, c"reservedBytes", usage.reserved_bytes as f64)?;
+        js.set(object, c"pages", pages)?;
+    }
     js.set(object, c"runTime", histogram(js, &stats.times.run)?)?;
     js.set(object, c"waitTime", histogram(js, &stats.times.wait)?)?;
     js.set(object, c"pauseTime", histogram(js, &stats.times.pause)?)?;

@@ -81,6 +81,7 @@ pub(crate) struct Hooks {
     pub(crate) initialize: Cell<Option<sys::napi_ref>>,
     pub(crate) save_state: Cell<Option<sys::napi_ref>>,
     pub(crate) restore_state: Cell<Option<sys::napi_ref>>,
+    pub(crate) reseed: Cell<Option<sys::napi_ref>>,
     /// `(kind, payload) => void`
     pub(crate) on_event: Cell<Option<sys::napi_ref>>,
 }
@@ -93,6 +94,7 @@ impl Hooks {
             &self.initialize,
             &self.save_state,
             &self.restore_state,
+            &self.reseed,
             &self.on_event,
         ];
         for reference in all.into_iter().filter_map(Cell::take) {

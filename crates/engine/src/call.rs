@@ -15,6 +15,7 @@ use crate::deadline::Deadline;
 use crate::error::{Error, Result};
 use crate::interrupt::{Interrupter, RunId, Stop};
 use crate::invoke;
+use crate::isolation::Isolated;
 use crate::lease::Lease;
 use crate::manager::{Job, Shared};
 use crate::replica::Replica;
@@ -314,33 +315,51 @@ impl CallJob {
             }
             interrupter.end(run);
             let settling = shared.settling();
-            seat.give_back(&shared, replica);
+            let lost = seat.give_back(&shared, replica);
             shared.stats.rejected();
             settle(Err(
                 stop.into_error(&format!("{} (still waiting)", shared.name()))
             ));
             drop(settling);
+            shared.repair_lost(lost);
             return;
         }
         let (Work::Call { function, .. } | Work::Invoke { function, .. }) = &work;
         let function = *function;
+        let isolation = match &seat {
+            Seat::Ticket(_) => shared.isolation(),
+            Seat::Lease(_) => Ok(None),
+        };
         let span = trace::Span::call(shared.name(), || shared.function_name(function));
-        let outcome = run_guarded(&shared, replica, run, work);
+        let (isolation, outcome) = match isolation {
+            Ok(isolation) => {
+                let outcome = run_guarded(&shared, replica, run, work, isolation.as_ref());
+                (isolation, outcome)
+            }
+            Err(error) => (None, Err(error)),
+        };
         span.end(&outcome);
         if let Some(control) = &control {
             control.finish();
         }
         interrupter.end(run);
-        shared.stats.ran(started.elapsed(), &outcome);
+        let ran = started.elapsed();
+        if let Some(isolation) = &isolation {
+            // SAFETY: this thread still holds the ticket, and the call is off the stack.
+            unsafe { isolation.clear(replica) };
+        }
+        shared.stats.ran(ran, &outcome);
         if let Err(error) = &outcome {
             shared.tell_trap(error);
         }
         // The seat goes back before the answer: whoever gets the answer finds the instance free.
         // `settling` keeps a swap, or the end, from overtaking the answer.
         let settling = shared.settling();
-        seat.give_back(&shared, replica);
+        let lost = seat.give_back(&shared, replica);
         settle(outcome);
         drop(settling);
+        // After the answer, which is still of the generation before.
+        shared.repair_lost(lost);
     }
 }
 
@@ -351,16 +370,30 @@ pub(crate) enum Seat<'a> {
 }
 
 impl Seat<'_> {
-    fn give_back(self, shared: &Arc<Shared>, replica: &Replica) {
+    /// Returns the slot that has to be repaired, if so.
+    fn give_back(self, shared: &Arc<Shared>, replica: &Replica) -> Option<usize> {
         match self {
             Seat::Ticket(ticket) => shared.give_back(ticket, replica),
-            Seat::Lease(lease) => lease.call_ended(),
+            Seat::Lease(lease) => {
+                lease.call_ended();
+                None
+            }
         }
     }
 }
 
 /// Runs the guest; neither a panic nor a missing deadline may lose the answer.
-fn run_guarded(shared: &Arc<Shared>, replica: &Replica, run: RunId, work: Work) -> Result<Outcome> {
+fn run_guarded(
+    shared: &Arc<Shared>,
+    replica: &Replica,
+    run: RunId,
+    work: Work,
+    isolation: Option<&Isolated>,
+) -> Result<Outcome> {
+    if let Some(isolation) = isolation {
+        // SAFETY: the caller of `CallJob::run` holds the replica, and nothing of it is on the stack.
+        unsafe { isolation.prepare(replica) }?;
+    }
     let deadline = shared
         .options
         .limits
@@ -372,7 +405,14 @@ fn run_guarded(shared: &Arc<Shared>, replica: &Replica, run: RunId, work: Work) 
             })
         })
         .transpose()?;
-    let outcome = catch_unwind(AssertUnwindSafe(|| run_guest(shared, replica, work)));
+    let reseed = isolation.and(shared.options.reseed.as_deref());
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        if let Some(export) = reseed {
+            // SAFETY: the caller of `CallJob::run` holds the replica.
+            unsafe { replica.reseed(export) }?;
+        }
+        run_guest(shared, replica, work)
+    }));
     drop(deadline);
     outcome.unwrap_or_else(|panic| {
         replica.poison();

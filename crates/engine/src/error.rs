@@ -221,6 +221,11 @@ impl Error {
         }
     }
 
+    /// Whether it may go well as soon as others are done.
+    pub(crate) fn is_busy(&self) -> bool {
+        matches!(self.code(), Some(ErrorCode::Busy | ErrorCode::Reloading))
+    }
+
     /// Whether the guest was left in the middle of something.
     pub fn poisons_instance(&self) -> bool {
         match self {

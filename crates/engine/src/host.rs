@@ -145,6 +145,23 @@ pub trait Host: Send + Sync + 'static {
     /// Views of the old ones must be detached and their handles expire now.
     fn replaced(&self, change: &Replaced);
 
+    /// These instances have been given, or are about to be given, the state of a snapshot; called from
+    /// inside a step at home. Views of their memories must be detached now; their handles stay.
+    fn rewound(&self, replicas: &[Arc<Replica>]);
+
+    /// Whether there is a hook behind [`reseed`](Self::reseed). Any thread, at once.
+    fn reseeds(&self) -> bool {
+        false
+    }
+
+    /// Has an instance, which begins with a snapshot's state, draw other random numbers than its copies.
+    ///
+    /// # Errors
+    /// Whatever the host's code threw.
+    fn reseed(&self, _lease: &Arc<Lease>) -> Result<()> {
+        Ok(())
+    }
+
     /// The lease is taken away from its holder; called from inside a step at home. Views that were taken
     /// through it must be detached and its handle expire now.
     fn revoked(&self, lease: &Arc<Lease>);

@@ -1,4 +1,5 @@
-//! Splicing safepoint polls into a module before it is compiled.
+//! Splicing into a module, before it is compiled, what makes it interruptible and its state
+//! reachable. The second is in [`state`]; this is about the first, which are safepoint polls.
 //!
 //! A poll is a store of zero to the first bytes of one extra memory, the *poll memory*, which is
 //! appended behind all others so that no index moves and which nothing but polls can name. Its page
@@ -19,25 +20,35 @@
 //! So whatever a guest does, it reaches a poll soon, unless it sits in one bulk-memory operation or
 //! in the host.
 //!
-//! Sections are copied as they are; only the memory and code sections are touched. There is hardly
-//! any validation here: what is not understood is refused as malformed, and the compiler validates
-//! the result. But since the result has a memory more than the original, an original that names this
-//! memory would pass: so every mention of a memory is checked here.
+//! Sections are copied as they are, with something appended; only the code and, where it has active
+//! segments, the data section are written anew. There is hardly any validation here: what is not
+//! understood is refused as malformed, and the compiler validates the result. But since the result
+//! has memories, types, functions, globals and data segments that the original has not, an original
+//! that names these would pass: so every mention of such an index is checked here, and so is what
+//! the result shows no more (the order of sections, the type of the start function, the offsets of
+//! data segments).
 
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use wasm_encoder::{Encode, RawSection, Section};
 use wasmparser::{
-    BinaryReader, DataKind, ExternalKind, FunctionBody, KnownCustom, Name, Parser, Payload,
-    TypeRef, WasmFeatures,
+    BinaryReader, CompositeInnerType, ConstExpr, DataKind, ElementItems, ElementKind, ExternalKind,
+    FunctionBody, GlobalType, KnownCustom, Name, Operator, Parser, Payload, SubType, TableInit,
+    TableType, TypeRef, ValType, WasmFeatures,
 };
 
 use inline::{Function, Inlining};
-use scan::{Site, Sites, scan};
+use scan::{Declared, Site, Sites, Space, check_mentions, scan};
+pub(crate) use state::StateMap;
+use state::{Described, Items, Plan};
 
 mod inline;
 mod scan;
+mod state;
+#[cfg(test)]
+mod state_tests;
 #[cfg(test)]
 mod tests;
 
@@ -52,7 +63,7 @@ const MAX_FUNCTION_BYTES: usize = 7_654_321;
 /// What to do to a module.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct InstrumentOptions {
-    /// Insert polls; otherwise the module is only looked through.
+    /// Insert polls.
     pub(crate) polls: bool,
     /// Prepare for a compiler that inlines, if that is safe; otherwise inlining is refused.
     pub(crate) inlining: bool,
@@ -73,6 +84,8 @@ pub(crate) struct Instrumented<'a> {
     pub(crate) has_poll_memory: bool,
     /// Whether it may be compiled with inlining.
     pub(crate) inlining: bool,
+    /// Where its state is.
+    pub(crate) state: StateMap,
 }
 
 impl Instrumented<'_> {
@@ -166,16 +179,18 @@ impl From<wasmparser::Error> for InstrumentError {
 }
 
 /// In the validator's words.
-fn unknown_memory(index: u32, offset: usize) -> InstrumentError {
+fn malformed(message: &str, offset: usize) -> InstrumentError {
     InstrumentError::Malformed {
         offset,
-        message: format!("unknown memory {index}"),
+        message: message.into(),
     }
 }
 
 type Result<T> = std::result::Result<T, InstrumentError>;
 
-/// Looks a module through and, if asked, makes it interruptible.
+/// Looks a module through, makes its state reachable and, if asked, makes it interruptible.
+///
+/// Who instantiates the result has to call what [`StateMap::init`] and [`StateMap::start`] name.
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "options grow")]
 pub(crate) fn instrument<'a>(
     wasm: &'a [u8],
@@ -183,22 +198,24 @@ pub(crate) fn instrument<'a>(
 ) -> Result<Instrumented<'a>> {
     check_header(wasm)?;
     let mut seen = Seen::read(wasm)?;
+    let plan = state::plan(&seen)?;
     if options.polls {
-        seen.calls().poll();
+        seen.calls(&plan).poll();
     }
     let has_poll_memory = options.polls && seen.sites.found.iter().any(|site| site.is_polled());
     let inlining = if options.inlining {
-        inline::plan(&seen.functions(), &seen.sites, seen.imported_functions)
+        inline::plan(&seen.functions(&plan), &seen.sites, seen.imported_functions)
     } else {
         Inlining::Refused
     };
     let pads = inlining == Inlining::Padded;
-    let bytes = if has_poll_memory || pads {
+    let bytes = if has_poll_memory || pads || !plan.is_empty() {
         let additions = Additions {
             poll_memory: has_poll_memory,
             pads,
+            state: &plan,
         };
-        Cow::Owned(splice(&seen, additions)?)
+        Cow::Owned(splice(&seen, &additions)?)
     } else {
         Cow::Borrowed(wasm)
     };
@@ -208,6 +225,7 @@ pub(crate) fn instrument<'a>(
         memories: seen.memories,
         has_poll_memory,
         inlining: inlining != Inlining::Refused,
+        state: plan.map,
     })
 }
 
@@ -221,11 +239,10 @@ fn check_header(wasm: &[u8]) -> Result<()> {
     }
 }
 
-/// A section as it stands in the module, or the code section taken apart.
-enum Piece<'a> {
-    Raw { id: u8, data: &'a [u8] },
-    Memories { count: u32, data: &'a [u8] },
-    Code,
+/// A section as it stands in the module.
+struct Piece<'a> {
+    id: u8,
+    data: &'a [u8],
 }
 
 /// A function body.
@@ -237,7 +254,22 @@ struct Body<'a> {
     sites: Range<usize>,
     /// Its part of all calls.
     calls: Range<usize>,
+    /// Its part of all rare instructions.
+    rares: Range<usize>,
     values: u32,
+}
+
+/// A data segment.
+struct Segment<'a> {
+    active: Option<Active<'a>>,
+    bytes: &'a [u8],
+}
+
+/// Where an active segment goes.
+struct Active<'a> {
+    memory: u32,
+    /// Code that puts the offset on the stack, without its end.
+    offset: &'a [u8],
 }
 
 /// What one pass over a module finds.
@@ -249,141 +281,397 @@ struct Seen<'a> {
     imported_functions: usize,
     name: Option<String>,
     memories: Vec<MemoryInfo>,
+    types: Vec<Described>,
+    /// The types of all functions, imported ones first.
+    functions: Vec<u32>,
+    /// With whether they are imported.
+    tables: Vec<(TableType, bool)>,
+    globals: Vec<GlobalType>,
+    data: Vec<Segment<'a>>,
+    data_count: Option<u32>,
+    start: Option<u32>,
+    /// The functions that are named outside of code, again and again maybe: what is exported, and
+    /// what may become a funcref.
+    mentioned: Vec<u32>,
+    /// What hidden exports must not be called.
+    taken_numbers: BTreeSet<u64>,
 }
 
 impl<'a> Seen<'a> {
     fn read(wasm: &'a [u8]) -> Result<Self> {
         let mut seen = Self::default();
+        let mut declared = Declared::default();
+        let mut last_rank = None;
         let mut parser = Parser::new(0);
         parser.set_features(WasmFeatures::all());
         for payload in parser.parse_all(wasm) {
             let payload = payload?;
-            let section = payload.as_section();
-            match payload {
-                Payload::ImportSection(reader) => {
-                    for import in reader.into_imports() {
-                        seen.import(import?.ty);
-                    }
-                }
-                Payload::MemorySection(reader) => {
-                    let count = reader.count();
-                    for ty in reader.clone() {
-                        seen.memories.push(MemoryInfo::new(false, &ty?));
-                    }
-                    let data = wasm.get(reader.range()).unwrap_or_default();
-                    seen.pieces.push(Piece::Memories {
-                        count,
-                        data: after_count(data)?,
+            if let Payload::CodeSectionEntry(body) = payload {
+                seen.body(&body, &declared)?;
+                continue;
+            }
+            if let Payload::CustomSection(custom) = &payload {
+                if let KnownCustom::Name(names) = custom.as_known() {
+                    // A damaged name section is no reason to refuse a module.
+                    seen.name = names.into_iter().find_map(|name| match name {
+                        Ok(Name::Module { name, .. }) => Some(name.to_owned()),
+                        _ => None,
                     });
+                }
+                if names_code_offsets(custom.name()) {
                     continue;
                 }
-                Payload::ExportSection(reader) => {
-                    for item in reader.into_iter_with_offsets() {
-                        let (offset, export) = item?;
-                        if matches!(export.kind, ExternalKind::Memory) {
-                            seen.names_memory(export.index, offset)?;
-                        }
-                    }
-                }
-                Payload::DataSection(reader) => {
-                    for item in reader.into_iter_with_offsets() {
-                        let (offset, data) = item?;
-                        if let DataKind::Active { memory_index, .. } = data.kind {
-                            seen.names_memory(memory_index, offset)?;
-                        }
-                    }
-                }
-                Payload::CodeSectionStart { .. } => {
-                    seen.sites.memories = seen.memories.len() as u32;
-                    seen.pieces.push(Piece::Code);
-                    continue;
-                }
-                Payload::CodeSectionEntry(body) => {
-                    seen.body(&body)?;
-                    continue;
-                }
-                Payload::CustomSection(custom) => {
-                    if let KnownCustom::Name(names) = custom.as_known() {
-                        // A damaged name section is no reason to refuse a module.
-                        seen.name = names.into_iter().find_map(|name| match name {
-                            Ok(Name::Module { name, .. }) => Some(name.to_owned()),
-                            _ => None,
-                        });
-                    }
-                    if names_code_offsets(custom.name()) {
-                        continue;
-                    }
-                }
-                _ => {}
             }
-            if let Some((id, range)) = section {
-                let data = wasm.get(range).unwrap_or_default();
-                seen.pieces.push(Piece::Raw { id, data });
+            let Some((id, range)) = payload.as_section() else {
+                continue;
+            };
+            if let Some(rank) = rank(id) {
+                if last_rank >= Some(rank) {
+                    return Err(malformed("section out of order", range.start));
+                }
+                last_rank = Some(rank);
             }
+            let data = wasm.get(range).unwrap_or_default();
+            seen.pieces.push(Piece { id, data });
+            seen.section(payload, &mut declared)?;
         }
         Ok(seen)
     }
 
-    fn import(&mut self, ty: TypeRef) {
-        match ty {
-            TypeRef::Func(_) | TypeRef::FuncExact(_) => self.imported_functions += 1,
-            TypeRef::Memory(ty) => self.memories.push(MemoryInfo::new(true, &ty)),
+    /// Looks through a section other than code.
+    fn section(&mut self, payload: Payload<'a>, declared: &mut Declared) -> Result<()> {
+        match payload {
+            Payload::TypeSection(reader) => {
+                for group in reader {
+                    self.types.extend(group?.types().map(described));
+                }
+                declared.types = self.types.len() as u32;
+            }
+            Payload::ImportSection(reader) => {
+                let at = reader.range().start;
+                for import in reader.into_imports() {
+                    self.import(import?.ty, at, declared)?;
+                }
+                self.count(declared);
+            }
+            Payload::FunctionSection(reader) => {
+                for item in reader.into_iter_with_offsets() {
+                    let (offset, ty) = item?;
+                    declared.check(Space::Type, ty, offset)?;
+                    self.functions.push(ty);
+                }
+                self.count(declared);
+            }
+            Payload::TableSection(reader) => {
+                for item in reader.into_iter_with_offsets() {
+                    let (offset, table) = item?;
+                    declared.check_type(ValType::Ref(table.ty.element_type), offset)?;
+                    self.tables.push((table.ty, false));
+                    if let TableInit::Expr(expr) = table.init {
+                        self.expression(&expr, declared)?;
+                    }
+                }
+                self.count(declared);
+            }
+            Payload::MemorySection(reader) => {
+                for ty in reader {
+                    self.memories.push(MemoryInfo::new(false, &ty?));
+                }
+                self.count(declared);
+            }
+            Payload::TagSection(reader) => {
+                for item in reader.into_iter_with_offsets() {
+                    let (offset, ty) = item?;
+                    declared.check(Space::Type, ty.func_type_idx, offset)?;
+                }
+            }
+            Payload::GlobalSection(reader) => {
+                for item in reader.into_iter_with_offsets() {
+                    let (offset, global) = item?;
+                    declared.check_type(global.ty.content_type, offset)?;
+                    self.expression(&global.init_expr, declared)?;
+                    self.globals.push(global.ty);
+                    self.count(declared);
+                }
+            }
+            Payload::ExportSection(reader) => {
+                for item in reader.into_iter_with_offsets() {
+                    let (offset, export) = item?;
+                    self.taken_numbers.extend(state::taken_number(export.name));
+                    match export.kind {
+                        ExternalKind::Memory => {
+                            declared.check(Space::Memory, export.index, offset)?;
+                        }
+                        ExternalKind::Global => {
+                            declared.check(Space::Global, export.index, offset)?;
+                        }
+                        ExternalKind::Func | ExternalKind::FuncExact => {
+                            declared.check(Space::Function, export.index, offset)?;
+                            self.mentioned.push(export.index);
+                        }
+                        ExternalKind::Table | ExternalKind::Tag => {}
+                    }
+                }
+            }
+            Payload::StartSection { func, range } => self.start(func, range.start, declared)?,
+            Payload::ElementSection(reader) => self.elements(reader, declared)?,
+            Payload::DataCountSection { count, .. } => {
+                self.data_count = Some(count);
+                declared.data = Some(count);
+            }
+            Payload::DataSection(reader) => {
+                for item in reader.into_iter_with_offsets() {
+                    let (offset, data) = item?;
+                    self.segment(data, offset, declared)?;
+                }
+            }
             _ => {}
-        }
-    }
-
-    /// Refuses an index that is not of one of the module's own memories.
-    fn names_memory(&self, index: u32, offset: usize) -> Result<()> {
-        if index as usize >= self.memories.len() {
-            return Err(unknown_memory(index, offset));
         }
         Ok(())
     }
 
-    fn calls(&mut self) -> CallGraph<'_> {
+    /// Notes what there is so far.
+    fn count(&self, declared: &mut Declared) {
+        declared.memories = self.memories.len() as u32;
+        declared.functions = self.functions.len() as u32;
+        declared.globals = self.globals.len() as u32;
+        let tables = self.tables.iter().skip(declared.may_grow.len());
+        declared
+            .may_grow
+            .extend(tables.map(|(ty, _)| state::may_grow(ty)));
+    }
+
+    fn import(&mut self, ty: TypeRef, offset: usize, declared: &Declared) -> Result<()> {
+        match ty {
+            TypeRef::Func(ty) | TypeRef::FuncExact(ty) => {
+                declared.check(Space::Type, ty, offset)?;
+                self.imported_functions += 1;
+                self.functions.push(ty);
+            }
+            TypeRef::Memory(ty) => self.memories.push(MemoryInfo::new(true, &ty)),
+            TypeRef::Table(ty) => {
+                declared.check_type(ValType::Ref(ty.element_type), offset)?;
+                self.tables.push((ty, true));
+            }
+            TypeRef::Global(ty) => {
+                declared.check_type(ty.content_type, offset)?;
+                self.globals.push(ty);
+            }
+            TypeRef::Tag(ty) => declared.check(Space::Type, ty.func_type_idx, offset)?,
+        }
+        Ok(())
+    }
+
+    /// Looks through a constant expression.
+    fn expression(&mut self, expr: &ConstExpr<'_>, declared: &Declared) -> Result<()> {
+        let mut operators = expr.get_operators_reader();
+        while !operators.eof() {
+            let at = operators.original_position();
+            let operator = operators.read()?;
+            check_mentions(&operator, declared, at)?;
+            if let Operator::RefFunc { function_index } = operator {
+                self.mentioned.push(function_index);
+            }
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, index: u32, offset: usize, declared: &mut Declared) -> Result<()> {
+        declared.check(Space::Function, index, offset)?;
+        let ty = self.functions.get(index as usize);
+        let described = ty.and_then(|ty| self.types.get(*ty as usize));
+        if described != Some(&Described::Function { is_plain: true }) {
+            return Err(malformed("invalid start function type", offset));
+        }
+        self.start = Some(index);
+        declared.start = Some(index);
+        Ok(())
+    }
+
+    fn elements(
+        &mut self,
+        reader: wasmparser::ElementSectionReader<'a>,
+        declared: &Declared,
+    ) -> Result<()> {
+        for item in reader.into_iter_with_offsets() {
+            let (offset, element) = item?;
+            if let ElementKind::Active { offset_expr, .. } = &element.kind {
+                self.expression(offset_expr, declared)?;
+            }
+            match element.items {
+                ElementItems::Functions(functions) => {
+                    self.mentioned.reserve(functions.count() as usize);
+                    for function in functions {
+                        let function = function?;
+                        declared.check(Space::Function, function, offset)?;
+                        self.mentioned.push(function);
+                    }
+                }
+                ElementItems::Expressions(ty, expressions) => {
+                    declared.check_type(ValType::Ref(ty), offset)?;
+                    for expr in expressions {
+                        self.expression(&expr?, declared)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn segment(
+        &mut self,
+        data: wasmparser::Data<'a>,
+        offset: usize,
+        declared: &Declared,
+    ) -> Result<()> {
+        let active = match data.kind {
+            DataKind::Passive => None,
+            DataKind::Active {
+                memory_index: memory,
+                offset_expr,
+            } => {
+                declared.check(Space::Memory, memory, offset)?;
+                let offset = self.offset(&offset_expr, declared)?;
+                Some(Active { memory, offset })
+            }
+        };
+        self.data.push(Segment {
+            active,
+            bytes: data.data,
+        });
+        Ok(())
+    }
+
+    /// The code of a segment's offset, which must be constant: its new place in a function would allow
+    /// more.
+    fn offset(&self, expr: &ConstExpr<'a>, declared: &Declared) -> Result<&'a [u8]> {
+        let mut operators = expr.get_operators_reader();
+        let start = operators.original_position();
+        let mut end = start;
+        while !operators.eof() {
+            end = operators.original_position();
+            let operator = operators.read()?;
+            check_mentions(&operator, declared, end)?;
+            let is_constant = match operator {
+                Operator::GlobalGet { global_index } => {
+                    let global = self.globals.get(global_index as usize);
+                    global.is_some_and(|ty| !ty.mutable)
+                }
+                Operator::End => operators.eof(),
+                _ => is_constant_number(&operator),
+            };
+            if !is_constant {
+                return Err(malformed("constant expression required", end));
+            }
+        }
+        let mut bytes = expr.get_binary_reader();
+        Ok(bytes.read_bytes(end - start)?)
+    }
+
+    /// Whether it is a data segment that was passive all along.
+    fn is_passive(&self, segment: u32) -> bool {
+        self.data
+            .get(segment as usize)
+            .is_some_and(|segment| segment.active.is_none())
+    }
+
+    fn calls(&mut self, plan: &Plan) -> CallGraph<'_> {
+        let own = |body: &Body<'_>| {
+            let helpers = plan.helpers(body.rares.clone()) * state::BYTES_PER_HELPER;
+            (body.bytes.len() + helpers) as u64
+        };
         CallGraph {
             imported: self.imported_functions,
+            own: self.bodies.iter().map(own).collect(),
             bodies: &self.bodies,
             sites: &mut self.sites.found,
         }
     }
 
-    fn functions(&self) -> Vec<Function> {
+    fn functions(&self, plan: &Plan) -> Vec<Function> {
         let polls = |body: &Body<'_>| {
             let sites = self.sites.found.get(body.sites.clone());
             sites.map_or(0, |sites| sites.iter().filter(|s| s.is_polled()).count())
         };
+        // As if every helper were inlined.
+        let helpers = |body: &Body<'_>| plan.helpers(body.rares.clone()) as u32;
         self.bodies
             .iter()
             .map(|body| Function {
                 bytes: body.bytes.len(),
-                values: body.values,
+                values: body
+                    .values
+                    .saturating_add(helpers(body).saturating_mul(state::VALUES_PER_HELPER)),
                 polls: polls(body),
                 calls: body.calls.clone(),
             })
             .collect()
     }
 
-    fn body(&mut self, body: &FunctionBody<'a>) -> Result<()> {
+    fn body(&mut self, body: &FunctionBody<'a>, declared: &Declared) -> Result<()> {
         let before = self.sites.found.len();
         let calls_before = self.sites.calls.len();
-        scan(body, &mut self.sites)?;
+        let rares_before = self.sites.rares.len();
+        scan(body, declared, &mut self.sites)?;
         self.bodies.push(Body {
             bytes: body.as_bytes(),
             start: body.range().start,
             sites: before..self.sites.found.len(),
             calls: calls_before..self.sites.calls.len(),
+            rares: rares_before..self.sites.rares.len(),
             values: self.sites.values,
         });
         Ok(())
     }
 }
 
-/// The items of a section, without their count.
-fn after_count(data: &[u8]) -> Result<&[u8]> {
-    let mut reader = BinaryReader::new(data, 0);
-    reader.read_var_u32()?;
-    Ok(data.get(reader.current_position()..).unwrap_or_default())
+fn described(ty: &SubType) -> Described {
+    match &ty.composite_type.inner {
+        CompositeInnerType::Func(ty) => Described::Function {
+            is_plain: ty.params().is_empty() && ty.results().is_empty(),
+        },
+        CompositeInnerType::Array(_) | CompositeInnerType::Struct(_) => Described::Collected,
+        CompositeInnerType::Cont(_) => Described::Continuation,
+    }
+}
+
+/// Whether it may stand in a constant expression that makes a number.
+fn is_constant_number(operator: &Operator<'_>) -> bool {
+    matches!(
+        operator,
+        Operator::I32Const { .. }
+            | Operator::I64Const { .. }
+            | Operator::I32Add
+            | Operator::I32Sub
+            | Operator::I32Mul
+            | Operator::I64Add
+            | Operator::I64Sub
+            | Operator::I64Mul
+    )
+}
+
+/// The sections in their order.
+const ORDER: [u8; 13] = [
+    TYPE, IMPORT, FUNCTION, TABLE, MEMORY, TAG, GLOBAL, EXPORT, START, ELEMENT, DATA_COUNT, CODE,
+    DATA,
+];
+const TYPE: u8 = 1;
+const IMPORT: u8 = 2;
+const FUNCTION: u8 = 3;
+const TABLE: u8 = 4;
+const MEMORY: u8 = 5;
+const GLOBAL: u8 = 6;
+const EXPORT: u8 = 7;
+const START: u8 = 8;
+const ELEMENT: u8 = 9;
+const CODE: u8 = 10;
+const DATA: u8 = 11;
+const DATA_COUNT: u8 = 12;
+const TAG: u8 = 13;
+
+/// Where a section has its place among the others. Custom sections stand anywhere.
+fn rank(id: u8) -> Option<usize> {
+    ORDER.iter().position(|known| *known == id)
 }
 
 /// Whether a custom section speaks of places in the code, which polls move.
@@ -398,6 +686,8 @@ fn names_code_offsets(name: &str) -> bool {
 struct CallGraph<'a> {
     /// Imported functions come first in the index space and are none of our business.
     imported: usize,
+    /// Bytes of code of each function, with those of the helpers it calls.
+    own: Vec<u64>,
     bodies: &'a [Body<'a>],
     sites: &'a mut [Site],
 }
@@ -479,10 +769,7 @@ impl CallGraph<'_> {
     /// function gets a poll at its entry, and so many before its calls that no two are too far
     /// apart; it then adds nothing.
     fn weigh(&mut self, function: usize, weights: &[u64]) -> u64 {
-        let own = self
-            .bodies
-            .get(function)
-            .map_or(0, |body| body.bytes.len() as u64);
+        let own = self.own.get(function).copied().unwrap_or(0);
         let sites = self.sites_of(function);
         let mut weight = own;
         for site in sites.clone() {
@@ -506,58 +793,78 @@ impl CallGraph<'_> {
 }
 
 /// What to put into a module.
-#[derive(Clone, Copy)]
-struct Additions {
+struct Additions<'p> {
     /// The poll memory and the polls.
     poll_memory: bool,
     /// See [`inline::pads`].
     pads: bool,
+    state: &'p Plan,
 }
 
 /// Writes the module anew.
-fn splice(seen: &Seen<'_>, additions: Additions) -> Result<Vec<u8>> {
+fn splice(seen: &Seen<'_>, additions: &Additions<'_>) -> Result<Vec<u8>> {
     if additions.poll_memory && seen.memories.len() >= MAX_MEMORIES {
         return Err(InstrumentError::NoRoom {
             what: format!("it has {MAX_MEMORIES} memories"),
         });
     }
-    let poll = if additions.poll_memory {
-        poll_code(seen.memories.len() as u32)
-    } else {
-        Vec::new()
-    };
     let mut out = wasm_encoder::Module::HEADER.to_vec();
-    let mut has_memories = !additions.poll_memory;
+    let mut done = 0;
     for piece in &seen.pieces {
-        match piece {
-            // An extension point: exports of hidden globals go into section 7 here.
-            Piece::Raw { id, data } => {
-                if !has_memories && comes_after_memories(*id) {
-                    append_memories(&mut out, 0, &[])?;
-                    has_memories = true;
-                }
-                append_raw(&mut out, *id, data);
-            }
-            Piece::Memories { count, data } if !additions.poll_memory => {
-                let mut items = Vec::with_capacity(data.len() + 5);
-                count.encode(&mut items);
-                items.extend_from_slice(data);
-                append_raw(&mut out, wasm_encoder::SectionId::Memory.into(), &items);
-            }
-            Piece::Memories { count, data } => {
-                append_memories(&mut out, *count, data)?;
-                has_memories = true;
-            }
-            Piece::Code => {
-                if !has_memories {
-                    append_memories(&mut out, 0, &[])?;
-                    has_memories = true;
-                }
-                append_code(&mut out, seen, &poll, additions.pads)?;
-            }
+        let Some(rank) = rank(piece.id) else {
+            append_raw(&mut out, piece.id, piece.data);
+            continue;
+        };
+        for missing in ORDER.get(done..rank).unwrap_or_default() {
+            append_section(&mut out, seen, additions, *missing, None)?;
         }
+        append_section(&mut out, seen, additions, piece.id, Some(piece.data))?;
+        done = rank + 1;
+    }
+    for missing in ORDER.get(done..).unwrap_or_default() {
+        append_section(&mut out, seen, additions, *missing, None)?;
     }
     Ok(out)
+}
+
+/// Writes a section with what comes to it, where there is any of the two.
+fn append_section(
+    out: &mut Vec<u8>,
+    seen: &Seen<'_>,
+    additions: &Additions<'_>,
+    id: u8,
+    data: Option<&[u8]>,
+) -> Result<()> {
+    let state = additions.state;
+    match id {
+        TYPE => append_items(out, id, data, &state.types),
+        FUNCTION => append_items(out, id, data, &state.functions),
+        GLOBAL => append_items(out, id, data, &state.globals),
+        EXPORT => append_items(out, id, data, &state.exports),
+        MEMORY if additions.poll_memory => append_items(out, id, data, &poll_memory()),
+        START => Ok(()),
+        DATA_COUNT => {
+            let is_needed = state.moves_data || state.has_empty;
+            if is_needed || data.is_some() {
+                let declared = seen.data_count.unwrap_or(seen.data.len() as u32);
+                let mut count = Vec::new();
+                (declared + u32::from(state.has_empty)).encode(&mut count);
+                append_raw(out, id, &count);
+            }
+            Ok(())
+        }
+        CODE if data.is_some() || !state.bodies.is_empty() => append_code(out, seen, additions),
+        DATA if state.moves_data || state.has_empty => {
+            append_data(out, seen, state.has_empty);
+            Ok(())
+        }
+        _ => {
+            if let Some(data) = data {
+                append_raw(out, id, data);
+            }
+            Ok(())
+        }
+    }
 }
 
 /// `i32.const 0, i32.const 0, i32.store (memory n)`: leaves the stack as it was, wherever it
@@ -576,22 +883,34 @@ fn poll_code(memory: u32) -> Vec<u8> {
     code
 }
 
-fn comes_after_memories(id: u8) -> bool {
-    // Custom, type, import, function and table sections may stand before it.
-    id > 4
-}
-
 fn append_raw(out: &mut Vec<u8>, id: u8, data: &[u8]) {
     RawSection { id, data }.append_to(out);
 }
 
-fn append_memories(out: &mut Vec<u8>, count: u32, items: &[u8]) -> Result<()> {
-    let no_room = || InstrumentError::NoRoom {
-        what: format!("it has {count} memories"),
-    };
-    let mut data = Vec::with_capacity(items.len() + 8);
-    count.checked_add(1).ok_or_else(no_room)?.encode(&mut data);
-    data.extend_from_slice(items);
+/// Writes a section with more items than it had.
+fn append_items(out: &mut Vec<u8>, id: u8, data: Option<&[u8]>, more: &Items) -> Result<()> {
+    if more.count == 0 {
+        if let Some(data) = data {
+            append_raw(out, id, data);
+        }
+        return Ok(());
+    }
+    let (mut count, mut items): (u32, &[u8]) = (0, &[]);
+    if let Some(data) = data {
+        let mut reader = BinaryReader::new(data, 0);
+        count = reader.read_var_u32()?;
+        items = data.get(reader.current_position()..).unwrap_or_default();
+    }
+    let mut all = Vec::with_capacity(items.len() + more.bytes.len() + 5);
+    count.saturating_add(more.count).encode(&mut all);
+    all.extend_from_slice(items);
+    all.extend_from_slice(&more.bytes);
+    append_raw(out, id, &all);
+    Ok(())
+}
+
+fn poll_memory() -> Items {
+    let mut bytes = Vec::new();
     // Exactly one page: its address is then a constant of the instance, and no check is compiled.
     let ty = wasm_encoder::MemoryType {
         minimum: 1,
@@ -600,12 +919,32 @@ fn append_memories(out: &mut Vec<u8>, count: u32, items: &[u8]) -> Result<()> {
         shared: false,
         page_size_log2: None,
     };
-    ty.encode(&mut data);
-    append_raw(out, wasm_encoder::SectionId::Memory.into(), &data);
-    Ok(())
+    ty.encode(&mut bytes);
+    Items { count: 1, bytes }
 }
 
-fn append_code(out: &mut Vec<u8>, seen: &Seen<'_>, poll: &[u8], pads: bool) -> Result<()> {
+/// Writes all data segments as passive ones.
+fn append_data(out: &mut Vec<u8>, seen: &Seen<'_>, has_empty: bool) {
+    let bytes: usize = seen.data.iter().map(|data| data.bytes.len() + 6).sum();
+    let mut data = Vec::with_capacity(bytes + 8);
+    (seen.data.len() as u32 + u32::from(has_empty)).encode(&mut data);
+    for segment in &seen.data {
+        data.push(1);
+        segment.bytes.encode(&mut data);
+    }
+    if has_empty {
+        data.extend([1, 0]);
+    }
+    append_raw(out, DATA, &data);
+}
+
+fn append_code(out: &mut Vec<u8>, seen: &Seen<'_>, additions: &Additions<'_>) -> Result<()> {
+    let state = additions.state;
+    let poll = if additions.poll_memory {
+        poll_code(seen.memories.len() as u32)
+    } else {
+        Vec::new()
+    };
     let polls = seen
         .sites
         .found
@@ -613,41 +952,85 @@ fn append_code(out: &mut Vec<u8>, seen: &Seen<'_>, poll: &[u8], pads: bool) -> R
         .filter(|site| site.is_polled())
         .count();
     let code: usize = seen.bodies.iter().map(|body| body.bytes.len() + 5).sum();
-    let mut data = Vec::with_capacity(code + polls * poll.len() + 5);
-    (seen.bodies.len() as u32).encode(&mut data);
+    let more: usize = state.bodies.iter().map(|body| body.len() + 5).sum();
+    let mut data = Vec::with_capacity(code + polls * poll.len() + state.text.len() + more + 5);
+    ((seen.bodies.len() + state.bodies.len()) as u32).encode(&mut data);
     for body in &seen.bodies {
-        let sites = seen.sites.found.get(body.sites.clone()).unwrap_or_default();
-        let entry = sites.first().map_or(body.start, |entry| entry.at);
-        let sites = sites.iter().filter(|site| site.is_polled());
-        let polls = sites.clone().count();
-        let pads = if pads {
-            inline::pads(body.bytes.len(), polls)
-        } else {
-            0
-        };
-        let size = body.bytes.len() + polls * poll.len() + pads * PAD.len();
-        if size > MAX_FUNCTION_BYTES && body.bytes.len() <= MAX_FUNCTION_BYTES {
-            return Err(InstrumentError::NoRoom {
-                what: format!(
-                    "the function at byte {} has {} bytes",
-                    body.start,
-                    body.bytes.len()
-                ),
-            });
-        }
-        (size as u32).encode(&mut data);
-        data.extend_from_slice(part(body, body.start, entry));
-        data.extend((0..pads).flat_map(|_| PAD));
-        let mut copied = entry;
-        for site in sites {
-            data.extend_from_slice(part(body, copied, site.at));
-            data.extend_from_slice(poll);
-            copied = site.at;
-        }
-        data.extend_from_slice(part(body, copied, body.start + body.bytes.len()));
+        append_body(&mut data, seen, body, &poll, additions)?;
     }
-    append_raw(out, wasm_encoder::SectionId::Code.into(), &data);
+    for body in &state.bodies {
+        (body.len() as u32).encode(&mut data);
+        data.extend_from_slice(body);
+    }
+    append_raw(out, CODE, &data);
     Ok(())
+}
+
+/// Writes a function with its polls and edits.
+fn append_body(
+    data: &mut Vec<u8>,
+    seen: &Seen<'_>,
+    body: &Body<'_>,
+    poll: &[u8],
+    additions: &Additions<'_>,
+) -> Result<()> {
+    let state = additions.state;
+    let sites = seen.sites.found.get(body.sites.clone()).unwrap_or_default();
+    let entry = sites.first().map_or(body.start, |entry| entry.at);
+    let sites = sites
+        .iter()
+        .filter(|site| site.is_polled() && additions.poll_memory);
+    let edits = state.edits(body.rares.clone());
+    let polls = sites.clone().count();
+    let pads = if additions.pads {
+        inline::pads(body.bytes.len(), polls)
+    } else {
+        0
+    };
+    let edited: usize = edits.clone().map(|edit| edit.code.len()).sum();
+    let removed: usize = edits.clone().map(|edit| edit.end - edit.at).sum();
+    let size = body.bytes.len() + polls * poll.len() + pads * PAD.len() + edited - removed;
+    if size > MAX_FUNCTION_BYTES && body.bytes.len() <= MAX_FUNCTION_BYTES {
+        return Err(InstrumentError::NoRoom {
+            what: format!(
+                "the function at byte {} has {} bytes",
+                body.start,
+                body.bytes.len()
+            ),
+        });
+    }
+    (size as u32).encode(data);
+    data.extend_from_slice(part(body, body.start, entry));
+    data.extend((0..pads).flat_map(|_| PAD));
+    let mut copied = entry;
+    let mut edits = edits.peekable();
+    for site in sites {
+        // A poll leaves the stack as it is, and goes before what an instruction needs before itself.
+        while let Some(edit) = edits.next_if(|edit| edit.at < site.at) {
+            copied = append_edit(data, body, state, edit, copied);
+        }
+        data.extend_from_slice(part(body, copied, site.at));
+        data.extend_from_slice(poll);
+        copied = site.at;
+    }
+    for edit in edits {
+        copied = append_edit(data, body, state, edit, copied);
+    }
+    data.extend_from_slice(part(body, copied, body.start + body.bytes.len()));
+    Ok(())
+}
+
+/// Writes the code up to an edit, and the edit: where the code goes on.
+fn append_edit(
+    data: &mut Vec<u8>,
+    body: &Body<'_>,
+    state: &Plan,
+    edit: &state::Edit,
+    copied: usize,
+) -> usize {
+    data.extend_from_slice(part(body, copied, edit.at));
+    data.extend_from_slice(state.text.get(edit.code.clone()).unwrap_or_default());
+    edit.end
 }
 
 /// The bytes of a body between two offsets in the module.

@@ -193,9 +193,8 @@ impl Guest<'_> {
         if ptr != 0 {
             return Ok(ptr);
         }
-        self.replica.poison();
         let name = self.replica.module().name();
-        Err(Error::Trap {
+        let error = Error::Trap {
             what: format!("{name}: '{}'", self.abi.allocate),
             info: Box::new(TrapInfo {
                 kind: "allocation-failed",
@@ -206,7 +205,9 @@ impl Guest<'_> {
                 ),
                 wasm_stack: String::new(),
             }),
-        })
+        };
+        self.replica.poison_with(&error);
+        Err(error)
     }
 
     fn free(&self, ptr: u32, bytes: u32) -> Result<()> {

@@ -256,7 +256,8 @@ impl Lease {
         drop(state);
         self.freed.notify_all();
         if let Some(ticket) = ticket {
-            self.shared.give_back(ticket, &self.replica);
+            let lost = self.shared.give_back(ticket, &self.replica);
+            self.shared.repair_lost(lost);
         }
     }
 

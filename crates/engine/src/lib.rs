@@ -7,25 +7,32 @@
 //! - **Generation**: everything that one successful load or reload made, numbered from 1.
 //! - **Lease**: one replica held over several calls; no swap can come between.
 //! - **Home**: the thread that enters slot 0 synchronously (Node's JS thread).
+//! - **Snapshot**: the state of one instance at one moment, with which others begin; *reset*: an
+//!   instance is given that state again; *fork*: a manager begins with it.
 //! - **Poisoned**: a call did not end normally, so the instance is replaced before it serves again.
 
 mod call;
+mod capture;
 mod deadline;
 mod engine;
 mod error;
+mod fork;
 mod host;
 mod instrument;
 mod interrupt;
 mod invoke;
+mod isolation;
 mod lease;
 mod limits;
 mod manager;
 mod memory;
 mod module;
 mod options;
+mod pause;
 mod pool;
 mod replica;
 mod serving;
+mod snapshot;
 mod stack;
 mod stats;
 mod swap;
@@ -41,10 +48,16 @@ pub use interrupt::{Interrupter, Stop};
 pub use lease::{Lease, LeaseInside};
 pub use limits::Limits;
 pub use manager::{Done, Event, Job, LeaseDone, Manager, ManagerState, ManagerStats, Replaced};
-pub use memory::{MemoryRecord, MemoryView, OutOfBounds, Reservation, memory_changes};
+pub use memory::{
+    ImageKind, MemoryRecord, MemoryUsage, MemoryView, OutOfBounds, Pin, memory_changes,
+};
 pub use module::{ExportedFunction, Import, ImportKind, Module};
-pub use options::{BufferAbi, BufferReturns, CacheChoice, EngineOptions, ManagerOptions, Source};
+pub use options::{
+    BufferAbi, BufferReturns, CacheChoice, EngineOptions, Isolation, ManagerOptions, Source,
+};
+pub use pause::{ResetOptions, ResetReport, SnapshotControl};
 pub use replica::{RawValue, Replica};
+pub use snapshot::Snapshot;
 pub use stack::{has_stack, out_of_stack, stack_floor};
 pub use stats::{CallCounts, Histogram, Times};
 pub use swap::{ReloadOptions, ReloadReport, ReloadStep, Strategy};

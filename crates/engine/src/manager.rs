@@ -16,27 +16,37 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use wasm_molt_lifecycle::{
-    Admission, FailedPhase, Gate, GateCounts, GateOptions, Generation, Home, OnDrainTimeout,
-    Refusal, Refused, Ticket, TicketId, WaitId, Waiter,
+    Admission, Gate, GateCounts, GateOptions, Generation, Home, Refusal, Refused, Ticket, WaitId,
+    Waiter,
 };
+
+mod end;
+mod lending;
+mod reload;
+mod repair;
+mod start;
+
+pub(crate) use lending::{HookScope, impatient};
+pub(crate) use start::Making;
 
 use crate::call::{CallControl, CallJob, CallLimits, Queue, Seat, Settle, Work};
 use crate::deadline::Deadline;
-use crate::engine::Engine;
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::Host;
 use crate::interrupt::Stop;
 use crate::invoke;
 use crate::lease::Lease;
 use crate::module::Module;
-use crate::options::{ManagerOptions, Source};
+use crate::options::{Isolation, ManagerOptions, Source};
+use crate::pause::{ResetOptions, ResetReport, SnapshotControl, Terms};
 use crate::pool::{Pool, thread_name};
 use crate::replica::{Blueprint, Replica};
 use crate::serving::Serving;
+use crate::snapshot::{Origin, Snapshot, Snapshots};
 use crate::stats::{CallCounts, Stats, Times};
-use crate::swap::{self, ReloadOptions, ReloadReport, ReloadStep, Strategy};
+use crate::swap::{ReloadOptions, ReloadReport, ReloadStep};
 
 /// Receives the one answer of something asynchronous, on any thread.
 pub type Done<T> = Box<dyn FnOnce(Result<T>) + Send>;
@@ -193,12 +203,30 @@ impl Job {
     }
 }
 
-enum Op {
+pub(crate) enum Op {
     Start {
         source: Source,
         done: Done<()>,
     },
+    /// The copy that a fork begins with has been taken.
+    StartFrom {
+        blueprint: Arc<Blueprint>,
+        snapshot: Arc<Snapshot>,
+        done: Done<()>,
+    },
     Reload(PendingReload),
+    Snapshot {
+        control: SnapshotControl,
+        done: Done<Arc<Snapshot>>,
+    },
+    Reset {
+        options: ResetOptions,
+        done: Done<ResetReport>,
+    },
+    Fork {
+        child: Arc<Shared>,
+        done: Done<()>,
+    },
     Close {
         until: Option<Instant>,
         asked_at: Instant,
@@ -206,7 +234,7 @@ enum Op {
     Destroy,
 }
 
-struct PendingReload {
+pub(crate) struct PendingReload {
     options: ReloadOptions,
     done: Vec<Done<Arc<ReloadReport>>>,
 }
@@ -279,6 +307,9 @@ pub(crate) struct Shared {
     are_hooks_given_up: AtomicBool,
     settling: AtomicUsize,
     memory_bytes_peak: AtomicUsize,
+    snapshots: Mutex<Snapshots>,
+    /// Somebody has wanted a snapshot, and will want one of the next build.
+    has_captured: AtomicBool,
 }
 
 /// A module and its instances, replaceable while in use.
@@ -318,6 +349,10 @@ pub struct ManagerStats {
     pub reloads: BTreeMap<String, u64>,
     /// Reloads that failed.
     pub reloads_failed: u64,
+    /// Resets that succeeded, those after isolated calls not among them.
+    pub resets: u64,
+    /// Snapshots that can be used.
+    pub snapshots: usize,
     /// Distributions.
     pub times: Times,
 }
@@ -328,13 +363,12 @@ impl Manager {
     /// # Errors
     /// [`ErrorCode::InvalidArgument`] for options that cannot be used.
     pub fn new(options: ManagerOptions, host: Arc<dyn Host>) -> Result<(Self, Option<Home<Job>>)> {
-        check(&options)?;
+        check(&options, &*host)?;
         let name = options.name.clone().unwrap_or_else(|| "wasm".into());
-        let parallelism = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = options
             .threads
-            .unwrap_or_else(|| options.instances.min(parallelism));
-        let pool = Arc::new(Pool::new(&name, threads, options.limits.stack_bytes())?);
+            .unwrap_or_else(|| options.instances.min(parallelism()));
+        let pool = Arc::new(Pool::new(&name, threads, options.limits.stack_bytes()));
         let gate = Gate::new(GateOptions {
             slots: options.instances,
             max_queue: options.max_queue,
@@ -361,6 +395,8 @@ impl Manager {
             are_hooks_given_up: AtomicBool::new(false),
             settling: AtomicUsize::new(0),
             memory_bytes_peak: AtomicUsize::new(0),
+            snapshots: Mutex::default(),
+            has_captured: AtomicBool::new(false),
         });
         Ok((Self { shared }, home))
     }
@@ -604,7 +640,14 @@ impl Manager {
     }
 }
 
-fn check(options: &ManagerOptions) -> Result<()> {
+/// Asked for once: the system reads files for it, which takes as long as a fork.
+fn parallelism() -> usize {
+    static PARALLELISM: OnceLock<usize> = OnceLock::new();
+    let ask = || std::thread::available_parallelism().map_or(1, usize::from);
+    *PARALLELISM.get_or_init(ask)
+}
+
+fn check(options: &ManagerOptions, host: &dyn Host) -> Result<()> {
     const MOST: usize = 4096;
     if options.instances == 0 || options.instances > MOST {
         return Err(Error::invalid(format!(
@@ -618,6 +661,12 @@ fn check(options: &ManagerOptions) -> Result<()> {
         return Err(Error::invalid(format!(
             "threads is {threads}; it must lie between 1 and {MOST}"
         )));
+    }
+    if options.isolation == Isolation::PerCall && host.reseeds() {
+        return Err(Error::invalid(
+            "options.reseed must be the name of an export with isolation 'per-call': a function would cost \
+             each call a turn of the event loop",
+        ));
     }
     options.limits.check(options.engine.fuel)
 }
@@ -636,6 +685,33 @@ impl Shared {
 
     pub(crate) fn lock_serving(&self) -> MutexGuard<'_, Serving> {
         self.serving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn lock_snapshots(&self) -> MutexGuard<'_, Snapshots> {
+        self.snapshots
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What new instances of that build begin with.
+    pub(crate) fn origin(&self, module: &Arc<Module>) -> Option<Origin> {
+        let newest = self.lock_snapshots().origin();
+        newest.filter(|newest| Arc::ptr_eq(newest.snapshot.module(), module))
+    }
+
+    /// A snapshot was taken.
+    pub(crate) fn note_capture(&self) {
+        self.has_captured.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether cold memory is laid out for a capture without copying.
+    pub(crate) fn prepares_snapshots(&self) -> bool {
+        let likely = || self.isolates_calls() || self.has_captured.load(Ordering::Relaxed);
+        self.options.prepares_snapshots.unwrap_or_else(likely)
+    }
+
+    pub(crate) fn isolates_calls(&self) -> bool {
+        self.options.isolation == Isolation::PerCall
     }
 
     pub(crate) fn replica(&self, slot: usize) -> Option<Arc<Replica>> {
@@ -730,18 +806,26 @@ impl Shared {
         }
     }
 
-    /// A ticket goes back; a poisoned instance does not serve on. Retired first, repaired then: a repair
-    /// that came before the retirement would have its fresh instance retired.
-    pub(crate) fn give_back(self: &Arc<Self>, ticket: Ticket<Job>, replica: &Replica) {
+    /// A ticket goes back; a poisoned instance does not serve on. Returns its slot, for
+    /// [`repair_lost`](Self::repair_lost): retired first, repaired then, because a repair that came before the
+    /// retirement would have its fresh instance retired.
+    pub(crate) fn give_back(&self, ticket: Ticket<Job>, replica: &Replica) -> Option<usize> {
         let slot = ticket.slot();
         let serves = self
             .replica(slot)
             .is_some_and(|now| now.id() == replica.id());
         if serves && replica.is_poisoned() {
             ticket.retire();
+            return Some(slot);
+        }
+        drop(ticket);
+        None
+    }
+
+    /// Has what a ticket left poisoned replaced.
+    pub(crate) fn repair_lost(self: &Arc<Self>, slot: Option<usize>) {
+        if let Some(slot) = slot {
             self.request_repair(slot);
-        } else {
-            drop(ticket);
         }
     }
 
@@ -772,7 +856,7 @@ impl Shared {
 
     // ------------------------------------------------------------------ the control thread
 
-    fn push(self: &Arc<Self>, op: Op) {
+    pub(crate) fn push(self: &Arc<Self>, op: Op) {
         let mut control = self.lock_control();
         control.queue.push_back(op);
         if control.is_running {
@@ -841,7 +925,43 @@ impl Shared {
                 let outcome = guarded(|| self.start(&source, false));
                 Box::new(move || done(outcome))
             }
+            Op::StartFrom {
+                blueprint,
+                snapshot,
+                done,
+            } => {
+                let outcome = guarded(|| self.start_from(&blueprint, &snapshot, false));
+                Box::new(move || done(outcome))
+            }
             Op::Reload(pending) => self.run_reload(pending),
+            Op::Snapshot { control, done } => {
+                let outcome = self.paused(|scope| {
+                    self.take_snapshot(&Terms {
+                        control: Some(&control),
+                        ..Terms::of("the snapshot", scope)
+                    })
+                });
+                Box::new(move || done(outcome))
+            }
+            Op::Reset { options, done } => {
+                let outcome = self.paused(|scope| self.reset(&options, scope));
+                Box::new(move || done(outcome))
+            }
+            Op::Fork { child, done } => {
+                match self.paused(|scope| self.copy(&Terms::of("the fork", scope))) {
+                    Ok((blueprint, snapshot)) => Box::new(move || {
+                        child.push(Op::StartFrom {
+                            blueprint,
+                            snapshot,
+                            done,
+                        });
+                    }),
+                    Err(error) => Box::new(move || {
+                        child.start_failed_early();
+                        done(Err(error));
+                    }),
+                }
+            }
             Op::Close { until, asked_at } => {
                 let outcome = guarded(|| self.run_close(until, asked_at));
                 self.finish_closing(outcome, false)
@@ -854,838 +974,6 @@ impl Shared {
                 self.finish_closing(outcome, true)
             }
         }
-    }
-
-    // ------------------------------------------------------------------ start
-
-    fn start(self: &Arc<Self>, source: &Source, is_sync: bool) -> Result<()> {
-        let outcome = guarded(|| self.bring_up_first(source, is_sync));
-        if outcome.is_err() {
-            self.set_state(ManagerState::Failed);
-            let _settling = self.settling();
-            for job in self.gate.cut() {
-                job.refuse(self.closed());
-            }
-        }
-        outcome
-    }
-
-    fn load(&self, pool: &Pool, source: &Source, name: Option<&str>) -> Result<Module> {
-        let options = &self.options;
-        let engine = Engine::shared(
-            &options.engine,
-            options.limits.stack_bytes(),
-            &options.cache,
-        )?;
-        Module::load(&engine, pool, source, name)
-    }
-
-    /// Loads another build of the module. The pool's threads may all be inside guests, so it is compiled
-    /// on threads of its own.
-    pub(crate) fn load_next(&self, source: &Source) -> Result<Module> {
-        let parallelism = std::thread::available_parallelism().map_or(1, usize::from);
-        let pool = Pool::new(self.name(), parallelism, self.options.limits.stack_bytes())?;
-        let module = self.load(&pool, source, Some(self.name()));
-        pool.end();
-        module
-    }
-
-    fn bring_up_first(self: &Arc<Self>, source: &Source, is_sync: bool) -> Result<()> {
-        let options = &self.options;
-        let pool = Arc::clone(&self.lock_serving().pool);
-        let module = Arc::new(self.load(&pool, source, options.name.as_deref())?);
-        let _ = self.name.set(module.name().to_owned());
-        let blueprint = Arc::new(Blueprint {
-            engine: module.engine.clone(),
-            module,
-            limits: options.limits.clone(),
-        });
-        let mut replicas = Vec::with_capacity(options.instances);
-        let generation = Generation::FIRST;
-        let making = Making {
-            blueprint: &blueprint,
-            generation,
-            scope: self.hook_scope(is_sync),
-        };
-        for slot in 0..options.instances {
-            match self.make_replica(&making, slot) {
-                Ok(replica) => replicas.push(replica),
-                Err((phase, cause)) => {
-                    let _ = self.discard(replicas, generation);
-                    return Err(self.start_failed(phase, cause));
-                }
-            }
-        }
-        if self.is_over() {
-            let _ = self.discard(replicas, generation);
-            return Err(self.closed());
-        }
-        let shared = Arc::clone(self);
-        let made = replicas.clone();
-        let (tell, told) = bounded(1);
-        let at_home = self.host.at_home(Box::new(move |_| {
-            let change = Replaced {
-                old: Vec::new(),
-                new: replicas.clone(),
-                generation,
-            };
-            {
-                let mut serving = shared.lock_serving();
-                // The end takes what serves under this lock: what comes after it must not be published.
-                if shared.is_over() {
-                    return;
-                }
-                serving.blueprint = Some(blueprint);
-                serving.replicas = replicas;
-            }
-            shared.host.replaced(&change);
-            shared.set_state(ManagerState::Ready);
-            shared.gate.open();
-            let _ = tell.send(());
-        }));
-        if at_home.is_ok() && told.recv().is_ok() {
-            return Ok(());
-        }
-        let _ = self.discard(made, generation);
-        Err(self.closed())
-    }
-
-    /// Failures that have a code of their own keep it; what host code threw becomes the cause.
-    fn start_failed(&self, phase: FailedPhase, cause: Error) -> Error {
-        match cause {
-            Error::Thrown(_) => self.reload_failed("the start", phase, cause),
-            other => other,
-        }
-    }
-
-    pub(crate) fn reload_failed(&self, what: &str, phase: FailedPhase, cause: Error) -> Error {
-        Error::ReloadFailed {
-            what: format!("{what} of {}", self.name()),
-            phase,
-            cause: Box::new(cause),
-        }
-    }
-
-    /// Makes and initializes one instance.
-    pub(crate) fn make_replica(
-        self: &Arc<Self>,
-        making: &Making<'_>,
-        slot: usize,
-    ) -> Result<Arc<Replica>, (FailedPhase, Error)> {
-        let Making {
-            blueprint,
-            generation,
-            scope,
-        } = making;
-        let generation = *generation;
-        let mut known = None;
-        // A panic must not lose track of a half-made instance.
-        let made = guarded(|| {
-            blueprint.instantiate(&*self.host, slot, generation, |replica| {
-                self.remember(replica);
-                known = Some(Arc::clone(replica));
-            })
-        });
-        let replica = match made {
-            Ok(replica) => replica,
-            Err(error) => {
-                let _ = self.discard(known.into_iter().collect(), generation);
-                return Err((FailedPhase::Instantiate, error));
-            }
-        };
-        let initialized = self.with_lease(&replica, scope, |lease| self.host.initialize(lease));
-        let initialized = initialized.and_then(|()| {
-            // A hook that goes on after a trap leaves an instance that must not serve.
-            replica.last_trap().map_or(Ok(()), Err)
-        });
-        if let Err(error) = initialized {
-            let _ = self.discard(vec![replica], generation);
-            return Err((FailedPhase::Initialize, error));
-        }
-        Ok(replica)
-    }
-
-    /// Lends an instance that nobody else can reach to a hook.
-    pub(crate) fn with_lease<T>(
-        self: &Arc<Self>,
-        replica: &Arc<Replica>,
-        scope: &HookScope,
-        hook: impl FnOnce(&Arc<Lease>) -> Result<T>,
-    ) -> Result<T> {
-        let lease = Lease::for_hook(self, Arc::clone(replica), scope);
-        *self.hook_lease() = Some(Arc::clone(&lease));
-        let outcome = hook(&lease);
-        lease.release();
-        if self.is_destroyed() {
-            replica.interrupter().stop_for_good(destroyed());
-        }
-        if lease.is_cancelled() {
-            lease.cut(&self.closing_stop());
-        }
-        // Whoever cancels from here on finds the lease, and cuts short what the hook has left behind.
-        lease.wait_free();
-        *self.hook_lease() = None;
-        replica.interrupter().resume();
-        outcome
-    }
-
-    fn hook_lease(&self) -> MutexGuard<'_, Option<Arc<Lease>>> {
-        self.hook_lease
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn closing_stop(&self) -> Stop {
-        Stop::Interrupted(format!("{} is being closed", self.name()))
-    }
-
-    /// A lease that holds a ticket.
-    fn lease_with(
-        self: &Arc<Self>,
-        replica: Arc<Replica>,
-        pool: Arc<Pool>,
-        ticket: Ticket<Job>,
-    ) -> Arc<Lease> {
-        let lease = Lease::with_ticket(self, replica, pool, ticket);
-        let mut leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
-        leases.retain(|lease| lease.strong_count() > 0);
-        leases.push(Arc::downgrade(&lease));
-        drop(leases);
-        if self.is_destroyed() {
-            // Those that were known have been ended already; nobody has this one yet.
-            lease.release();
-        }
-        lease
-    }
-
-    /// Not to be dropped under the lock: the last handle of one gives its slot to a lease that waits,
-    /// which is noted there.
-    fn known_leases(&self) -> Vec<Arc<Lease>> {
-        let leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
-        leases.iter().filter_map(Weak::upgrade).collect()
-    }
-
-    /// Leases with a ticket that hold one of these instances.
-    fn leases_on(&self, replicas: &[Arc<Replica>]) -> Vec<Arc<Lease>> {
-        let is_meant = |lease: &Arc<Lease>| {
-            let id = lease.replica().id();
-            replicas.iter().any(|replica| replica.id() == id)
-        };
-        let mut leases = self.known_leases();
-        leases.retain(is_meant);
-        leases
-    }
-
-    /// Stops what runs or is about to on these instances, until they [resume](Self::resume), and takes
-    /// leases on them away from their holders.
-    pub(crate) fn interrupt(self: &Arc<Self>, replicas: &[Arc<Replica>], why: &Stop) {
-        // First of all: once what runs has been stopped, its instance is lost, and what waits behind it
-        // would be refused for that.
-        for lease in self.leases_on(replicas) {
-            lease.refuse_waiting(why);
-        }
-        // All first: who is stopped frees a thread for a call that has another of these instances.
-        for replica in replicas {
-            replica.interrupter().forbid(why.clone());
-        }
-        for replica in replicas {
-            replica.interrupter().halt(why.clone());
-        }
-        let leases = self.leases_on(replicas);
-        if leases.is_empty() {
-            return;
-        }
-        let shared = Arc::clone(self);
-        let why = why.clone();
-        // Without a home nobody is left who could hold one.
-        let _ = self.host.at_home(Box::new(move |_| {
-            for lease in leases {
-                lease.refuse_waiting(&why);
-                shared.host.revoked(&lease);
-                lease.release();
-            }
-        }));
-    }
-
-    /// They may be entered again.
-    pub(crate) fn resume(replicas: &[Arc<Replica>]) {
-        for replica in replicas {
-            replica.interrupter().resume();
-        }
-    }
-
-    /// Releases instances that never served, or do not any more.
-    pub(crate) fn discard(
-        self: &Arc<Self>,
-        replicas: Vec<Arc<Replica>>,
-        generation: Generation,
-    ) -> Result<()> {
-        if replicas.is_empty() {
-            return Ok(());
-        }
-        let shared = Arc::clone(self);
-        let old = replicas.clone();
-        let told = self.host.at_home(Box::new(move |_| {
-            shared.host.replaced(&Replaced {
-                old,
-                new: Vec::new(),
-                generation,
-            });
-        }));
-        for replica in replicas {
-            // SAFETY: nobody serves on it any more: its handles expired just now, and the callers
-            // hold it (never published, or drained).
-            unsafe { replica.release() };
-        }
-        told
-    }
-
-    // ------------------------------------------------------------------ reload
-
-    fn reload(self: &Arc<Self>, options: ReloadOptions, done: Done<Arc<ReloadReport>>) {
-        if let Err(error) = self.check_reload(&options) {
-            done(Err(error));
-            return;
-        }
-        let mut control = self.lock_control();
-        if let Some(waiting) = control.equal_reload(&options) {
-            waiting.push(done);
-            return;
-        }
-        drop(control);
-        self.push(Op::Reload(PendingReload {
-            options,
-            done: vec![done],
-        }));
-    }
-
-    fn check_reload(&self, options: &ReloadOptions) -> Result<()> {
-        if self.is_over() {
-            return Err(self.closed());
-        }
-        let is_rolling = options.strategy == Strategy::Rolling;
-        if is_rolling && !options.skip_save && self.host.saves_state() {
-            return Err(Error::invalid(format!(
-                "options.strategy is 'rolling', and {} has a saveState hook: two generations that serve \
-                 at the same time cannot hand state over; use 'exclusive', or skipSave: true to leave \
-                 the state behind",
-                self.name()
-            )));
-        }
-        Ok(())
-    }
-
-    /// Returns the slots whose repair has waited for the swap to end.
-    fn end_swap(control: &mut Control) -> Vec<usize> {
-        control.is_swapping = false;
-        std::mem::take(&mut control.repairs_due)
-    }
-
-    fn hook_scope(&self, is_sync: bool) -> HookScope {
-        let hooks = self.hooks.lock().unwrap_or_else(PoisonError::into_inner);
-        let cancelled = if self.is_destroyed() {
-            // Disconnected, or about to be.
-            self.cancel.1.clone()
-        } else {
-            hooks.1.clone()
-        };
-        HookScope { is_sync, cancelled }
-    }
-
-    fn run_reload(self: &Arc<Self>, pending: PendingReload) -> Answer {
-        let PendingReload { options, done } = pending;
-        if self.are_hooks_given_up.load(Ordering::Acquire) {
-            let error = self.closed();
-            return Box::new(move || {
-                for done in done {
-                    done(Err(error.clone()));
-                }
-            });
-        }
-        {
-            let mut control = self.wait_repaired(self.lock_control());
-            control.is_swapping = true;
-            control.current_reload = Some((options.clone(), done));
-        }
-        let outcome = guarded(|| swap::run(self, &options, self.hook_scope(false)));
-        let (done, due) = {
-            let mut control = self.lock_control();
-            let current = control.current_reload.take();
-            let done = current.map(|(_, done)| done).unwrap_or_default();
-            (done, Self::end_swap(&mut control))
-        };
-        self.swap_ended(&outcome);
-        for slot in due {
-            self.request_repair(slot);
-        }
-        Box::new(move || {
-            for done in done {
-                done(outcome.clone());
-            }
-        })
-    }
-
-    /// Hooks are not waited for any more, nor for what they have left running.
-    fn give_hooks_up(&self) {
-        self.are_hooks_given_up.store(true, Ordering::Release);
-        *self.hooks.lock().unwrap_or_else(PoisonError::into_inner) = bounded(0);
-        let lease = self.hook_lease().clone();
-        if let Some(lease) = lease
-            && lease.is_cancelled()
-        {
-            lease.cut(&self.closing_stop());
-        }
-        // A drain that is under way looks again.
-        self.gate.shut();
-    }
-
-    /// Releases what a roll has left behind, now where nobody is inside, else as soon as they leave.
-    pub(crate) fn see_off(self: &Arc<Self>, cohort: u64, options: &ReloadOptions) {
-        if self.release_left(cohort).is_none() {
-            return;
-        }
-        self.lock_control().seeing_off += 1;
-        let mut patience = match options.on_drain_timeout {
-            OnDrainTimeout::Interrupt => options.drain_timeout,
-            OnDrainTimeout::Abort => None,
-        };
-        self.spawn("old", move |shared| {
-            let _ = guarded(|| {
-                loop {
-                    let Some(stragglers) = shared.release_left(cohort) else {
-                        return Ok(());
-                    };
-                    let started = Instant::now();
-                    let waited = shared.gate.wait_stragglers(stragglers, patience, || false);
-                    patience = patience.map(|left| left.saturating_sub(started.elapsed()));
-                    if waited.is_err() {
-                        patience = None;
-                        let left = shared.lock_serving().left();
-                        shared.interrupt(&left, &impatient());
-                    }
-                }
-            });
-            shared.lock_control().seeing_off -= 1;
-            shared.control_changed.notify_all();
-        });
-    }
-
-    /// Releases what nobody is inside. Returns how many stragglers there are, if one is of that cohort.
-    fn release_left(self: &Arc<Self>, cohort: u64) -> Option<usize> {
-        // Read first: a straggler that leaves afterwards is seen off in the next round.
-        let stragglers = self.gate.stragglers();
-        let (gone, generation) = self.lock_serving().take_left(cohort, &stragglers);
-        let _ = self.discard(gone, generation);
-        let is_meant = |ticket: &TicketId| ticket.cohort == cohort;
-        stragglers.iter().any(is_meant).then_some(stragglers.len())
-    }
-
-    fn swap_ended(self: &Arc<Self>, outcome: &Result<Arc<ReloadReport>>) {
-        match outcome {
-            Ok(report) => {
-                self.stats.paused(report.pause);
-                self.tell(Event::Reload(Arc::clone(report)));
-            }
-            Err(error) => {
-                self.stats.reload_failed();
-                self.tell(Event::ReloadFailed(error.clone()));
-            }
-        }
-    }
-
-    fn reload_now(
-        self: &Arc<Self>,
-        home: Option<&Home<Job>>,
-        options: &ReloadOptions,
-    ) -> Result<Arc<ReloadReport>> {
-        self.check_reload(options)?;
-        let in_flight = home
-            .map_or_else(|| self.gate.counts(), Home::counts)
-            .in_flight;
-        {
-            let mut control = self.lock_control();
-            if control.is_running || !control.repairing.is_empty() || control.is_repairing_home {
-                return Err(self.reloading());
-            }
-            if in_flight > 0 {
-                return Err(self.in_flight(in_flight));
-            }
-            control.is_running = true;
-            control.is_swapping = true;
-        }
-        let outcome = guarded(|| swap::run(self, options, self.hook_scope(true)));
-        let due = Self::end_swap(&mut self.lock_control());
-        self.swap_ended(&outcome);
-        for slot in due {
-            self.request_repair(slot);
-        }
-        // Whatever was asked for in the meantime runs now, on a control thread.
-        let mut control = self.lock_control();
-        if control.queue.is_empty() {
-            control.is_running = false;
-            drop(control);
-            self.control_changed.notify_all();
-        } else {
-            drop(control);
-            self.spawn("ctl", Self::run_control);
-        }
-        outcome
-    }
-
-    pub(crate) fn in_flight(&self, in_flight: usize) -> Error {
-        Error::new(
-            ErrorCode::Busy,
-            format!(
-                "{} has {in_flight} calls or leases in flight; await them, or use reload()",
-                self.name()
-            ),
-        )
-    }
-
-    pub(crate) fn reloading(&self) -> Error {
-        Error::new(
-            ErrorCode::Reloading,
-            format!(
-                "a swap of {} is under way; use call(), which waits its turn",
-                self.name()
-            ),
-        )
-    }
-
-    // ------------------------------------------------------------------ repair
-
-    /// Has the poisoned instance of a slot replaced, in the background.
-    pub(crate) fn request_repair(self: &Arc<Self>, slot: usize) {
-        if self.is_over() && self.is_destroyed() {
-            return;
-        }
-        let mut control = self.lock_control();
-        if control.repairing.contains(&slot) {
-            return;
-        }
-        if control.is_swapping {
-            if !control.repairs_due.contains(&slot) {
-                control.repairs_due.push(slot);
-            }
-            return;
-        }
-        control.repairing.push(slot);
-        drop(control);
-        self.spawn("fix", move |shared| {
-            let outcome = guarded(|| shared.repair(slot, false));
-            {
-                let mut control = shared.lock_control();
-                control.repairing.retain(|s| *s != slot);
-            }
-            shared.control_changed.notify_all();
-            match outcome {
-                Err(error) => shared.repair_failed(&error),
-                // The fresh instance may have trapped already, while this repair still counted as going on.
-                Ok(()) if shared.repairable(slot).is_some() => shared.request_repair(slot),
-                Ok(()) => {}
-            }
-        });
-    }
-
-    /// Somebody waits: slots that a synchronous trap has left out of service are needed now.
-    ///
-    /// Only retired slots: a poisoned instance that somebody is still inside retires when they leave.
-    fn repair_retired(self: &Arc<Self>) {
-        for slot in self.gate.retired_slots() {
-            self.request_repair(slot);
-        }
-    }
-
-    /// On the home thread. A background repair of the same slot may be under way: it may need this very
-    /// thread, so it is not waited for, and the first of the two wins.
-    fn repair_now(self: &Arc<Self>) -> Result<()> {
-        if self.is_over() {
-            return Err(self.closed());
-        }
-        {
-            let mut control = self.lock_control();
-            if control.is_swapping || control.is_repairing_home {
-                return Err(self.reloading());
-            }
-            control.is_repairing_home = true;
-        }
-        let outcome = guarded(|| self.repair(0, true));
-        self.lock_control().is_repairing_home = false;
-        self.control_changed.notify_all();
-        outcome
-    }
-
-    /// Waits until no instance is being replaced.
-    fn wait_repaired<'a>(&'a self, control: MutexGuard<'a, Control>) -> MutexGuard<'a, Control> {
-        let is_busy = |c: &mut Control| !c.repairing.is_empty() || c.is_repairing_home;
-        let waited = self.control_changed.wait_while(control, is_busy);
-        waited.unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Replaces one poisoned instance. Whoever commits first wins; the other one's work is dropped.
-    fn repair(self: &Arc<Self>, slot: usize, is_sync: bool) -> Result<()> {
-        let started = Instant::now();
-        let Some(old) = self.repairable(slot) else {
-            return Ok(());
-        };
-        let blueprint = self.blueprint()?;
-        let before = self.generation();
-        let making = Making {
-            blueprint: &blueprint,
-            generation: before.next(),
-            scope: self.hook_scope(is_sync),
-        };
-        let fresh = self
-            .make_replica(&making, slot)
-            .map_err(|(phase, cause)| self.reload_failed("the replacement", phase, cause))?;
-        let (tell, told) = bounded(1);
-        let shared = Arc::clone(self);
-        let made = Arc::clone(&fresh);
-        let poisoned = Arc::clone(&old);
-        let at_home = self.host.at_home(Box::new(move |_| {
-            let _ = tell.send(shared.publish_repair(&poisoned, made));
-        }));
-        let generation = at_home.ok().and_then(|()| told.recv().ok()).flatten();
-        let Some(generation) = generation else {
-            return self.discard(vec![fresh], before);
-        };
-        let memory_bytes_before = old.memory_bytes();
-        let others = self.memory_bytes().saturating_sub(fresh.memory_bytes());
-        self.note_peak(memory_bytes_before + others);
-        // SAFETY: the poisoned instance was retired by whoever held it, and its handles expired when
-        // the fresh one was published.
-        unsafe { old.release() };
-        let report = Arc::new(ReloadReport {
-            memory_bytes_before,
-            memory_bytes_after: fresh.memory_bytes(),
-            ..ReloadReport::of_repair(generation, before, started.elapsed())
-        });
-        self.set_state(ManagerState::Ready);
-        self.swap_ended(&Ok(report));
-        Ok(())
-    }
-
-    /// The instance of a slot, if it is poisoned and nobody is inside any more.
-    fn repairable(&self, slot: usize) -> Option<Arc<Replica>> {
-        let is_retired = self.gate.retired_slots().contains(&slot);
-        self.replica(slot).filter(|r| is_retired && r.is_poisoned())
-    }
-
-    /// At home: puts a fresh instance into its slot, unless somebody else already has.
-    fn publish_repair(&self, old: &Arc<Replica>, fresh: Arc<Replica>) -> Option<Generation> {
-        let slot = old.slot();
-        self.repairable(slot)?;
-        let change = {
-            let mut serving = self.lock_serving();
-            let place = serving
-                .replicas
-                .get_mut(slot)
-                .filter(|r| Arc::ptr_eq(r, old))?;
-            *place = Arc::clone(&fresh);
-            serving.generation = serving.generation.next();
-            fresh.number(serving.generation);
-            Replaced {
-                old: vec![Arc::clone(old)],
-                new: vec![fresh],
-                generation: serving.generation,
-            }
-        };
-        self.stats.reloaded("trap");
-        self.host.replaced(&change);
-        self.gate.reinstate(slot);
-        Some(change.generation)
-    }
-
-    /// Nothing serves in that slot. If nothing serves at all, nobody may wait for ever.
-    fn repair_failed(self: &Arc<Self>, error: &Error) {
-        self.swap_ended(&Err(error.clone()));
-        let counts = self.gate.counts();
-        if counts.retired < counts.slots {
-            return;
-        }
-        self.set_state(ManagerState::Failed);
-        let error = if self.is_destroyed() {
-            self.closed()
-        } else {
-            error.clone()
-        };
-        let _settling = self.settling();
-        for job in self.gate.take_waiting() {
-            job.refuse(error.clone());
-        }
-    }
-
-    fn generation(&self) -> Generation {
-        self.lock_serving().generation
-    }
-
-    // ------------------------------------------------------------------ the end
-
-    fn close(self: &Arc<Self>, drain_timeout: Option<Duration>, done: Done<()>) {
-        if self.begin_closing(done) {
-            self.gate.shut();
-            if let Some(patience) = drain_timeout {
-                let weak = Arc::downgrade(self);
-                let give_up = move || {
-                    if let Some(shared) = weak.upgrade() {
-                        shared.give_hooks_up();
-                    }
-                };
-                // Without a timer thread the close only waits longer.
-                self.lock_control().hooks_until = Deadline::after(patience, give_up).ok();
-            }
-            let asked_at = Instant::now();
-            let until = drain_timeout.and_then(|patience| asked_at.checked_add(patience));
-            self.push(Op::Close { until, asked_at });
-        }
-    }
-
-    /// Notes who waits for the end; tells whether that is the first one. One lock with the end itself
-    /// (`finish_closing`), so that nobody comes just after it and waits for ever.
-    fn begin_closing(&self, done: Done<()>) -> bool {
-        let mut control = self.lock_control();
-        if self.state() == ManagerState::Closed {
-            drop(control);
-            done(Ok(()));
-            return false;
-        }
-        self.set_state(ManagerState::Closing);
-        control.closing.push(done);
-        control.closing.len() == 1
-    }
-
-    fn run_close(self: &Arc<Self>, until: Option<Instant>, asked_at: Instant) -> Result<()> {
-        if self.state() == ManagerState::Closed {
-            return Ok(());
-        }
-        let shared = Arc::clone(self);
-        self.host.at_home(Box::new(move |home| {
-            if let Some(home) = home {
-                home.shut();
-            }
-            shared.repair_retired();
-        }))?;
-        self.gate
-            .wait_idle(until.map(|until| until.saturating_duration_since(Instant::now())))
-            .map_err(|in_flight| {
-                self.give_hooks_up();
-                Error::DrainTimeout {
-                    what: format!("close() of {}", self.name()),
-                    in_flight: in_flight.0,
-                    waited_ms: asked_at.elapsed().as_millis(),
-                }
-            })?;
-        self.wait_settled();
-        self.release_all();
-        Ok(())
-    }
-
-    fn destroy(self: &Arc<Self>, done: Done<()>) {
-        let was_destroyed = self.is_destroyed.swap(true, Ordering::AcqRel);
-        self.begin_closing(done);
-        if was_destroyed || self.state() == ManagerState::Closed {
-            return;
-        }
-        let settling = self.settling();
-        // Before anybody is woken: a swap that gives up opens the gate, and nothing may start then.
-        let waiting = self.gate.cut();
-        drop(
-            self.cancel
-                .0
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .take(),
-        );
-        for job in waiting {
-            job.refuse(self.closed());
-        }
-        drop(settling);
-        self.give_hooks_up();
-        self.stop_all(&destroyed());
-        // Leases end now: the operation under way may be waiting for one.
-        self.spawn("end", Self::expire_handles);
-        self.push(Op::Destroy);
-    }
-
-    fn expire_handles(self: &Arc<Self>) {
-        let shared = Arc::clone(self);
-        // Without a home there are no handles.
-        let _ = self.host.at_home(Box::new(move |home| {
-            if let Some(home) = home {
-                home.shut();
-            }
-            let (old, generation) = {
-                let serving = shared.lock_serving();
-                (serving.all(), serving.generation)
-            };
-            let new = Vec::new();
-            shared.host.replaced(&Replaced {
-                old,
-                new,
-                generation,
-            });
-            // One that the host has not been told of yet would otherwise be held for ever.
-            for lease in shared.known_leases() {
-                lease.release();
-            }
-        }));
-    }
-
-    fn run_destroy(self: &Arc<Self>) {
-        if self.state() == ManagerState::Closed {
-            return;
-        }
-        self.expire_handles();
-        // Nothing can be waited for longer than the guests need to reach their next poll.
-        let _ = self.gate.wait_drained(None);
-        self.wait_settled();
-        self.release_all();
-    }
-
-    fn release_all(self: &Arc<Self>) {
-        let control = self.wait_repaired(self.lock_control());
-        let is_seeing_off = |c: &mut Control| c.seeing_off > 0;
-        drop(self.control_changed.wait_while(control, is_seeing_off));
-        let (replicas, generation, pool) = {
-            let mut serving = self.lock_serving();
-            let replicas = std::mem::take(&mut serving.replicas);
-            (replicas, serving.generation, Arc::clone(&serving.pool))
-        };
-        // The home may be gone (its environment ends): releasing does not depend on it.
-        let _ = self.discard(replicas, generation);
-        pool.end();
-    }
-
-    fn finish_closing(self: &Arc<Self>, outcome: Result<()>, is_destroy: bool) -> Answer {
-        let shared = Arc::clone(self);
-        let (closing, is_closed) = {
-            let mut control = self.lock_control();
-            if outcome.is_ok() {
-                self.set_state(ManagerState::Closed);
-            }
-            control.hooks_until = None;
-            let is_closed = self.state() == ManagerState::Closed;
-            // A close that gave up leaves everybody to the destroy that is waiting behind it.
-            let is_last = is_closed || is_destroy || !self.is_destroyed();
-            let closing = if is_last {
-                std::mem::take(&mut control.closing)
-            } else {
-                Vec::new()
-            };
-            (closing, is_closed)
-        };
-        Box::new(move || {
-            let is_end = is_closed && !closing.is_empty();
-            if is_end {
-                shared.tell(Event::Close);
-            }
-            for done in closing {
-                done(outcome.clone());
-            }
-            if is_end {
-                shared.host.released();
-            }
-        })
     }
 
     // ------------------------------------------------------------------ figures
@@ -1711,6 +999,8 @@ impl Shared {
             calls: self.stats.calls(),
             reloads,
             reloads_failed,
+            resets: self.stats.resets(),
+            snapshots: self.lock_snapshots().alive().len(),
             times: self.stats.times(),
         }
     }
@@ -1734,34 +1024,6 @@ impl Drop for Settling<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::SeqCst);
     }
-}
-
-/// What an instance is made from, and for.
-pub(crate) struct Making<'a> {
-    pub(crate) blueprint: &'a Blueprint,
-    pub(crate) generation: Generation,
-    pub(crate) scope: HookScope,
-}
-
-/// How hooks run, and until when.
-#[derive(Clone)]
-pub(crate) struct HookScope {
-    /// On the home thread: they must be synchronous.
-    pub(crate) is_sync: bool,
-    /// Disconnected as soon as nobody waits for them any more.
-    pub(crate) cancelled: Receiver<()>,
-}
-
-impl HookScope {
-    pub(crate) fn is_cancelled(&self) -> bool {
-        matches!(self.cancelled.try_recv(), Err(TryRecvError::Disconnected))
-    }
-}
-
-/// Why a reload stops what it should have waited for.
-pub(crate) fn impatient() -> Stop {
-    let why = "a reload did not want to wait any longer (onDrainTimeout: 'interrupt')";
-    Stop::Interrupted(why.into())
 }
 
 fn destroyed() -> Stop {

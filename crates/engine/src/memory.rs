@@ -1,19 +1,21 @@
 //! Linear memories that this crate owns, instead of wasmtime.
 //!
 //! Owning them is what lets a released instance give its pages back at once while a view that
-//! somebody kept still cannot crash the process, and what lets snapshots, resets and shrinking come
-//! later behind the same types.
+//! somebody kept still cannot crash the process, and what makes snapshots, resets and shrinking possible.
 //!
-//! - [`Reservation`]: an address range; whoever holds one keeps the range mapped (a *pin*).
+//! - [`Pin`]: keeps the address range of a memory (a `Reservation`) mapped, and readable.
 //! - [`GuestMemory`]: what wasmtime sees (`wasmtime::LinearMemory`); dropped with the store.
 //! - [`MemoryRecord`]: what the host sees; outlives the store and then answers "released".
 //! - [`MemoryHost`]: makes memories for wasmtime. It is told by a [`MemoryPlan`] which ones are
 //!   coming.
+//! - [`Image`]: the contents of a moment; a memory can be made from it, and be put back to it.
 //! - [`PollPage`]: the page that instrumented code touches at every safepoint; taking it away stops
 //!   the code.
 
 mod guest;
+mod home;
 mod host;
+mod image;
 mod poll;
 mod record;
 mod region;
@@ -29,9 +31,11 @@ mod tests;
 pub(crate) use host::{
     MemoryOptions, MemoryPlan, configure, new_memory, with_plan, with_plan_and_poll,
 };
+pub(crate) use image::Image;
+pub use image::ImageKind;
 pub(crate) use poll::{HAS_POLL_PAGE, PollPage, is_poll_fault};
-pub use record::{MemoryRecord, MemoryView, OutOfBounds, memory_changes};
-pub use reservation::Reservation;
+pub use record::{MemoryRecord, MemoryUsage, MemoryView, OutOfBounds, memory_changes};
+pub use reservation::Pin;
 
 /// Everything is rounded up to this: a wasm page, and a multiple of every host page size in use.
 const GRANULE: usize = 1 << 16;

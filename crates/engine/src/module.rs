@@ -9,7 +9,7 @@ use wasmtime::ExternType;
 
 use crate::engine::Engine;
 use crate::error::{Error, ErrorCode, Result};
-use crate::instrument::{InstrumentError, InstrumentOptions, instrument};
+use crate::instrument::{InstrumentError, InstrumentOptions, StateMap, instrument};
 use crate::options::Source;
 use crate::pool::Pool;
 use crate::value::{Signature, ValueType};
@@ -31,6 +31,8 @@ pub struct Module {
     pub(crate) main_memory: Option<String>,
     pub(crate) defined_memories: usize,
     pub(crate) has_poll_memory: bool,
+    /// Where its state is, and how it is started.
+    pub(crate) state: StateMap,
     /// Of its largest memory.
     pub(crate) initial_memory_bytes: u64,
 }
@@ -198,7 +200,9 @@ impl Module {
             .collect();
         let mut functions = Vec::new();
         let mut memories = Vec::new();
-        for export in compiled.exports() {
+        // What was put in is nobody's business.
+        let hidden = spliced.state.prefix.as_str();
+        for export in compiled.exports().filter(|e| !e.name().starts_with(hidden)) {
             match export.ty() {
                 ExternType::Func(ty) => functions.push(ExportedFunction {
                     name: export.name().to_owned(),
@@ -223,6 +227,7 @@ impl Module {
             main_memory,
             defined_memories: spliced.defined_memories(),
             has_poll_memory: spliced.has_poll_memory,
+            state: spliced.state,
             initial_memory_bytes: spliced
                 .memories
                 .iter()

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::limits::Limits;
+use crate::memory::ImageKind;
 
 /// How guests are compiled and checked. Two managers with equal options share one engine.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -100,6 +101,16 @@ pub enum BufferReturns {
     MultiValue,
 }
 
+/// What calls on the pool see of each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Isolation {
+    /// The state that the calls before have left in the instance.
+    #[default]
+    Shared,
+    /// Nothing: each begins with the newest snapshot's state, and leaves nothing behind.
+    PerCall,
+}
+
 /// Everything a manager is made of.
 #[derive(Debug, Clone)]
 pub struct ManagerOptions {
@@ -119,6 +130,17 @@ pub struct ManagerOptions {
     pub cache: CacheChoice,
     /// For `invoke`.
     pub abi: BufferAbi,
+    /// What calls see of each other.
+    pub isolation: Isolation,
+    /// How snapshots keep memory.
+    pub images: ImageKind,
+    /// Memories begin on pages that a snapshot can take over without copying: their first touch costs more,
+    /// the first snapshot much less. Default: with isolation per call, and for the next build if a snapshot
+    /// was taken of this one.
+    pub prepares_snapshots: Option<bool>,
+    /// An export that gives the guest other random numbers than the instance that it is a copy of has;
+    /// takes nothing, an i32 or an i64.
+    pub reseed: Option<String>,
     /// Slot 0 is entered synchronously by one home thread (the JS thread).
     pub has_home: bool,
 }
@@ -134,6 +156,10 @@ impl Default for ManagerOptions {
             engine: EngineOptions::default(),
             cache: CacheChoice::default(),
             abi: BufferAbi::default(),
+            isolation: Isolation::default(),
+            images: ImageKind::default(),
+            prepares_snapshots: None,
+            reseed: None,
             has_home: false,
         }
     }

@@ -3,7 +3,7 @@
 //! Never rayon's global pool: its threads would be shared with whatever else lives in the process,
 //! and a guest may keep one for as long as it likes.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -12,45 +12,78 @@ use crate::error::{Error, ErrorCode, Result};
 /// Room beside the guest's own stack: host frames, and the compiler's when it runs on the pool.
 const HOST_STACK_BYTES: usize = 2 << 20;
 
-/// Threads that run calls and compile modules, until [`Pool::end`].
+/// Threads that run calls and compile modules, from their first job until [`Pool::end`].
+///
+/// They begin late because a fork may never need any: a thousand forks are not a thousand threads.
 #[derive(Debug)]
 pub(crate) struct Pool {
     prefix: String,
     threads: usize,
     stack_bytes: usize,
-    inner: RwLock<Option<Arc<ThreadPool>>>,
+    inner: RwLock<Threads>,
+}
+
+#[derive(Debug, Clone)]
+enum Threads {
+    NotYet,
+    Running(Arc<ThreadPool>),
+    Ended,
 }
 
 impl Pool {
     /// * `guest_stack_bytes`: what a call may use (`limits.stackBytes`).
-    pub(crate) fn new(name: &str, threads: usize, guest_stack_bytes: usize) -> Result<Self> {
-        Self::build(
-            thread_name(name),
+    pub(crate) fn new(name: &str, threads: usize, guest_stack_bytes: usize) -> Self {
+        Self {
+            prefix: thread_name(name),
             threads,
-            guest_stack_bytes + HOST_STACK_BYTES,
-        )
+            stack_bytes: guest_stack_bytes + HOST_STACK_BYTES,
+            inner: RwLock::new(Threads::NotYet),
+        }
     }
 
-    /// Another one of the same kind.
+    /// Another one of the same kind, its threads running.
     pub(crate) fn another(&self) -> Result<Self> {
-        Self::build(self.prefix.clone(), self.threads, self.stack_bytes)
+        let other = Self {
+            prefix: self.prefix.clone(),
+            inner: RwLock::new(Threads::NotYet),
+            ..*self
+        };
+        other.start()?;
+        Ok(other)
     }
 
-    fn build(prefix: String, threads: usize, stack_bytes: usize) -> Result<Self> {
-        let named = prefix.clone();
+    /// Starts the threads now, for those who want to hear of a failure.
+    pub(crate) fn start(&self) -> Result<()> {
+        self.running().map(drop)
+    }
+
+    /// The threads; `None` once ended.
+    fn running(&self) -> Result<Option<Arc<ThreadPool>>> {
+        let inner = self.read();
+        match &*inner {
+            Threads::Running(pool) => return Ok(Some(Arc::clone(pool))),
+            Threads::Ended => return Ok(None),
+            Threads::NotYet => drop(inner),
+        }
+        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
+        if matches!(*inner, Threads::NotYet) {
+            *inner = Threads::Running(Arc::new(self.build()?));
+        }
+        Ok(match &*inner {
+            Threads::Running(pool) => Some(Arc::clone(pool)),
+            Threads::NotYet | Threads::Ended => None,
+        })
+    }
+
+    fn build(&self) -> Result<ThreadPool> {
+        let (prefix, threads) = (self.prefix.clone(), self.threads);
         ThreadPoolBuilder::new()
             .num_threads(threads)
-            .thread_name(move |index| format!("{named}-{index}"))
-            .stack_size(stack_bytes)
+            .thread_name(move |index| format!("{prefix}-{index}"))
+            .stack_size(self.stack_bytes)
             // Rayon aborts the process on a panic that nobody handles. Jobs catch their own; this is the net.
             .panic_handler(drop)
             .build()
-            .map(|pool| Self {
-                prefix,
-                threads,
-                stack_bytes,
-                inner: RwLock::new(Some(Arc::new(pool))),
-            })
             .map_err(|e| {
                 Error::new(
                     ErrorCode::Internal,
@@ -59,39 +92,37 @@ impl Pool {
             })
     }
 
-    /// Runs `job` on a pool thread; on this one if the pool has ended, so that nothing is lost.
+    /// Runs `job` on a pool thread; on this one if the pool has ended, or the system refuses threads, so that
+    /// nothing is lost.
     pub(crate) fn spawn(&self, job: impl FnOnce() + Send + 'static) {
-        let pool = self.inner.read().unwrap_or_else(PoisonError::into_inner);
-        match &*pool {
-            Some(pool) => pool.spawn_fifo(job),
-            None => {
-                drop(pool);
-                job();
-            }
+        if let Threads::Running(pool) = &*self.read() {
+            pool.spawn_fifo(job);
+            return;
         }
+        match self.running() {
+            Ok(Some(pool)) => pool.spawn_fifo(job),
+            Ok(None) | Err(_) => job(),
+        }
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Threads> {
+        self.inner.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs `job` inside the pool and waits for it, so that parallel compilation uses these threads.
     pub(crate) fn install<R: Send>(&self, job: impl FnOnce() -> R + Send) -> R {
-        let pool = self
-            .inner
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        match pool {
-            Some(pool) => pool.install(job),
-            None => job(),
+        match self.running() {
+            Ok(Some(pool)) => pool.install(job),
+            Ok(None) | Err(_) => job(),
         }
     }
 
     /// Ends the threads once they are idle. They must have nothing left to do.
     pub(crate) fn end(&self) {
-        let pool = self
-            .inner
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        drop(pool);
+        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
+        let threads = std::mem::replace(&mut *inner, Threads::Ended);
+        drop(inner);
+        drop(threads);
     }
 }
 

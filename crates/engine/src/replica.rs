@@ -21,14 +21,18 @@ use wasmtime::{
     ValRaw,
 };
 
+use crate::capture::{Captured, Reach, SavedTable};
 use crate::deadline::Deadline;
 use crate::engine::Engine;
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::{Host, ImportValue, host_function, number_from_raw, number_to_raw};
 use crate::interrupt::{Interrupter, Stop};
 use crate::limits::{Limiter, Limits};
-use crate::memory::{MemoryPlan, MemoryRecord, new_memory, with_plan, with_plan_and_poll};
+use crate::memory::{
+    ImageKind, MemoryPlan, MemoryRecord, MemoryUsage, new_memory, with_plan, with_plan_and_poll,
+};
 use crate::module::{Import, ImportKind, Module};
+use crate::snapshot::{Origin, Snapshot};
 use crate::trap::triage;
 use crate::value::{FuncHandle, Signature, Value, ValueType, default_val, null_ref};
 
@@ -64,7 +68,15 @@ struct Live {
     functions: Vec<Option<FuncHandle>>,
     memories: Vec<Arc<MemoryRecord>>,
     main_memory: Option<Arc<MemoryRecord>>,
+    reach: Reach,
 }
+
+/// The tables of an instance as they were when their flags were last cleared: at a capture, or when a
+/// state was put back.
+type KnownTables = Option<Vec<Arc<SavedTable>>>;
+
+/// A snapshot's number and its state.
+type StandsOn = Option<(u64, Arc<Captured>)>;
 
 /// One instance, its store and its memories.
 pub struct Replica {
@@ -86,6 +98,11 @@ pub struct Replica {
     /// Types of functions that came out as funcrefs and are no exports.
     types: Mutex<HashMap<usize, Signature>>,
     live: OnceLock<Live>,
+    known_tables: Mutex<KnownTables>,
+    /// What it was last captured as, or given: while it is [pristine](Self::is_pristine) it is that.
+    stands_on: Mutex<StandsOn>,
+    /// The snapshot whose state the instance has, and nobody has been inside since; 0 for none.
+    pristine: AtomicU64,
     /// Entered only by the thread that holds the replica. `None` once released.
     store: UnsafeCell<Option<Store<Guest>>>,
 }
@@ -111,17 +128,22 @@ pub(crate) struct Blueprint {
     pub(crate) engine: Engine,
     pub(crate) module: Arc<Module>,
     pub(crate) limits: Limits,
+    /// How snapshots keep memory.
+    pub(crate) images: ImageKind,
+    /// Memories begin on pages that a snapshot can take over without copying.
+    pub(crate) prepares_snapshots: bool,
 }
 
 impl Blueprint {
-    /// Makes one instance: store, imports, instantiation, start function, `_initialize`.
+    /// Makes one instance: store, imports, instantiation, and then start function and `_initialize`, or
+    /// the state of a snapshot.
     ///
     /// * `known`: is told of the replica before any guest code runs, so that it can be stopped.
     pub(crate) fn instantiate(
         &self,
         host: &dyn Host,
-        slot: usize,
-        generation: Generation,
+        (slot, generation): (usize, Generation),
+        from: Option<&Origin>,
         known: impl FnOnce(&Arc<Replica>),
     ) -> Result<Arc<Replica>> {
         static NEXT_ID: AtomicU64 = AtomicU64::new(1);
@@ -174,12 +196,18 @@ impl Blueprint {
             externrefs: AtomicU64::new(0),
             types: Mutex::default(),
             live: OnceLock::new(),
+            known_tables: Mutex::default(),
+            stands_on: Mutex::default(),
+            pristine: AtomicU64::new(0),
             store: UnsafeCell::new(Some(store)),
         });
         known(&replica);
         let imports = host.imports(&replica, &self.module)?;
         // SAFETY: nobody else can enter a replica that has no exports yet.
-        let outcome = unsafe { replica.bring_up(&imports, &self.limits) };
+        let outcome = unsafe { replica.bring_up(&imports, self, from.map(|from| &*from.captured)) };
+        if let Some(from) = from {
+            replica.begins_as(from.snapshot.id(), Arc::clone(&from.captured));
+        }
         if outcome.is_err() {
             // SAFETY: as above; the guest has been left.
             unsafe { replica.release() };
@@ -231,6 +259,15 @@ impl Replica {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
+    }
+
+    /// A failure that the engine knows nothing of has left the guest in the middle of something.
+    pub(crate) fn poison_with(&self, error: &Error) {
+        *self
+            .last_trap
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(error.clone());
+        self.poison();
     }
 
     pub(crate) fn poison(&self) {
@@ -330,7 +367,13 @@ impl Replica {
 
     /// # Safety
     /// The calling thread holds the replica, which has not been instantiated yet.
-    unsafe fn bring_up(self: &Arc<Self>, imports: &[ImportValue], limits: &Limits) -> Result<()> {
+    unsafe fn bring_up(
+        self: &Arc<Self>,
+        imports: &[ImportValue],
+        blueprint: &Blueprint,
+        captured: Option<&Captured>,
+    ) -> Result<()> {
+        let limits = &blueprint.limits;
         // SAFETY: the caller holds the replica, and no other reference into the store exists yet.
         let cell = unsafe { &mut *self.store.get() };
         let store = cell.as_mut().ok_or_else(|| self.stale())?;
@@ -345,9 +388,16 @@ impl Replica {
                 })
             })
             .transpose()?;
-        let outcome = self.instantiate(store, imports, limits).and_then(|live| {
+        let made = self.instantiate(store, imports, blueprint, captured);
+        let outcome = made.and_then(|live| {
             let _ = self.live.set(live);
-            self.run_initialize()
+            match captured {
+                Some(captured) => {
+                    *self.known_tables() = Some(captured.tables.clone());
+                    Ok(())
+                }
+                None => self.run_initialize(),
+            }
         });
         drop(deadline);
         self.interrupter.end(run);
@@ -358,21 +408,33 @@ impl Replica {
         &self,
         store: &mut Store<Guest>,
         imports: &[ImportValue],
-        limits: &Limits,
+        blueprint: &Blueprint,
+        captured: Option<&Captured>,
     ) -> Result<Live> {
+        let limits = &blueprint.limits;
         limits.check_memory(self.module.name(), self.module.initial_memory_bytes)?;
         if let Some(fuel) = self.fuel {
             store.set_fuel(fuel).map_err(Error::internal)?;
         }
         let module = &self.module;
+        if let Some(captured) = captured {
+            limits.check_memory(module.name(), captured.largest_memory_bytes())?;
+        }
+        let mut images = captured.map_or_else(Vec::new, |captured| captured.memories.clone());
+        let plan = |guests: usize, poll: bool, images: Vec<_>| MemoryPlan {
+            guests,
+            poll,
+            images,
+            kind: blueprint.images,
+            prepared: blueprint.prepares_snapshots,
+        };
         let mut memories = Vec::new();
         let mut main_memory = None;
         let mut externs = Vec::with_capacity(imports.len());
         for (import, value) in module.imports().iter().zip(imports) {
-            let plan = MemoryPlan {
-                guests: 1,
-                poll: false,
-            };
+            let is_memory = matches!(value, ImportValue::Memory { .. });
+            let image = (is_memory && !images.is_empty()).then(|| images.remove(0));
+            let plan = plan(1, false, image.into_iter().collect());
             let (made, created) = with_plan(plan, || link(store, import, value, self.id));
             externs.push(made.map_err(|e| self.refused(store, e))?);
             if let Some(record) = created.guests.into_iter().next() {
@@ -382,10 +444,7 @@ impl Replica {
                 memories.push(record);
             }
         }
-        let plan = MemoryPlan {
-            guests: module.defined_memories,
-            poll: module.has_poll_memory,
-        };
+        let plan = plan(module.defined_memories, module.has_poll_memory, images);
         let interrupter = Arc::clone(&self.interrupter);
         let (instance, created) = with_plan_and_poll(
             plan,
@@ -395,6 +454,15 @@ impl Replica {
         );
         let instance = instance.map_err(|e| self.start_failed(store, e))?;
         memories.extend(created.guests);
+        let reach = Reach::find(&mut *store, instance, &module.state)?;
+        match captured {
+            Some(captured) => reach.put_rest_back(&mut *store, module, captured, None)?,
+            None => {
+                reach.size_tables(&mut *store)?;
+                self.start(store, &instance)
+                    .map_err(|e| self.start_failed(store, e))?;
+            }
+        }
         if let Some(name) = &module.main_memory {
             main_memory = self
                 .find_memory(store, &instance, name, &memories)
@@ -421,7 +489,62 @@ impl Replica {
             functions,
             memories,
             main_memory,
+            reach,
         })
+    }
+
+    /// Does what belongs to instantiation, but is done on its own: sets the sizes of imported tables,
+    /// copies the data segments, and runs the start function.
+    fn start(&self, store: &mut Store<Guest>, instance: &Instance) -> wasmtime::Result<()> {
+        let state = &self.module.state;
+        for table in state.tables.iter().filter(|table| table.imported) {
+            let Some(size) = &table.size else {
+                continue;
+            };
+            let real = instance.get_table(&mut *store, &table.name);
+            let global = instance.get_global(&mut *store, size);
+            if let (Some(real), Some(global)) = (real, global) {
+                // Whoever gave it may have made it larger than it has to be.
+                let real = real.size(&*store).cast_signed();
+                let value = match global.ty(&*store).content() {
+                    wasmtime::ValType::I64 => Val::I64(real),
+                    _ => Val::I32(real as i32),
+                };
+                global.set(&mut *store, value)?;
+            }
+        }
+        if let Some(init) = &state.init {
+            if let Some(fuel) = self.fuel {
+                // Copying costs nothing.
+                store.set_fuel(u64::MAX)?;
+                self.call_hidden(store, instance, init)
+                    .and_then(|()| store.set_fuel(fuel))
+            } else {
+                self.call_hidden(store, instance, init)
+            }
+            // Nor is it seen in the stack.
+            .map_err(|error| match error.downcast_ref::<wasmtime::Trap>() {
+                Some(trap) => wasmtime::Error::from(*trap),
+                None => error,
+            })?;
+        }
+        match &state.start {
+            Some(start) => self.call_hidden(store, instance, start),
+            None => Ok(()),
+        }
+    }
+
+    #[expect(clippy::unused_self, reason = "reads better beside its only caller")]
+    fn call_hidden(
+        &self,
+        store: &mut Store<Guest>,
+        instance: &Instance,
+        name: &str,
+    ) -> wasmtime::Result<()> {
+        instance
+            .get_func(&mut *store, name)
+            .ok_or_else(|| Error::internal("a hidden function is missing"))?
+            .call(&mut *store, &[], &mut [])
     }
 
     /// An exported memory is known by the address of its pages.
@@ -526,6 +649,7 @@ impl Replica {
             if let Some(fuel) = self.fuel {
                 self.refuel(&mut context, fuel);
             }
+            self.pristine.store(0, Ordering::Relaxed);
             // SAFETY: contract of this function; `RawValue` is `ValRaw`.
             unsafe { func.func.call_unchecked(context, raw) }
         };
@@ -621,6 +745,7 @@ impl Replica {
         if let Some(fuel) = self.fuel {
             self.refuel(&mut context, fuel);
         }
+        self.pristine.store(0, Ordering::Relaxed);
         let made = args
             .iter()
             .filter(|v| matches!(v, Value::Extern(Some(_))))
@@ -718,11 +843,7 @@ impl Replica {
         let what = format!("{}: {what}", self.module.name());
         let error = triage(error, &what, self.interrupter.pending(), self.fuel);
         if error.poisons_instance() {
-            *self
-                .last_trap
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner) = Some(error.clone());
-            self.poison();
+            self.poison_with(&error);
         }
         error
     }
@@ -748,6 +869,201 @@ impl Replica {
         )
     }
 
+    // ------------------------------------------------------------------ state
+
+    fn known_tables(&self) -> std::sync::MutexGuard<'_, KnownTables> {
+        self.known_tables
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn stands_on(&self) -> std::sync::MutexGuard<'_, StandsOn> {
+        self.stands_on
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nobody has been inside since its state is that.
+    fn begins_as(&self, snapshot: u64, captured: Arc<Captured>) {
+        *self.stands_on() = Some((snapshot, captured));
+        self.pristine.store(snapshot, Ordering::Relaxed);
+    }
+
+    /// The snapshot is released: it is not kept alive for what could be had from it quickly.
+    pub(crate) fn forget(&self, snapshot: &Snapshot) {
+        let mut stands_on = self.stands_on();
+        if stands_on
+            .as_ref()
+            .is_some_and(|(id, _)| *id == snapshot.id())
+        {
+            *stands_on = None;
+        }
+    }
+
+    fn live(&self) -> Result<&Live> {
+        self.live
+            .get()
+            .ok_or_else(|| Error::internal("an instance that is not made yet"))
+    }
+
+    /// Reads out the instance's state.
+    ///
+    /// * `bounds`: as for [`Reach::capture`]; beyond them it is [`ErrorCode::Busy`].
+    ///
+    /// # Safety
+    /// The calling thread holds the replica, and no call of it is on any stack.
+    ///
+    /// # Errors
+    /// [`ErrorCode::SnapshotUnsupported`] with the reason, and nothing has changed.
+    pub(crate) unsafe fn capture(
+        &self,
+        snapshot: u64,
+        bounds: (usize, bool),
+    ) -> Result<Arc<Captured>> {
+        let live = self.live()?;
+        {
+            // What nobody has touched since need not be looked through again.
+            let mut stands_on = self.stands_on();
+            if let Some((id, captured)) = &mut *stands_on
+                && self.is_pristine_since(*id)
+            {
+                *id = snapshot;
+                self.pristine.store(snapshot, Ordering::Relaxed);
+                return Ok(Arc::clone(captured));
+            }
+            // Else its images would count as somebody's, and could not be written on in place.
+            *stands_on = None;
+        }
+        let mut known = self.known_tables();
+        let read = |context: StoreContextMut<'_, Guest>| {
+            live.reach.capture(
+                context,
+                &self.module,
+                &live.memories,
+                known.as_deref(),
+                bounds,
+            )
+        };
+        // SAFETY: contract of this function.
+        let captured = unsafe { self.with_context(read) }.unwrap_or_else(|| Err(self.stale()))?;
+        *known = Some(captured.tables.clone());
+        let captured = Arc::new(captured);
+        self.begins_as(snapshot, Arc::clone(&captured));
+        Ok(captured)
+    }
+
+    /// Gives the instance the state of a snapshot. A trap that it had means nothing then. Returns how
+    /// many bytes of memory had been dirty, if that is `counted`.
+    ///
+    /// # Safety
+    /// The calling thread holds the replica, and no call of it is on any stack.
+    ///
+    /// # Errors
+    /// [`ErrorCode::Internal`] where the system refuses; the instance is then poisoned.
+    pub(crate) unsafe fn reset(&self, to: &Origin, counted: bool) -> Result<usize> {
+        let captured = &to.captured;
+        let live = self.live()?;
+        let mut known = self.known_tables();
+        let had_externs = live.reach.has_tables();
+        let write = |mut context: StoreContextMut<'_, Guest>| {
+            let outcome = live.reach.put_back(
+                &mut context,
+                &self.module,
+                &live.memories,
+                captured,
+                (known.as_deref(), counted),
+            );
+            if counted && (captured.externs > 0 || had_externs) {
+                // What the host gave the guest since is let go of now, not some time.
+                let _ = context.gc(None);
+            } else {
+                self.collect_now_and_then(&mut context, captured.externs);
+            }
+            outcome
+        };
+        // SAFETY: contract of this function.
+        let outcome = unsafe { self.with_context(write) }.unwrap_or_else(|| Err(self.stale()));
+        match outcome {
+            Ok(dirty_bytes) => {
+                *known = Some(captured.tables.clone());
+                *self
+                    .last_trap
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner) = None;
+                self.is_poisoned.store(false, Ordering::Release);
+                self.begins_as(to.snapshot.id(), Arc::clone(captured));
+                Ok(dirty_bytes)
+            }
+            Err(error) => {
+                self.pristine.store(0, Ordering::Relaxed);
+                self.poison();
+                Err(error)
+            }
+        }
+    }
+
+    /// Whether a reset would do: after a fault of ours nobody knows what the instance is worth.
+    pub(crate) fn can_be_reset(&self) -> bool {
+        let lost = |error: &Error| error.code() == Some(ErrorCode::Internal);
+        !self.is_poisoned() || self.last_trap().is_some_and(|error| !lost(&error))
+    }
+
+    /// Whether nobody has been inside, or written to its memories, since it got the state of that snapshot.
+    pub(crate) fn is_pristine(&self, snapshot: &Snapshot) -> bool {
+        self.is_pristine_since(snapshot.id())
+    }
+
+    fn is_pristine_since(&self, snapshot: u64) -> bool {
+        let untouched = |live: &Live| live.memories.iter().all(|m| m.is_untouched());
+        self.pristine.load(Ordering::Relaxed) == snapshot && self.live.get().is_some_and(untouched)
+    }
+
+    /// Calls an export that takes no parameter, or one number, with bits that nobody can guess.
+    ///
+    /// # Safety
+    /// The calling thread holds the replica.
+    ///
+    /// # Errors
+    /// [`ErrorCode::ExportNotFound`], [`ErrorCode::InvalidArgument`] for another signature; else however
+    /// the guest ended.
+    pub(crate) unsafe fn reseed(&self, export: &str) -> Result<()> {
+        let index = self.module.function_index(export)?;
+        let missing = || self.missing(index);
+        let func = self.function(index).ok_or_else(missing)?;
+        let function = self.module.functions().get(index).ok_or_else(missing)?;
+        let bits = random_bits()?;
+        let arg = match &*function.signature.params {
+            [] => None,
+            [ValueType::I32] => Some(RawValue::i32(bits as i32)),
+            [ValueType::I64] => Some(RawValue::i64(bits as i64)),
+            _ => {
+                return Err(Error::invalid(format!(
+                    "options.reseed names '{export}' of {}, which is {}; it must take nothing, an i32 or an \
+                     i64",
+                    self.module.name(),
+                    function.signature
+                )));
+            }
+        };
+        let args = arg.iter().zip(&*function.signature.params);
+        let args = args.map(|(arg, ty)| arg.to_value(*ty)).collect();
+        // SAFETY: contract of this function; the signature is the export's.
+        unsafe { self.call_typed(&func, &function.signature, args) }.map(drop)
+    }
+
+    /// What its memories hold, over all of them.
+    pub fn memory_usage(&self) -> MemoryUsage {
+        let mut sum = MemoryUsage::default();
+        if let Some(live) = self.live.get()
+            && !self.is_released()
+        {
+            for record in &live.memories {
+                sum += record.usage();
+            }
+        }
+        sum
+    }
+
     /// Drops the store: memory goes back to the system here. Idempotent.
     ///
     /// # Safety
@@ -757,6 +1073,8 @@ impl Replica {
         // SAFETY: contract of this function.
         let store = unsafe { &mut *self.store.get() }.take();
         drop(store);
+        *self.stands_on() = None;
+        *self.known_tables() = None;
         self.interrupter.released();
     }
 }
@@ -785,6 +1103,16 @@ fn look_up_at_polls(
                 .unwrap_or(false)
         });
     }
+}
+
+/// From the system's own source.
+fn random_bits() -> Result<u64> {
+    getrandom::u64().map_err(|e| {
+        Error::new(
+            ErrorCode::Internal,
+            format!("the system gives no random numbers for options.reseed: {e}"),
+        )
+    })
 }
 
 /// A number in the engine's own representation.

@@ -63,6 +63,7 @@ struct Inner {
     calls: CallCounts,
     reloads: BTreeMap<String, u64>,
     reloads_failed: u64,
+    resets: u64,
     run: Hdr<u64>,
     wait: Hdr<u64>,
     pause: Hdr<u64>,
@@ -73,11 +74,17 @@ pub(crate) struct Stats(Mutex<Inner>);
 
 impl Stats {
     pub(crate) fn new() -> Result<Self> {
-        let histogram = || Hdr::new_with_bounds(100, LONGEST_NS, 2).map_err(Error::internal);
+        // They grow with what they record: a thousand forks have three thousand of them.
+        let histogram = || -> Result<Hdr<u64>> {
+            let mut small = Hdr::new_with_bounds(100, 200, 2).map_err(Error::internal)?;
+            small.auto(true);
+            Ok(small)
+        };
         Ok(Self(Mutex::new(Inner {
             calls: CallCounts::default(),
             reloads: BTreeMap::new(),
             reloads_failed: 0,
+            resets: 0,
             run: histogram()?,
             wait: histogram()?,
             pause: histogram()?,
@@ -88,17 +95,25 @@ impl Stats {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(crate) fn was_reset(&self) {
+        self.lock().resets += 1;
+    }
+
+    pub(crate) fn resets(&self) -> u64 {
+        self.lock().resets
+    }
+
     pub(crate) fn rejected(&self) {
         self.lock().calls.rejected += 1;
     }
 
     pub(crate) fn waited(&self, time: Duration) {
-        self.lock().wait.saturating_record(nanoseconds(time));
+        record(&mut self.lock().wait, time);
     }
 
     pub(crate) fn ran(&self, time: Duration, outcome: &Result<Outcome>) {
         let mut inner = self.lock();
-        inner.run.saturating_record(nanoseconds(time));
+        record(&mut inner.run, time);
         inner.calls.count(outcome.as_ref().err());
     }
 
@@ -125,7 +140,7 @@ impl Stats {
     }
 
     pub(crate) fn paused(&self, pause: Duration) {
-        self.lock().pause.saturating_record(nanoseconds(pause));
+        record(&mut self.lock().pause, pause);
     }
 
     pub(crate) fn reload_failed(&self) {
@@ -172,8 +187,10 @@ impl CallCounts {
     }
 }
 
-fn nanoseconds(time: Duration) -> u64 {
-    u64::try_from(time.as_nanos()).unwrap_or(LONGEST_NS)
+fn record(histogram: &mut Hdr<u64>, time: Duration) {
+    let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(LONGEST_NS);
+    // It resizes itself for whatever is not too long, so there is nothing to fail.
+    let _ = histogram.record(nanoseconds.min(LONGEST_NS));
 }
 
 fn read(histogram: &Hdr<u64>) -> Histogram {

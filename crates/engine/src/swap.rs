@@ -16,6 +16,7 @@ use crate::manager::{Event, HookScope, Making, ManagerState, Replaced, Shared, i
 use crate::options::Source;
 use crate::pool::Pool;
 use crate::replica::{Blueprint, Replica};
+use crate::snapshot::Snapshot;
 use crate::trace;
 use crate::value::HostRef;
 
@@ -184,6 +185,7 @@ fn run_traced(
         previous,
         states: Vec::new(),
         next: Vec::new(),
+        captured: None,
         old,
         pool: None,
         memory_bytes_before: 0,
@@ -263,6 +265,8 @@ struct Swap<'a> {
     previous: Generation,
     states: Vec<Option<HostRef>>,
     next: Vec<Arc<Replica>>,
+    /// Isolation per call: what the calls of the next generation begin with, if that is new.
+    captured: Option<Arc<Snapshot>>,
     old: Vec<Arc<Replica>>,
     /// Rolling: the threads of the next generation.
     pool: Option<Arc<Pool>>,
@@ -331,6 +335,8 @@ impl Swap<'_> {
             engine: module.engine.clone(),
             module: Arc::new(module),
             limits: self.blueprint.limits.clone(),
+            images: self.blueprint.images,
+            prepares_snapshots: self.shared.prepares_snapshots(),
         }))
     }
 
@@ -338,11 +344,10 @@ impl Swap<'_> {
         let making = Making {
             blueprint: &self.blueprint,
             generation: self.previous.next(),
+            from: self.shared.origin(&self.blueprint.module),
             scope: self.scope.clone(),
         };
-        for slot in 0..self.old.len() {
-            self.next.push(self.shared.make_replica(&making, slot)?);
-        }
+        (self.next, self.captured) = self.shared.make_replicas(making, self.old.len())?;
         Ok(())
     }
 
@@ -470,6 +475,13 @@ impl Backend for Swap<'_> {
                 return Err(trap);
             }
         }
+        // Isolated calls begin with a snapshot: what was just restored has to be in it.
+        if self.shared.isolates_calls()
+            && self.states.iter().any(Option::is_some)
+            && let Some(first) = self.next.first()
+        {
+            self.captured = Some(self.shared.capture_of(first, &self.blueprint)?);
+        }
         Ok(())
     }
 
@@ -480,14 +492,16 @@ impl Backend for Swap<'_> {
         let reason = self.options.reason.clone();
         let closed_at = Arc::clone(&self.closed_at);
         let published = Arc::clone(&self.published);
+        let captured = self.captured.take();
         // If the home is gone nothing is published, and `run` sees that.
         let _ = self.shared.host.at_home(Box::new(move |_| {
             {
                 let mut serving = shared.lock_serving();
                 serving.generation = change.generation;
-                serving.blueprint = Some(blueprint);
+                serving.blueprint = Some(Arc::clone(&blueprint));
                 serving.replicas.clone_from(&change.new);
             }
+            shared.adopt(&blueprint.module, captured);
             shared.stats.reloaded(&reason);
             shared.set_state(ManagerState::Ready);
             shared.host.replaced(&change);
@@ -512,6 +526,7 @@ impl Backend for Swap<'_> {
         let reason = self.options.reason.clone();
         let published = Arc::clone(&self.published);
         let pool = self.pool.take();
+        let captured = self.captured.take();
         let _ = self.shared.host.at_home(Box::new(move |home| {
             // Steps do not run at home while it is inside; if one did, it must not swap what is in use.
             if home.is_some_and(|home| home.depth() > 0) {
@@ -520,10 +535,11 @@ impl Backend for Swap<'_> {
             let started = Instant::now();
             let cohort = {
                 let mut serving = shared.lock_serving();
-                serving.blueprint = Some(blueprint);
+                serving.blueprint = Some(Arc::clone(&blueprint));
                 let pool = pool.unwrap_or_else(|| Arc::clone(&serving.pool));
                 serving.roll(change.generation, change.new.clone(), pool)
             };
+            shared.adopt(&blueprint.module, captured);
             shared.stats.reloaded(&reason);
             shared.set_state(ManagerState::Ready);
             // A panic of the host's must not leave the gate behind what serves.

@@ -21,6 +21,8 @@ pub enum Point {
     Save,
     /// Before `restoreState`.
     Restore,
+    /// Before `reseed`.
+    Reseed,
     /// Before a step goes home.
     AtHome,
     /// When instances were replaced (cannot fail).
@@ -268,6 +270,19 @@ impl Host for Faults {
         // It cannot fail, so only the other faults make sense here.
         drop(self.pass(Point::Replaced));
         self.inner.replaced(change);
+    }
+
+    fn rewound(&self, replicas: &[Arc<Replica>]) {
+        self.inner.rewound(replicas);
+    }
+
+    fn reseeds(&self) -> bool {
+        self.inner.reseeds() || self.planned().iter().any(|p| p.point == Point::Reseed)
+    }
+
+    fn reseed(&self, lease: &Arc<Lease>) -> Result<()> {
+        self.pass_with(Point::Reseed, Some(lease))?;
+        self.inner.reseed(lease)
     }
 
     fn revoked(&self, lease: &Arc<Lease>) {

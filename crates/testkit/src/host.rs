@@ -41,6 +41,7 @@ pub struct Script {
     initialize: Option<Box<Initialize>>,
     save: Option<Box<Save>>,
     restore: Option<Box<Restore>>,
+    reseed: Option<Box<Initialize>>,
     watch: Option<Arc<Watch>>,
 }
 
@@ -115,6 +116,13 @@ impl Script {
         self
     }
 
+    /// The `reseed` hook.
+    #[must_use]
+    pub fn reseed(mut self, f: impl Fn(&Arc<Lease>) -> Result<()> + Send + Sync + 'static) -> Self {
+        self.reseed = Some(Box::new(f));
+        self
+    }
+
     /// Has guests ask whether their thread must end.
     #[must_use]
     pub fn ending(mut self, is_ending: impl Fn() -> bool + Send + Sync + 'static) -> Self {
@@ -139,6 +147,7 @@ struct Log {
     events: Vec<Event>,
     changes: Vec<Change>,
     released: usize,
+    rewound: Vec<u64>,
     leases: Vec<Weak<Lease>>,
 }
 
@@ -176,6 +185,11 @@ impl TestHost {
     /// Everything that happened so far.
     pub fn events(&self) -> Vec<Event> {
         self.log().events.clone()
+    }
+
+    /// The instances that were given the state of a snapshot, in order.
+    pub fn rewound(&self) -> Vec<u64> {
+        self.log().rewound.clone()
     }
 
     /// How many of those are meant by `is`.
@@ -329,6 +343,21 @@ impl Host for TestHost {
                 lease.release();
             }
         }
+    }
+
+    fn rewound(&self, replicas: &[Arc<Replica>]) {
+        self.log().rewound.extend(replicas.iter().map(|r| r.id()));
+    }
+
+    fn reseeds(&self) -> bool {
+        self.script.reseed.is_some()
+    }
+
+    fn reseed(&self, lease: &Arc<Lease>) -> Result<()> {
+        self.script
+            .reseed
+            .as_ref()
+            .map_or(Ok(()), |hook| hook(lease))
     }
 
     /// There are no views, and the engine releases the lease itself.

@@ -6,7 +6,8 @@ use std::time::Duration;
 use wasm_molt_engine::{
     CacheChoice, CallControl, CallLimits, Error, ErrorCode, Event, Home, Host, Job, Lease,
     LeaseInside, Manager, ManagerOptions, ManagerState, ManagerStats, Outcome, ReloadOptions,
-    ReloadReport, Replica, Result, Source, Value, WaitId, Work,
+    ReloadReport, Replica, ResetOptions, ResetReport, Result, Snapshot, SnapshotControl, Source,
+    Value, WaitId, Work,
 };
 
 use crate::faults::Faults;
@@ -390,6 +391,68 @@ impl Rig {
     #[track_caller]
     pub fn reload_now(&self, options: ReloadOptions) -> Result<Arc<ReloadReport>> {
         self.there(move |m, home| m.reload_now(home, &options))
+    }
+
+    /// Asks for a snapshot.
+    pub fn ask_snapshot(&self) -> (Answer<Result<Arc<Snapshot>>>, SnapshotControl) {
+        let (done, taken) = answer("snapshot()");
+        let control = self.manager.snapshot(Box::new(done));
+        (taken, control)
+    }
+
+    /// Takes a snapshot.
+    #[track_caller]
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        match self.ask_snapshot().0.get() {
+            Ok(snapshot) => snapshot,
+            Err(error) => panic!("no snapshot: {error}"),
+        }
+    }
+
+    /// Asks for a reset.
+    pub fn ask_reset(&self, options: ResetOptions) -> Answer<Result<ResetReport>> {
+        let (done, reset) = answer("reset()");
+        self.manager.reset(options, Box::new(done));
+        reset
+    }
+
+    /// Resets to that snapshot, or to the newest.
+    #[track_caller]
+    pub fn reset(&self, to: Option<&Arc<Snapshot>>) -> ResetReport {
+        let options = ResetOptions {
+            to: to.cloned(),
+            ..ResetOptions::default()
+        };
+        match self.ask_reset(options).get() {
+            Ok(report) => report,
+            Err(error) => panic!("the reset failed: {error}"),
+        }
+    }
+
+    /// Resets on the home thread.
+    #[track_caller]
+    pub fn reset_now(&self, options: ResetOptions) -> Result<ResetReport> {
+        self.there(move |m, home| m.reset_now(home, &options))
+    }
+
+    /// Takes a snapshot on the home thread.
+    #[track_caller]
+    pub fn snapshot_now(&self) -> Result<Arc<Snapshot>> {
+        self.there(Manager::snapshot_now)
+    }
+
+    /// Starts `child`, which was made and not started, as a copy.
+    pub fn fork_into(&self, child: &Self) -> Result<()> {
+        let (done, forked) = answer("fork()");
+        let manager = child.manager.clone();
+        self.there(move |m, home| match home {
+            Some(home) => match m.fork_now(home, &manager) {
+                Some(outcome) => done(outcome),
+                None => m.fork(&manager, Box::new(done)),
+            },
+            None => m.fork(&manager, Box::new(done)),
+        });
+        forked.get()
     }
 
     /// Asks for the end.

@@ -3,12 +3,13 @@
 //! Modules have megabytes of code, and this happens at every start, even when the compiled code
 //! comes from a cache. So the instructions that real modules consist of are stepped over by a
 //! table; a body with anything else in it is read again, from its beginning, by `wasmparser`.
-//! Neither validates: that is done on what is spliced. Only memories are looked at here, since what
-//! is spliced has one more of them than the module may name.
+//! Neither validates: that is done on what is spliced. Only mentions of what splicing adds to
+//! (memories, types, functions, globals, data segments) are looked at here, since what is spliced has
+//! more of them than the module may name.
 
-use wasmparser::{FunctionBody, MemArg, Operator};
+use wasmparser::{BlockType, FunctionBody, HeapType, MemArg, Operator, RefType, ValType};
 
-use super::{InstrumentError, Result, unknown_memory};
+use super::{InstrumentError, Result};
 
 /// A place where a poll may go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +33,139 @@ impl Site {
     }
 }
 
+/// An instruction that touches state which the host cannot reach by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Rare {
+    /// Its place in the module.
+    pub(super) at: usize,
+    pub(super) end: usize,
+    pub(super) what: What,
+}
+
+/// What such an instruction does, with its immediates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum What {
+    /// Only through tables that may grow, and tail calls too.
+    CallIndirect(u32),
+    TableGet(u32),
+    TableSet(u32),
+    TableSize(u32),
+    TableGrow(u32),
+    TableFill(u32),
+    TableCopy {
+        to: u32,
+        from: u32,
+    },
+    TableInit {
+        segment: u32,
+        table: u32,
+    },
+    MemoryInit {
+        segment: u32,
+        memory: u32,
+    },
+    DataDrop(u32),
+    NewData {
+        ty: u32,
+        segment: u32,
+    },
+    InitData {
+        ty: u32,
+        segment: u32,
+    },
+    ElemDrop,
+    /// `extern.convert_any`.
+    ConvertAny,
+    /// `ref.func` of the start function.
+    RefStart,
+}
+
+/// What can be named by an index, and of what more will be there than the module has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Space {
+    Memory,
+    Type,
+    Function,
+    Global,
+    Data,
+}
+
+/// How many of these a module has: it must name no other.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Declared {
+    pub(super) memories: u32,
+    pub(super) types: u32,
+    pub(super) functions: u32,
+    pub(super) globals: u32,
+    /// As counted ahead of the code; instructions must name none otherwise.
+    pub(super) data: Option<u32>,
+    /// For each table, whether it may grow.
+    pub(super) may_grow: Vec<bool>,
+    pub(super) start: Option<u32>,
+}
+
+impl Declared {
+    pub(super) fn check(&self, space: Space, index: u32, offset: usize) -> Result<()> {
+        let malformed = |message| Err(InstrumentError::Malformed { offset, message });
+        let (count, what) = match space {
+            Space::Memory => (self.memories, "memory"),
+            Space::Type => (self.types, "type"),
+            Space::Function => (self.functions, "function"),
+            Space::Global => (self.globals, "global"),
+            Space::Data => match self.data {
+                Some(count) => (count, "data segment"),
+                None => return malformed("data count section required".into()),
+            },
+        };
+        if index < count {
+            return Ok(());
+        }
+        malformed(format!("unknown {what} {index}"))
+    }
+
+    pub(super) fn check_type(&self, ty: ValType, offset: usize) -> Result<()> {
+        match of_val_type(ty) {
+            Some((space, index)) => self.check(space, index, offset),
+            None => Ok(()),
+        }
+    }
+
+    fn may_grow(&self, table: u32) -> bool {
+        self.may_grow.get(table as usize) == Some(&true)
+    }
+}
+
+/// What an immediate names.
+type Mention = Option<(Space, u32)>;
+
+fn of_heap_type(ty: HeapType) -> Mention {
+    match ty {
+        HeapType::Abstract { .. } => None,
+        HeapType::Concrete(index) | HeapType::Exact(index) => {
+            index.as_module_index().map(|index| (Space::Type, index))
+        }
+    }
+}
+
+fn of_ref_type(ty: RefType) -> Mention {
+    of_heap_type(ty.heap_type())
+}
+
+fn of_val_type(ty: ValType) -> Mention {
+    match ty {
+        ValType::Ref(ty) => of_ref_type(ty),
+        _ => None,
+    }
+}
+
+fn of_block_type(ty: BlockType) -> Mention {
+    match ty {
+        BlockType::Empty => None,
+        BlockType::Type(ty) => of_val_type(ty),
+        BlockType::FuncType(index) => Some((Space::Type, index)),
+    }
+}
+
 /// Finds the places, in order: a function's entry, its loops, its calls. Calls inside a loop are no
 /// place: the loop's own poll comes before them.
 ///
@@ -41,8 +175,8 @@ impl Site {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Sites {
     pub(super) found: Vec<Site>,
-    /// How many memories the module has: code must name no other.
-    pub(super) memories: u32,
+    /// In order.
+    pub(super) rares: Vec<Rare>,
     /// The indices of all functions called directly, loops or not.
     pub(super) calls: Vec<u32>,
     /// About how many SSA values the compiler makes of the body at hand.
@@ -183,6 +317,10 @@ impl Sites {
         }
     }
 
+    fn rare(&mut self, at: usize, end: usize, what: What) {
+        self.rares.push(Rare { at, end, what });
+    }
+
     fn direct_call(&mut self, at: usize, callee: u32) {
         self.calls.push(callee);
         self.call(at, callee);
@@ -222,30 +360,41 @@ impl Sites {
 }
 
 /// Notes what is in `body`.
-pub(super) fn scan(body: &FunctionBody<'_>, sites: &mut Sites) -> Result<()> {
-    let entry = body.get_binary_reader_for_operators()?.original_position();
+pub(super) fn scan(body: &FunctionBody<'_>, declared: &Declared, sites: &mut Sites) -> Result<()> {
+    let mut locals = body.get_locals_reader()?;
+    for _ in 0..locals.get_count() {
+        let at = locals.original_position();
+        let (_, ty) = locals.read()?;
+        declared.check_type(ty, at)?;
+    }
+    let entry = locals.original_position();
     let code = body
         .as_bytes()
         .get(entry - body.range().start..)
         .unwrap_or_default();
     let (before, calls_before) = (sites.found.len(), sites.calls.len());
-    if scan_common(code, entry, sites).is_none() {
+    let rares_before = sites.rares.len();
+    if scan_common(code, entry, declared, sites).is_none() {
         sites.found.truncate(before);
         sites.calls.truncate(calls_before);
-        scan_any(body, sites)?;
+        sites.rares.truncate(rares_before);
+        scan_any(body, declared, sites)?;
     }
     sites.finish(before);
     Ok(())
 }
 
 /// Every instruction there is.
-fn scan_any(body: &FunctionBody<'_>, sites: &mut Sites) -> Result<()> {
+fn scan_any(body: &FunctionBody<'_>, declared: &Declared, sites: &mut Sites) -> Result<()> {
     let mut operators = body.get_operators_reader()?;
     sites.begin(operators.original_position());
     while !operators.eof() {
         let at = operators.original_position();
         let operator = operators.read()?;
-        check_memories(&operator, sites.memories, at)?;
+        check_mentions(&operator, declared, at)?;
+        if let Some(what) = rare(&operator, declared) {
+            sites.rare(at, operators.original_position(), what);
+        }
         let opcode = body.as_bytes().get(at - body.range().start);
         sites.values += opcode.map_or(0, |opcode| u32::from(VALUES[usize::from(*opcode)]));
         if may_branch(&operator) {
@@ -287,19 +436,122 @@ fn scan_any(body: &FunctionBody<'_>, sites: &mut Sites) -> Result<()> {
     Ok(())
 }
 
-/// The memory that an instruction's immediate of this name names.
-macro_rules! memory_of {
+fn rare(operator: &Operator<'_>, declared: &Declared) -> Option<What> {
+    Some(match *operator {
+        Operator::CallIndirect { table_index, .. }
+        | Operator::ReturnCallIndirect { table_index, .. }
+            if declared.may_grow(table_index) =>
+        {
+            What::CallIndirect(table_index)
+        }
+        Operator::TableGet { table } => What::TableGet(table),
+        Operator::TableSet { table } => What::TableSet(table),
+        Operator::TableSize { table } => What::TableSize(table),
+        Operator::TableGrow { table } => What::TableGrow(table),
+        Operator::TableFill { table } => What::TableFill(table),
+        Operator::TableCopy {
+            dst_table: to,
+            src_table: from,
+        } => What::TableCopy { to, from },
+        Operator::TableInit { elem_index, table } => What::TableInit {
+            segment: elem_index,
+            table,
+        },
+        Operator::MemoryInit { data_index, mem } => What::MemoryInit {
+            segment: data_index,
+            memory: mem,
+        },
+        Operator::DataDrop { data_index } => What::DataDrop(data_index),
+        Operator::ArrayNewData {
+            array_type_index,
+            array_data_index,
+        } => What::NewData {
+            ty: array_type_index,
+            segment: array_data_index,
+        },
+        Operator::ArrayInitData {
+            array_type_index,
+            array_data_index,
+        } => What::InitData {
+            ty: array_type_index,
+            segment: array_data_index,
+        },
+        Operator::ElemDrop { .. } => What::ElemDrop,
+        Operator::ExternConvertAny => What::ConvertAny,
+        Operator::RefFunc { function_index } if declared.start == Some(function_index) => {
+            What::RefStart
+        }
+        _ => return None,
+    })
+}
+
+/// What an instruction's immediate of this name names.
+macro_rules! mention_of {
     (memarg $value:ident) => {
-        Some(MemArg::clone($value).memory)
+        Some((Space::Memory, MemArg::clone($value).memory))
     };
     (mem $value:ident) => {
-        Some(*$value)
+        Some((Space::Memory, *$value))
     };
     (dst_mem $value:ident) => {
-        Some(*$value)
+        Some((Space::Memory, *$value))
     };
     (src_mem $value:ident) => {
-        Some(*$value)
+        Some((Space::Memory, *$value))
+    };
+    (function_index $value:ident) => {
+        Some((Space::Function, *$value))
+    };
+    (global_index $value:ident) => {
+        Some((Space::Global, *$value))
+    };
+    (data_index $value:ident) => {
+        Some((Space::Data, *$value))
+    };
+    (array_data_index $value:ident) => {
+        Some((Space::Data, *$value))
+    };
+    (type_index $value:ident) => {
+        Some((Space::Type, *$value))
+    };
+    (struct_type_index $value:ident) => {
+        Some((Space::Type, *$value))
+    };
+    (array_type_index $value:ident) => {
+        Some((Space::Type, *$value))
+    };
+    (array_type_index_dst $value:ident) => {
+        Some((Space::Type, *$value))
+    };
+    (array_type_index_src $value:ident) => {
+        Some((Space::Type, *$value))
+    };
+    (cont_type_index $value:ident) => {
+        Some((Space::Type, *$value))
+    };
+    (argument_index $value:ident) => {
+        Some((Space::Type, *$value))
+    };
+    (result_index $value:ident) => {
+        Some((Space::Type, *$value))
+    };
+    (blockty $value:ident) => {
+        of_block_type(*$value)
+    };
+    (try_table $value:ident) => {
+        of_block_type($value.ty)
+    };
+    (hty $value:ident) => {
+        of_heap_type(*$value)
+    };
+    (ty $value:ident) => {
+        of_val_type(*$value)
+    };
+    (from_ref_type $value:ident) => {
+        of_ref_type(*$value)
+    };
+    (to_ref_type $value:ident) => {
+        of_ref_type(*$value)
     };
     ($other:ident $value:ident) => {{
         let _ = $value;
@@ -307,16 +559,20 @@ macro_rules! memory_of {
     }};
 }
 
-macro_rules! define_check_memories {
+macro_rules! define_check_mentions {
     ($( @$proposal:ident $op:ident $({ $($arg:ident: $ty:ty),* })? => $visit:ident ($($ann:tt)*) )*) => {
-        /// Refuses an instruction that names a memory the module does not have.
-        fn check_memories(operator: &Operator<'_>, memories: u32, at: usize) -> Result<()> {
+        /// Refuses an instruction that names what the module does not have.
+        pub(super) fn check_mentions(
+            operator: &Operator<'_>,
+            declared: &Declared,
+            at: usize,
+        ) -> Result<()> {
             match operator {
                 $(Operator::$op $({ $($arg),* })? => {
                     $($(
-                        let named: Option<u32> = memory_of!($arg $arg);
-                        if let Some(memory) = named && memory >= memories {
-                            return Err(unknown_memory(memory, at));
+                        let mention: Mention = mention_of!($arg $arg);
+                        if let Some((space, index)) = mention {
+                            declared.check(space, index, at)?;
                         }
                     )*)?
                 })*
@@ -328,7 +584,7 @@ macro_rules! define_check_memories {
     };
 }
 
-wasmparser::for_each_operator!(define_check_memories);
+wasmparser::for_each_operator!(define_check_mentions);
 
 /// Whether an instruction's immediate of this name holds labels.
 macro_rules! holds_labels {
@@ -375,8 +631,8 @@ enum Immediate {
     Indices(u8),
     /// The indices of that many memories.
     Memories(u8),
-    /// An index, and that of a memory.
-    IndexAndMemory,
+    /// The index of a global.
+    Global,
     /// One LEB128 number of 64 bits.
     Long,
     /// That many bytes.
@@ -385,8 +641,6 @@ enum Immediate {
     MemArg,
     /// A memory argument and a lane.
     MemArgLane,
-    /// A second opcode, of the `0xfc` space.
-    Prefix,
     /// A second opcode, of the `0xfd` space.
     Simd,
     /// For [`scan_any`].
@@ -404,6 +658,10 @@ const CALL: u8 = 0x10;
 const CALL_INDIRECT: u8 = 0x11;
 const RETURN_CALL: u8 = 0x12;
 const RETURN_CALL_INDIRECT: u8 = 0x13;
+const TABLE_GET: u8 = 0x25;
+const TABLE_SET: u8 = 0x26;
+const REF_FUNC: u8 = 0xd2;
+const PREFIX: u8 = 0xfc;
 
 const IMMEDIATES: [Immediate; 256] = {
     let mut table = [Immediate::Other; 256];
@@ -414,18 +672,17 @@ const IMMEDIATES: [Immediate; 256] = {
             0x00 | 0x01 | 0x05 | 0x0b | 0x0f | 0x1a | 0x1b | 0x45..=0xc4 | 0xd1 => Immediate::None,
             // block, loop, if
             0x02..=0x04 => Immediate::BlockType,
-            // local.*, global.*, table.get, table.set, i32.const, ref.func
-            0x20..=0x26 | 0x41 | 0xd2 => Immediate::Indices(1),
+            // local.*, i32.const
+            0x20..=0x22 | 0x41 => Immediate::Indices(1),
+            // global.get, global.set
+            0x23 | 0x24 => Immediate::Global,
             // memory.size, memory.grow
             0x3f | 0x40 => Immediate::Memories(1),
-            // call_indirect, return_call_indirect
-            0x11 | 0x13 => Immediate::Indices(2),
             // loads and stores
             0x28..=0x3e => Immediate::MemArg,
             0x42 => Immediate::Long,
             0x43 => Immediate::Bytes(4),
             0x44 => Immediate::Bytes(8),
-            0xfc => Immediate::Prefix,
             0xfd => Immediate::Simd,
             _ => Immediate::Other,
         };
@@ -454,14 +711,11 @@ const VALUES: [u8; 256] = {
     table
 };
 
-/// After `0xfc`: saturating conversions, bulk memory, tables.
+/// After `0xfc`: saturating conversions, bulk memory. What is rare has been looked at before.
 fn prefixed(opcode: u32) -> Immediate {
     match opcode {
         0..=7 => Immediate::None,
-        9 | 13 | 15..=17 => Immediate::Indices(1),
-        12 | 14 => Immediate::Indices(2),
-        // memory.init, memory.copy, memory.fill
-        8 => Immediate::IndexAndMemory,
+        // memory.copy, memory.fill
         10 => Immediate::Memories(2),
         11 => Immediate::Memories(1),
         _ => Immediate::Other,
@@ -482,14 +736,14 @@ fn simd(opcode: u32) -> Immediate {
     }
 }
 
-/// The instructions of ordinary modules. `None` where one is not, or names a memory that the module
+/// The instructions of ordinary modules. `None` where one is not, or names something that the module
 /// does not have: the sites are then incomplete.
-fn scan_common(code: &[u8], start: usize, sites: &mut Sites) -> Option<()> {
+fn scan_common(code: &[u8], start: usize, declared: &Declared, sites: &mut Sites) -> Option<()> {
     sites.begin(start);
     let mut cursor = Cursor {
         code,
         at: 0,
-        memories: sites.memories,
+        declared,
     };
     let mut values = 0;
     while let Some(&opcode) = code.get(cursor.at) {
@@ -497,7 +751,7 @@ fn scan_common(code: &[u8], start: usize, sites: &mut Sites) -> Option<()> {
         cursor.at += 1;
         match opcode {
             CALL | RETURN_CALL => {
-                sites.direct_call(at, cursor.index()?);
+                sites.direct_call(at, cursor.below(declared.functions)?);
                 continue;
             }
             BR => {
@@ -518,12 +772,17 @@ fn scan_common(code: &[u8], start: usize, sites: &mut Sites) -> Option<()> {
             _ => {}
         }
         values += u32::from(*VALUES.get(usize::from(opcode))?);
+        if let CALL_INDIRECT | RETURN_CALL_INDIRECT | TABLE_GET | TABLE_SET | REF_FUNC | PREFIX =
+            opcode
+        {
+            cursor.maybe_rare(opcode, at, start, sites)?;
+            continue;
+        }
         cursor.step_over(*IMMEDIATES.get(usize::from(opcode))?)?;
         match opcode {
             BLOCK | IF => sites.enter(),
             LOOP => sites.enter_loop(start + cursor.at),
             END => sites.leave(),
-            CALL_INDIRECT | RETURN_CALL_INDIRECT => sites.indirect_call(at),
             _ => {}
         }
     }
@@ -535,7 +794,7 @@ fn scan_common(code: &[u8], start: usize, sites: &mut Sites) -> Option<()> {
 struct Cursor<'a> {
     code: &'a [u8],
     at: usize,
-    memories: u32,
+    declared: &'a Declared,
 }
 
 impl Cursor<'_> {
@@ -568,14 +827,84 @@ impl Cursor<'_> {
         None
     }
 
+    /// An index of something of which there are so many.
+    fn below(&mut self, count: u32) -> Option<u32> {
+        self.index().filter(|index| *index < count)
+    }
+
     /// Steps over the index of a memory that there is.
     fn memory(&mut self) -> Option<()> {
-        (self.index()? < self.memories).then_some(())
+        self.below(self.declared.memories).map(|_| ())
+    }
+
+    /// Steps over the type of a block.
+    fn block_type(&mut self) -> Option<()> {
+        match *self.code.get(self.at)? {
+            // Nothing, or a plain value type.
+            0x40 | 0x6f | 0x70 | 0x7b..=0x7f => self.at += 1,
+            // The index of a type. It has a sign, which makes some lengthier than they need be.
+            0x00..=0x3f | 0x80.. => {
+                self.below(self.declared.types)?;
+                let last = *self.code.get(self.at.checked_sub(1)?)?;
+                (last < 0x40).then_some(())?;
+            }
+            _ => return None,
+        }
+        Some(())
+    }
+
+    /// Steps over the immediates of an instruction that may be one of [`What`], and notes it if it is.
+    fn maybe_rare(&mut self, opcode: u8, at: usize, start: usize, sites: &mut Sites) -> Option<()> {
+        let what = match opcode {
+            CALL_INDIRECT | RETURN_CALL_INDIRECT => {
+                self.below(self.declared.types)?;
+                let table = self.index()?;
+                sites.indirect_call(at);
+                if !self.declared.may_grow(table) {
+                    return Some(());
+                }
+                What::CallIndirect(table)
+            }
+            TABLE_GET => What::TableGet(self.index()?),
+            TABLE_SET => What::TableSet(self.index()?),
+            REF_FUNC => {
+                let function = self.below(self.declared.functions)?;
+                if self.declared.start != Some(function) {
+                    return Some(());
+                }
+                What::RefStart
+            }
+            _ => match self.index()? {
+                8 => What::MemoryInit {
+                    segment: self.below(self.declared.data?)?,
+                    memory: self.below(self.declared.memories)?,
+                },
+                9 => What::DataDrop(self.below(self.declared.data?)?),
+                12 => What::TableInit {
+                    segment: self.index()?,
+                    table: self.index()?,
+                },
+                13 => {
+                    self.index()?;
+                    What::ElemDrop
+                }
+                14 => What::TableCopy {
+                    to: self.index()?,
+                    from: self.index()?,
+                },
+                15 => What::TableGrow(self.index()?),
+                16 => What::TableSize(self.index()?),
+                17 => What::TableFill(self.index()?),
+                other => return self.step_over(prefixed(other)),
+            },
+        };
+        sites.rare(at, start + self.at, what);
+        Some(())
     }
 
     fn mem_arg(&mut self) -> Option<()> {
         match self.byte()? {
-            0..0x40 if self.memories > 0 => {}
+            0..0x40 if self.declared.memories > 0 => {}
             // The index of a memory follows.
             0x40..0x80 => self.memory()?,
             _ => return None,
@@ -596,26 +925,16 @@ impl Cursor<'_> {
                     self.memory()?;
                 }
             }
-            Immediate::IndexAndMemory => {
-                self.skip(5)?;
-                self.memory()?;
+            Immediate::Global => {
+                self.below(self.declared.globals)?;
             }
             Immediate::Long => self.skip(10)?,
             Immediate::Bytes(count) => self.at += usize::from(count),
-            Immediate::BlockType => match self.byte()? {
-                // Nothing, a plain value type, or a small type index.
-                0x00..=0x40 | 0x6f | 0x70 | 0x7b..=0x7f => {}
-                0x80.. => self.skip(4)?,
-                _ => return None,
-            },
+            Immediate::BlockType => self.block_type()?,
             Immediate::MemArg => self.mem_arg()?,
             Immediate::MemArgLane => {
                 self.mem_arg()?;
                 self.at += 1;
-            }
-            Immediate::Prefix => {
-                let opcode = self.index()?;
-                self.step_over(prefixed(opcode))?;
             }
             Immediate::Simd => {
                 let opcode = self.index()?;

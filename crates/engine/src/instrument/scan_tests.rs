@@ -11,27 +11,32 @@ fn body(code: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// For a module with two memories.
-fn none_yet() -> Sites {
-    Sites {
+/// A module with two memories, and two tables of which one may grow.
+fn declared() -> Declared {
+    Declared {
         memories: 2,
-        ..Sites::default()
+        types: u32::MAX,
+        functions: u32::MAX,
+        globals: u32::MAX,
+        data: Some(u32::MAX),
+        may_grow: vec![false, true],
+        start: Some(3),
     }
 }
 
-fn by_table(bytes: &[u8]) -> Option<Vec<Site>> {
-    let mut sites = none_yet();
-    scan_common(&bytes[1..], 1001, &mut sites)?;
+fn by_table(bytes: &[u8]) -> Option<(Vec<Site>, Vec<Rare>)> {
+    let mut sites = Sites::default();
+    scan_common(&bytes[1..], 1001, &declared(), &mut sites)?;
     sites.finish(0);
-    Some(sites.found)
+    Some((sites.found, sites.rares))
 }
 
-fn by_parser(bytes: &[u8]) -> Result<Vec<Site>> {
-    let mut sites = none_yet();
+fn by_parser(bytes: &[u8]) -> Result<(Vec<Site>, Vec<Rare>)> {
+    let mut sites = Sites::default();
     let body = FunctionBody::new(BinaryReader::new(bytes, 1000));
-    scan_any(&body, &mut sites)?;
+    scan_any(&body, &declared(), &mut sites)?;
     sites.finish(0);
-    Ok(sites.found)
+    Ok((sites.found, sites.rares))
 }
 
 /// Code of the one function in a module.
@@ -145,6 +150,7 @@ fn what_compilers_emit_is_read_by_the_table() {
         let bytes = assemble(code);
         let found = by_parser(&bytes).unwrap();
         assert_eq!(by_table(&bytes).as_ref(), Some(&found), "{code}");
+        let (found, _) = found;
         let polled = found.iter().filter(|site| site.is_polled()).count();
         assert_eq!(
             (polled, found.len() - 1 - polled),
@@ -174,10 +180,11 @@ fn what_the_table_does_not_know_goes_to_the_parser() {
         let earlier = Site { at: 7, callee: 8 };
         let mut seen = Sites {
             found: vec![earlier],
-            ..none_yet()
+            ..Sites::default()
         };
         scan(
             &FunctionBody::new(BinaryReader::new(&bytes, 1000)),
+            &declared(),
             &mut seen,
         )
         .unwrap();
@@ -196,9 +203,10 @@ fn calls_inside_loops_are_no_sites() {
         "if call 0 end loop (call_ref $f) select (result i32) end call 0",
     ] {
         let bytes = assemble(code);
-        let mut seen = none_yet();
+        let mut seen = Sites::default();
         scan(
             &FunctionBody::new(BinaryReader::new(&bytes, 1000)),
+            &declared(),
             &mut seen,
         )
         .unwrap();

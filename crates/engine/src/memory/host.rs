@@ -16,6 +16,8 @@ use std::sync::Arc;
 use wasmtime::{AsContextMut, Config, Extern, Instance, MemoryType, Module};
 
 use super::guest::{GuestMemory, Layout};
+use super::home::Start;
+use super::image::{Image, ImageKind};
 use super::poll::{PollMemory, PollPage};
 use super::record::MemoryRecord;
 use super::region::Platform;
@@ -94,12 +96,19 @@ pub(super) fn configure_for(platform: Platform, config: &mut Config, options: &M
 }
 
 /// What the next instantiation on this thread will ask for.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct MemoryPlan {
     /// How many memories the guest itself defines.
     pub(crate) guests: usize,
     /// Whether a poll memory follows them.
     pub(crate) poll: bool,
+    /// What the guest memories begin with, in order; empty for a cold start. wasmtime still copies
+    /// active data segments over it, so the module must have none that matter.
+    pub(crate) images: Vec<Arc<Image>>,
+    /// How images are made of them.
+    pub(crate) kind: ImageKind,
+    /// Whether their first capture should cost no copy, at the price of slower first touches.
+    pub(crate) prepared: bool,
 }
 
 /// What was made by a plan.
@@ -118,6 +127,9 @@ type OnPoll = Box<dyn FnOnce(PollPage)>;
 struct Active {
     guests: usize,
     poll: bool,
+    images: std::vec::IntoIter<Arc<Image>>,
+    kind: ImageKind,
+    prepared: bool,
     on_poll: Option<OnPoll>,
     limit_bytes: usize,
     created: Created,
@@ -125,7 +137,7 @@ struct Active {
 
 /// What a request turned out to be.
 enum Next {
-    Guest,
+    Guest(Start, usize),
     Poll,
     Unplanned,
 }
@@ -143,6 +155,9 @@ impl Scope {
         let active = Active {
             guests: plan.guests,
             poll: plan.poll,
+            images: plan.images.into_iter(),
+            kind: plan.kind,
+            prepared: plan.prepared,
             on_poll,
             limit_bytes,
             created: Created::default(),
@@ -238,11 +253,18 @@ impl MemoryHost {
         maximum: Option<usize>,
         reserved: usize,
         guard: usize,
+        start: &Start,
     ) -> Result<GuestMemory, String> {
         let too_large =
             || format!("a linear memory of {minimum} bytes does not fit into the address space");
-        let least = round_up(minimum).ok_or_else(too_large)?.max(reserved);
         let maximum = maximum.unwrap_or(usize::MAX);
+        let first = start.image.as_ref().map_or(minimum, |i| i.byte_len());
+        if first < minimum || first > maximum {
+            return Err(format!(
+                "the image has {first} bytes, the memory's type allows {minimum} to {maximum}"
+            ));
+        }
+        let least = round_up(first).ok_or_else(too_large)?.max(reserved);
         let movable = !ty.is_shared();
         let wide = if !movable {
             // Its code may hold the reservation for its bound, so growth must end there; unless it
@@ -265,15 +287,16 @@ impl MemoryHost {
             maximum,
             movable,
         };
-        GuestMemory::new(layout)
+        GuestMemory::new(layout, start)
             .or_else(|error| {
                 if layout.capacity == least {
                     return Err(error);
                 }
-                GuestMemory::new(Layout {
+                let layout = Layout {
                     capacity: least,
                     ..layout
-                })
+                };
+                GuestMemory::new(layout, start)
             })
             .map_err(|error| {
                 format!(
@@ -291,7 +314,12 @@ impl MemoryHost {
         PLANS.with_borrow_mut(|plans| match plans.last_mut() {
             Some(plan) if plan.guests > 0 => {
                 plan.guests -= 1;
-                Next::Guest
+                let start = Start {
+                    image: plan.images.next(),
+                    kind: plan.kind,
+                    prepared: plan.prepared,
+                };
+                Next::Guest(start, plan.limit_bytes)
             }
             Some(plan) if plan.poll => {
                 plan.poll = false;
@@ -324,15 +352,25 @@ unsafe impl wasmtime::MemoryCreator for MemoryHost {
     ) -> Result<Box<dyn wasmtime::LinearMemory>, String> {
         let reserved = reserved_size_in_bytes.unwrap_or(0);
         match self.next(reserved) {
-            Next::Guest => {
-                let memory =
-                    self.guest_memory(&ty, minimum, maximum, reserved, guard_size_in_bytes)?;
-                PLANS.with_borrow_mut(|plans| {
-                    if let Some(plan) = plans.last_mut() {
-                        memory.record().set_limit_bytes(plan.limit_bytes);
-                        plan.created.guests.push(Arc::clone(memory.record()));
-                    }
-                });
+            Next::Guest(start, limit_bytes) => {
+                if let Some(image) = &start.image
+                    && image.byte_len() > limit_bytes
+                {
+                    return Err(format!(
+                        "the image has {} bytes, the memory's limit is {limit_bytes}",
+                        image.byte_len()
+                    ));
+                }
+                let memory = self.guest_memory(
+                    &ty,
+                    minimum,
+                    maximum,
+                    reserved,
+                    guard_size_in_bytes,
+                    &start,
+                )?;
+                memory.record().set_limit_bytes(limit_bytes);
+                note(|created| created.guests.push(Arc::clone(memory.record())));
                 Ok(Box::new(memory))
             }
             Next::Poll => {
@@ -350,6 +388,7 @@ unsafe impl wasmtime::MemoryCreator for MemoryHost {
                 maximum,
                 reserved,
                 guard_size_in_bytes,
+                &Start::default(),
             )?)),
         }
     }

@@ -1,10 +1,18 @@
 //! The host's side of a linear memory.
 
+use std::io;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use super::reservation::Reservation;
+use super::guest::Layout;
+use super::home::{Home, Start, let_go};
+use super::image::{Image, ImageKind, Written};
+use super::reservation::{Pin, Reservation};
+use super::{GRANULE, round_up};
+
+/// Beyond that many dirty bytes a reset leaves the pages behind, to be given back when nobody waits.
+const MUCH: usize = 16 << 20;
 
 /// One linear memory as the host sees it, valid for longer than the instance.
 ///
@@ -16,15 +24,25 @@ pub struct MemoryRecord {
     len: AtomicUsize,
     peak: AtomicUsize,
     limit: AtomicUsize,
+    capacity: AtomicUsize,
     released: AtomicBool,
-    /// Gone once released. Written under the lock by growth that moves and by release; read under
-    /// it by every copy.
-    home: RwLock<Option<Arc<Reservation>>>,
+    /// The host may have written to it since it was put on an image, or could through a view.
+    is_touched: AtomicBool,
+    layout: Layout,
+    kind: ImageKind,
+    /// Gone once released. Read under the lock by every copy; whatever changes what is mapped writes
+    /// under it.
+    home: RwLock<Option<Home>>,
 }
+
+/// So many address ranges may be held by buffers alone before memories stop leaving more behind where they
+/// need not: a program that never comes to its event loop never gives one back, and the system has 65,530
+/// mappings for everything.
+const MOST_ABANDONED: usize = 4096;
 
 static CHANGES: AtomicUsize = AtomicUsize::new(0);
 
-/// Another number whenever a memory of the process has grown or moved. Who hears, by whatever
+/// Another number whenever a memory of the process has grown, moved or been reset. Who hears, by whatever
 /// synchronises, of something that happened after the growth, also sees the number.
 pub fn memory_changes() -> usize {
     CHANGES.load(Ordering::Acquire)
@@ -38,8 +56,29 @@ pub struct MemoryView {
     /// How many bytes there were.
     pub byte_length: usize,
     /// Keeps the address range mapped: while this lives, `base..base + byte_length` can be accessed
-    /// without a fault.
-    pub pin: Arc<Reservation>,
+    /// without a fault, until it is said to be [harmless](Pin::harmless).
+    pub pin: Arc<Pin>,
+}
+
+/// What of a memory is held, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MemoryUsage {
+    /// Pages that belong to this memory alone: what its guest has written since it lies on its
+    /// image (and up to 32 pages that were put back since), or everything if it lies on none. The
+    /// accessible size where the system does not tell.
+    pub private_bytes: usize,
+    /// Bytes of an image that it maps, together with others.
+    pub shared_bytes: usize,
+    /// Address space, guard pages included.
+    pub reserved_bytes: usize,
+}
+
+impl std::ops::AddAssign for MemoryUsage {
+    fn add_assign(&mut self, other: Self) {
+        self.private_bytes += other.private_bytes;
+        self.shared_bytes += other.shared_bytes;
+        self.reserved_bytes += other.reserved_bytes;
+    }
 }
 
 // SAFETY: an address and the reservation behind it; dereferencing it is the holder's unsafe act.
@@ -58,19 +97,28 @@ pub struct OutOfBounds {
 }
 
 impl MemoryRecord {
-    pub(super) fn new(home: Arc<Reservation>, len: usize) -> Self {
-        Self {
-            base: AtomicPtr::new(home.base()),
+    pub(super) fn new(layout: Layout, start: &Start) -> io::Result<Self> {
+        let len = match &start.image {
+            Some(image) => image.byte_len(),
+            None => layout.minimum,
+        };
+        let home = Home::new(&layout, layout.capacity, len, start)?;
+        Ok(Self {
+            base: AtomicPtr::new(home.at.base()),
             len: AtomicUsize::new(len),
             peak: AtomicUsize::new(len),
             limit: AtomicUsize::new(usize::MAX),
+            capacity: AtomicUsize::new(home.capacity),
             released: AtomicBool::new(false),
+            is_touched: AtomicBool::new(false),
+            layout,
+            kind: start.kind,
             home: RwLock::new(Some(home)),
-        }
+        })
     }
 
-    /// Where the memory begins, or began before it was released. Only growth beyond the reservation
-    /// changes it. Use [`Self::view`] where the memory could grow or go meanwhile.
+    /// Where the memory begins, or began before it was released. Growth beyond the reservation and
+    /// resets change it. Use [`Self::view`] where the memory could grow or go meanwhile.
     pub fn base(&self) -> *mut u8 {
         self.base.load(Ordering::Acquire)
     }
@@ -106,26 +154,36 @@ impl MemoryRecord {
         self.released.load(Ordering::Acquire)
     }
 
-    /// The pin: keeps the address range mapped. `None` once released.
-    pub fn reservation(&self) -> Option<Arc<Reservation>> {
-        self.read_home().clone()
+    /// Keeps the address range mapped and what is accessible now readable. `None` once released.
+    pub fn pin(&self) -> Option<Arc<Pin>> {
+        let slot = self.read_home();
+        Some(Arc::new(Pin::new(Arc::clone(&slot.as_ref()?.at))))
     }
 
     /// Address, length and pin that belong together. `None` once released.
     pub fn view(&self) -> Option<MemoryView> {
-        let home = self.read_home();
-        let pin = Arc::clone(home.as_ref()?);
+        let slot = self.read_home();
+        let home = slot.as_ref()?;
+        self.is_touched.store(true, Ordering::Release);
         Some(MemoryView {
-            base: pin.base(),
+            base: home.at.base(),
             byte_length: self.byte_len(),
-            pin,
+            pin: Arc::new(Pin::new(Arc::clone(&home.at))),
         })
+    }
+
+    /// Whether only the guest can have written to it since it was last captured or reset: the host has
+    /// not, and has no view.
+    pub(crate) fn is_untouched(&self) -> bool {
+        let has_readers = |home: &Home| home.at.has_readers();
+        !self.is_touched.load(Ordering::Acquire)
+            && !self.read_home().as_ref().is_some_and(has_readers)
     }
 
     /// Copies bytes out.
     pub fn read(&self, ptr: u64, out: &mut [u8]) -> Result<(), OutOfBounds> {
         let home = self.read_home();
-        let from = self.locate(home.as_deref(), ptr, out.len())?;
+        let from = self.locate(home.as_ref(), ptr, out.len())?;
         // SAFETY: `locate` found the range inside the committed part of a reservation, which the
         // lock keeps mapped. `out` is a Rust slice and so not guest memory. The guest may write
         // meanwhile; the bytes are then a mixture.
@@ -136,7 +194,8 @@ impl MemoryRecord {
     /// Copies bytes in.
     pub fn write(&self, ptr: u64, bytes: &[u8]) -> Result<(), OutOfBounds> {
         let home = self.read_home();
-        let to = self.locate(home.as_deref(), ptr, bytes.len())?;
+        self.is_touched.store(true, Ordering::Release);
+        let to = self.locate(home.as_ref(), ptr, bytes.len())?;
         // SAFETY: as in `read`, with the roles exchanged.
         unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
         Ok(())
@@ -145,7 +204,7 @@ impl MemoryRecord {
     /// The address of `ptr` if `byte_length` bytes follow it now.
     fn locate(
         &self,
-        home: Option<&Reservation>,
+        home: Option<&Home>,
         ptr: u64,
         byte_length: usize,
     ) -> Result<*mut u8, OutOfBounds> {
@@ -155,7 +214,7 @@ impl MemoryRecord {
             byte_length,
             memory_bytes,
         };
-        let home = home.ok_or(error)?;
+        let home = &home.ok_or(error)?.at;
         let start = usize::try_from(ptr).map_err(|_| error)?;
         let end = start.checked_add(byte_length).ok_or(error)?;
         if end > memory_bytes.min(home.accessible_bytes()) {
@@ -164,43 +223,207 @@ impl MemoryRecord {
         Ok(home.base().wrapping_add(start))
     }
 
+    /// Bytes it can reach without moving.
+    pub(super) fn capacity(&self) -> usize {
+        self.capacity.load(Ordering::Acquire)
+    }
+
+    /// Grows, on behalf of the guest, which does not run meanwhile.
+    pub(super) fn grow(&self, new_len: usize) -> io::Result<()> {
+        self.admit(new_len)?;
+        let old = {
+            let mut slot = self.write_home();
+            let home = slot.as_mut().ok_or(io::ErrorKind::NotFound)?;
+            if new_len <= home.capacity {
+                home.grow(new_len)?;
+                self.resized(new_len);
+                None
+            } else {
+                let new = self.outgrown(home, new_len)?;
+                Some(self.settle(home, new, new_len))
+            }
+        };
+        if let Some(old) = old {
+            let_go(old);
+        }
+        Ok(())
+    }
+
+    /// A larger place with the same contents.
+    fn outgrown(&self, home: &Home, new_len: usize) -> io::Result<Home> {
+        if !self.layout.movable || new_len > self.layout.maximum {
+            return Err(io::Error::new(
+                io::ErrorKind::OutOfMemory,
+                "the memory cannot grow beyond its reservation",
+            ));
+        }
+        let least = round_up(new_len).ok_or(io::ErrorKind::OutOfMemory)?;
+        // Half as much again, so that growing page by page does not copy at every step.
+        let roomy = least
+            .saturating_add((least / 2).next_multiple_of(GRANULE))
+            .min(self.layout.maximum.max(least));
+        let roomy = round_up(roomy).unwrap_or(least);
+        let moved =
+            |capacity| home.moved(&self.layout, self.kind, capacity, self.byte_len(), new_len);
+        moved(roomy).or_else(|_| moved(least))
+    }
+
+    /// The contents of this moment, which the memory itself then shares. The guest must not run. If
+    /// it fails, the memory is as it was.
+    ///
+    /// * `most`: bytes that it may have to look at, since that takes long; beyond, nothing is done and
+    ///   it is [`io::ErrorKind::WouldBlock`].
+    /// * `allows_readers`: nobody writes through a view meanwhile, for that would be lost; else, if there
+    ///   is one, it is likewise.
+    pub(crate) fn capture_within(
+        &self,
+        most: usize,
+        allows_readers: bool,
+    ) -> io::Result<Arc<Image>> {
+        let mut slot = self.write_home();
+        let home = slot.as_mut().ok_or(io::ErrorKind::NotFound)?;
+        if !allows_readers && home.at.has_readers() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let image = home.capture(self.kind, self.byte_len(), most)?;
+        self.is_touched.store(false, Ordering::Release);
+        Ok(image)
+    }
+
+    /// The same, however long it takes.
+    #[cfg(test)]
+    pub(crate) fn capture(&self) -> io::Result<Arc<Image>> {
+        self.capture_within(usize::MAX, true)
+    }
+
+    /// Contents and size become the image's; returns the bytes that had been dirty. The guest must
+    /// not run before `wasmtime::Memory::grow(store, 0)` has told its code of size and base.
+    ///
+    /// After an error the contents are not to be used, though nothing is out of reach.
+    pub(crate) fn reset(&self, image: &Arc<Image>) -> io::Result<usize> {
+        self.put_back(image, true)
+    }
+
+    /// The same without counting and as fast as can be, for a guest that is put back after each
+    /// call: up to 32 pages of its own may stay with it, for it will want them again.
+    pub(crate) fn reset_uncounted(&self, image: &Arc<Image>) -> io::Result<()> {
+        self.put_back(image, false).map(drop)
+    }
+
+    fn put_back(&self, image: &Arc<Image>, counts: bool) -> io::Result<usize> {
+        let len = image.byte_len();
+        self.admit(len)?;
+        let extent = round_up(len).ok_or(io::ErrorKind::OutOfMemory)?;
+        let mut slot = self.write_home();
+        let home = slot.as_mut().ok_or(io::ErrorKind::NotFound)?;
+        let (mut dirty, written) = if counts {
+            home.dirty(image)
+        } else {
+            (0, Written::MayStay)
+        };
+        let must_move = extent > home.capacity || home.at.has_readers();
+        // JavaScript cannot read through a pin that is harmless, but native code may still be at work on
+        // the address that it was given (zlib, crypto): no page is taken from under it if that can be had.
+        let takes_away = home.at.is_mapping() && home.at.accessible_bytes() > extent;
+        let is_pinned = Arc::strong_count(&home.at) > 1;
+        let may_abandon = Reservation::abandoned() < MOST_ABANDONED;
+        let should_move = dirty > MUCH || takes_away && is_pinned && may_abandon;
+        let old = if must_move || should_move && self.layout.movable {
+            self.elsewhere(image, home.capacity.max(extent))
+        } else {
+            Err(io::ErrorKind::Other.into())
+        };
+        let old = match old {
+            Ok(new) => Some(self.settle(home, new, len)),
+            Err(error) if must_move => return Err(error),
+            Err(_) => {
+                dirty = home.reset(image, &written)?.max(dirty);
+                self.resized(len);
+                None
+            }
+        };
+        self.is_touched.store(false, Ordering::Release);
+        drop(slot);
+        // Giving back much takes long, and whoever copies waits for the lock.
+        if let Some(old) = old {
+            let_go(old);
+        }
+        Ok(dirty)
+    }
+
+    /// Another place with the image's contents.
+    fn elsewhere(&self, image: &Arc<Image>, capacity: usize) -> io::Result<Home> {
+        if !self.layout.movable {
+            return Err(io::Error::new(
+                io::ErrorKind::ResourceBusy,
+                "a shared memory cannot shrink while a view of it may be read",
+            ));
+        }
+        let start = Start {
+            image: Some(Arc::clone(image)),
+            kind: self.kind,
+            prepared: false,
+        };
+        Home::new(&self.layout, capacity, image.byte_len(), &start)
+    }
+
+    /// What of the memory is held, and by whom.
+    pub fn usage(&self) -> MemoryUsage {
+        self.read_home()
+            .as_ref()
+            .map_or_else(MemoryUsage::default, |home| MemoryUsage {
+                private_bytes: home.private_bytes(),
+                shared_bytes: home.shared_bytes(),
+                reserved_bytes: home.at.reserved_bytes(),
+            })
+    }
+
+    /// A look at what it is made of.
+    #[cfg(all(test, target_os = "linux"))]
+    pub(super) fn look<R>(&self, f: impl FnOnce(&Home) -> R) -> Option<R> {
+        self.read_home().as_ref().map(f)
+    }
+
+    /// Refuses sizes beyond the limit and the type's maximum.
+    fn admit(&self, len: usize) -> io::Result<()> {
+        if len > self.limit_bytes().min(self.layout.maximum) {
+            return Err(io::Error::new(
+                io::ErrorKind::QuotaExceeded,
+                "the memory's limit is reached",
+            ));
+        }
+        Ok(())
+    }
+
     /// Publishes a new size in the same place.
-    pub(super) fn resized(&self, len: usize) {
+    fn resized(&self, len: usize) {
         self.len.store(len, Ordering::Release);
         CHANGES.fetch_add(1, Ordering::Release);
         self.peak.fetch_max(len, Ordering::AcqRel);
     }
 
-    /// Puts the memory into another reservation; `fill` copies the contents while nobody else can
-    /// read or write them. Returns the old reservation.
-    pub(super) fn moved(
-        &self,
-        home: Arc<Reservation>,
-        len: usize,
-        fill: impl FnOnce(&Reservation),
-    ) -> Option<Arc<Reservation>> {
-        let mut slot = self.write_home();
-        fill(&home);
-        self.base.store(home.base(), Ordering::Release);
-        let old = slot.replace(home);
+    /// Publishes a new place and size, under the lock. Returns the old place.
+    fn settle(&self, home: &mut Home, new: Home, len: usize) -> Home {
+        self.base.store(new.at.base(), Ordering::Release);
+        self.capacity.store(new.capacity, Ordering::Release);
+        let old = std::mem::replace(home, new);
         self.resized(len);
         old
     }
 
-    /// Marks the memory as gone and hands out its reservation. From here on every copy is out of
-    /// bounds.
-    pub(super) fn release(&self) -> Option<Arc<Reservation>> {
+    /// Marks the memory as gone and hands out its place. From here on every copy is out of bounds.
+    pub(super) fn release(&self) -> Option<Home> {
         let mut slot = self.write_home();
         self.released.store(true, Ordering::Release);
         self.len.store(0, Ordering::Release);
         slot.take()
     }
 
-    fn read_home(&self) -> RwLockReadGuard<'_, Option<Arc<Reservation>>> {
+    fn read_home(&self) -> RwLockReadGuard<'_, Option<Home>> {
         self.home.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write_home(&self) -> RwLockWriteGuard<'_, Option<Arc<Reservation>>> {
+    fn write_home(&self) -> RwLockWriteGuard<'_, Option<Home>> {
         self.home.write().unwrap_or_else(PoisonError::into_inner)
     }
 }

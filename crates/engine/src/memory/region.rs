@@ -2,6 +2,8 @@
 
 use std::fmt::Debug;
 use std::io;
+#[cfg(target_os = "linux")]
+use std::os::fd::BorrowedFd;
 
 /// An exclusively owned range of address space, given back on drop.
 ///
@@ -21,9 +23,45 @@ pub(super) unsafe trait Region: Send + Sync + Debug {
     /// the region.
     fn commit(&self, offset: usize, len: usize) -> io::Result<()>;
 
+    /// Gives `offset..offset + len` back: it reads as zero when it is committed again, and traps
+    /// until then if the region is a mapping. Multiples of [`super::GRANULE`].
+    fn decommit(&self, offset: usize, len: usize) -> io::Result<()>;
+
+    /// Whether it consists of pages of its own, which can be taken away and replaced.
+    fn is_mapping(&self) -> bool;
+
+    /// Replaces `offset..offset + len` by the same range of a file, readable and writable; writes
+    /// reach the file only if `shared`.
+    #[cfg(target_os = "linux")]
+    fn map_file(
+        &self,
+        _offset: usize,
+        _len: usize,
+        _file: BorrowedFd<'_>,
+        _shared: bool,
+    ) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Puts fresh zero pages in the place of the first `len` bytes. If it fails, nothing has changed.
+    #[cfg(target_os = "linux")]
+    fn renew(&self, _len: usize) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Forgets what was written to `offset..offset + len`, whole pages: they fall back to files, or to
+    /// zeros.
+    #[cfg(target_os = "linux")]
+    fn discard(&self, _offset: usize, _len: usize) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// Gives the pages of the first `len` bytes back; from then on they read as zero and writes go
     /// nowhere that matters. Must not fail in a way that leaves a committed byte inaccessible.
     fn wipe(&self, len: usize);
+
+    /// Gives the address space behind the first `len` bytes back. Nobody asks for it any more.
+    fn trim(&self, _len: usize) {}
 
     /// Takes access to the first `len` bytes away, or gives it back.
     fn set_accessible(&self, len: usize, accessible: bool) -> io::Result<()>;

@@ -57,6 +57,17 @@ unsafe impl Region for Allocation {
         }
     }
 
+    fn decommit(&self, offset: usize, len: usize) -> io::Result<()> {
+        self.commit(offset, len)?;
+        // SAFETY: `commit` found the range inside the block, which is ours.
+        unsafe { ptr::write_bytes(self.base.as_ptr().add(offset), 0, len) };
+        Ok(())
+    }
+
+    fn is_mapping(&self) -> bool {
+        false
+    }
+
     fn wipe(&self, len: usize) {
         // SAFETY: inside the block, which is ours.
         unsafe { ptr::write_bytes(self.base.as_ptr(), 0, len.min(self.layout.size())) };

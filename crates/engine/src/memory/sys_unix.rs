@@ -2,7 +2,10 @@
 
 use std::ffi::c_void;
 use std::io;
+#[cfg(target_os = "linux")]
+use std::os::fd::BorrowedFd;
 use std::ptr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
 
@@ -18,6 +21,8 @@ pub(super) const PLATFORM: Platform = Platform {
 struct Mapping {
     base: *mut c_void,
     len: usize,
+    /// What is left of it.
+    kept: AtomicUsize,
 }
 
 // SAFETY: the mapping is plain address space, owned by this value; its methods are system calls
@@ -43,7 +48,11 @@ fn reserve(len: usize) -> io::Result<Box<dyn Region>> {
     // SAFETY: a new anonymous mapping at an address of the kernel's choosing touches no memory of
     // ours.
     let base = unsafe { mmap_anonymous(ptr::null_mut(), len, ProtFlags::empty(), flags()) }?;
-    Ok(Box::new(Mapping { base, len }))
+    Ok(Box::new(Mapping {
+        base,
+        len,
+        kept: AtomicUsize::new(len),
+    }))
 }
 
 impl Mapping {
@@ -83,6 +92,78 @@ unsafe impl Region for Mapping {
         self.protect(offset, len, MprotectFlags::READ | MprotectFlags::WRITE)
     }
 
+    fn decommit(&self, offset: usize, len: usize) -> io::Result<()> {
+        let start = self.at(offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        // A fresh mapping, so that the range joins the rest of the reservation again.
+        // SAFETY: MAP_FIXED replaces pages of our own mapping only, and whoever could still access
+        // them was asked about first (`Reservation::uncommit`).
+        unsafe { mmap_anonymous(start, len, ProtFlags::empty(), flags() | MapFlags::FIXED) }?;
+        Ok(())
+    }
+
+    fn is_mapping(&self) -> bool {
+        true
+    }
+
+    #[cfg(target_os = "linux")]
+    fn map_file(
+        &self,
+        offset: usize,
+        len: usize,
+        file: BorrowedFd<'_>,
+        shared: bool,
+    ) -> io::Result<()> {
+        let start = self.at(offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let kind = if shared {
+            MapFlags::SHARED
+        } else {
+            MapFlags::PRIVATE
+        };
+        // SAFETY: MAP_FIXED replaces pages of our own mapping only; accesses that run meanwhile see
+        // the old pages or the new ones, both readable and writable.
+        unsafe {
+            rustix::mm::mmap(
+                start,
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                kind | MapFlags::NORESERVE | MapFlags::FIXED,
+                file,
+                offset as u64,
+            )
+        }?;
+        Ok(())
+    }
+
+    #[cfg(target_os = "linux")]
+    fn renew(&self, len: usize) -> io::Result<()> {
+        let start = self.at(0, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let flags = flags() | MapFlags::FIXED;
+        // SAFETY: as for `map_file`.
+        unsafe { mmap_anonymous(start, len, ProtFlags::READ | ProtFlags::WRITE, flags) }?;
+        Ok(())
+    }
+
+    #[cfg(target_os = "linux")]
+    fn discard(&self, offset: usize, len: usize) -> io::Result<()> {
+        let start = self.at(offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        // SAFETY: the pages are our own, nothing in Rust refers to them, and what they fall back to
+        // is the file below, or zeros.
+        unsafe { rustix::mm::madvise(start, len, rustix::mm::Advice::LinuxDontNeed) }?;
+        Ok(())
+    }
+
     fn wipe(&self, len: usize) {
         let Ok(start) = self.at(0, len) else { return };
         if len == 0 {
@@ -106,6 +187,19 @@ unsafe impl Region for Mapping {
         }
     }
 
+    fn trim(&self, len: usize) {
+        let kept = self.kept.load(Ordering::Acquire);
+        if let Ok(tail) = self.at(len, 0)
+            && len > 0
+            && len < kept
+            // SAFETY: the tail is ours, was never accessible to anybody who is left, and by contract nobody
+            // asks for it any more.
+            && unsafe { munmap(tail, kept - len) }.is_ok()
+        {
+            self.kept.store(len, Ordering::Release);
+        }
+    }
+
     fn set_accessible(&self, len: usize, accessible: bool) -> io::Result<()> {
         let flags = if accessible {
             MprotectFlags::READ | MprotectFlags::WRITE
@@ -120,6 +214,6 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours, of this length, and nobody can reach it any more.
         // Nothing useful can be done if it fails; the range then stays reserved.
-        let _ = unsafe { munmap(self.base, self.len) };
+        let _ = unsafe { munmap(self.base, self.kept.load(Ordering::Acquire)) };
     }
 }

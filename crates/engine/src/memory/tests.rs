@@ -1,5 +1,6 @@
 //! Whole memories under wasmtime: on this system's platform, and on the portable one.
 
+mod image;
 mod interrupt;
 mod lifetime;
 mod size;
@@ -41,10 +42,25 @@ impl Guest {
     }
 
     fn with_bytes(engine: &Engine, wasm: &[u8], poll: bool, imports: &[wasmtime::Extern]) -> Self {
+        let plan = MemoryPlan {
+            poll,
+            ..MemoryPlan::default()
+        };
+        Self::with_plan(engine, wasm, imports, plan)
+    }
+
+    /// The plan's number of guests is filled in.
+    fn with_plan(
+        engine: &Engine,
+        wasm: &[u8],
+        imports: &[wasmtime::Extern],
+        plan: MemoryPlan,
+    ) -> Self {
+        let poll = plan.poll;
         let mut store = Store::new(engine, ());
         let module = Module::new(engine, wasm).unwrap();
         let guests = module.resources_required().num_memories as usize - usize::from(poll);
-        let plan = MemoryPlan { guests, poll };
+        let plan = MemoryPlan { guests, ..plan };
         let (instance, created) = with_plan(plan, || Instance::new(&mut store, &module, imports));
         let instance = instance.unwrap();
         assert_eq!(created.guests.len(), guests);

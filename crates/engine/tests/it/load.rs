@@ -258,6 +258,39 @@ fn a_stack_beyond_wasmtimes_own_default_bound_can_be_had() {
 }
 
 #[test]
+fn a_data_segment_that_does_not_fit_is_told_without_code_that_nobody_wrote() {
+    for fuel in [false, true] {
+        let setup = Setup::new(r#"(module (memory 1) (data (i32.const 65536) "x"))"#);
+        let error = setup.options(|o| o.engine.fuel = fuel).start_error();
+        let Error::Trap { what, info } = &error else {
+            panic!("{error:?}")
+        };
+        assert!(what.ends_with("the start function"), "{what}");
+        assert_eq!((info.kind, &*info.wasm_stack), ("out-of-bounds-memory", ""));
+    }
+}
+
+#[test]
+fn an_imported_table_is_as_large_as_it_was_made() {
+    let wat = r#"(module (import "env" "t" (table $t 1 9 funcref))
+        (func (export "size") (result i32) table.size $t)
+        (func (export "grow") (param i32) (result i32) (table.grow $t (ref.null func) (local.get 0)))
+        (func $start (drop (table.grow $t (ref.null func) (i32.const 1))))
+        (start $start))"#;
+    let table = ImportValue::Table {
+        initial: 3,
+        maximum: Some(9),
+    };
+    let rig = Setup::new(wat)
+        .script(Script::new().import("env", "t", table))
+        .start();
+    assert_eq!(rig.number("size", &[]), 4);
+    assert_eq!(rig.number("grow", &[5]), 4);
+    assert_eq!(rig.number("grow", &[1]), -1);
+    assert_eq!(rig.number("size", &[]), 9);
+}
+
+#[test]
 fn an_import_that_is_missing_or_of_another_kind_is_named() {
     let wat = r#"(module
         (import "env" "f" (func (param i32)))

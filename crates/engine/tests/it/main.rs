@@ -28,5 +28,6 @@ mod pool;
 mod reload;
 mod repair;
 mod rolling;
+mod snapshot;
 mod stress;
 mod survival;

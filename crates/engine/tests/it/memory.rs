@@ -298,7 +298,7 @@ fn close_gives_the_memory_back() {
 fn a_pin_keeps_the_addresses_but_not_the_memory() {
     let mut pin = None;
     rss_comes_back(|rig| {
-        pin = rig.replica(0).memory().unwrap().reservation();
+        pin = rig.replica(0).memory().unwrap().pin();
         assert!(pin.is_some());
         rig.reload("with a view on the old memory");
         Some(rig)

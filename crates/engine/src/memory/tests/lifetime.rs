@@ -10,7 +10,7 @@ use super::super::sys_portable;
 use super::*;
 
 /// Resident bytes of the mappings that begin in a range, and how many mappings there are.
-fn resident(base: *mut u8, len: usize) -> (usize, usize) {
+pub(super) fn resident(base: *mut u8, len: usize) -> (usize, usize) {
     let (mut bytes, mut mappings, mut inside) = (0, 0, false);
     for line in fs::read_to_string("/proc/self/smaps").unwrap().lines() {
         let mut words = line.split_whitespace();
@@ -54,7 +54,7 @@ fn a_dropped_memory_is_unmapped() {
     assert!(record.is_released());
     assert_eq!(record.byte_len(), 0);
     assert_eq!(record.peak_bytes(), 64 << 20);
-    assert!(record.reservation().is_none() && record.view().is_none());
+    assert!(record.pin().is_none() && record.view().is_none());
     assert_eq!(record.read(0, &mut [0]).unwrap_err().memory_bytes, 0);
     assert_eq!(record.write(0, &[0]).unwrap_err().memory_bytes, 0);
     assert!(record.read(0, &mut []).is_err());
@@ -67,7 +67,7 @@ fn a_pin_keeps_the_range_but_not_the_pages() {
         let mut guest = filled(&engine(platform, &MemoryOptions::default()), 64);
         guest.call::<_, i32>("grow", 3).unwrap();
         let view = guest.memory().view().unwrap();
-        let second = guest.memory().reservation().unwrap();
+        let second = guest.memory().pin().unwrap();
         drop(guest);
         assert_eq!(view.byte_length, 67 << 16);
         if platform.guards {
@@ -119,13 +119,13 @@ fn ten_thousand_memories_leave_nothing_behind() {
         let mut store = Store::new(&engine, ());
         let plan = MemoryPlan {
             guests: 1,
-            poll: false,
+            ..MemoryPlan::default()
         };
         let (instance, created) = with_plan(plan, || Instance::new(&mut store, &compiled, &[]));
         instance.unwrap();
         created.guests[0].write(0, &filling).unwrap();
         if i % 3 == 0 {
-            pins.push_back(created.guests[0].reservation());
+            pins.push_back(created.guests[0].pin());
         }
         if pins.len() > 20 {
             pins.pop_front();

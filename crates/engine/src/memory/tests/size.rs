@@ -263,7 +263,7 @@ fn without_a_plan_memories_are_made_all_the_same() {
     let (made, created) = with_plan(
         MemoryPlan {
             guests: 0,
-            poll: false,
+            ..MemoryPlan::default()
         },
         || Instance::new(&mut Store::new(&engine, ()), &compiled, &[]),
     );
@@ -273,6 +273,7 @@ fn without_a_plan_memories_are_made_all_the_same() {
         MemoryPlan {
             guests: 5,
             poll: true,
+            ..MemoryPlan::default()
         },
         || (),
     );
@@ -297,7 +298,7 @@ fn plans_nest() {
             let (made, created) = with_plan(
                 MemoryPlan {
                     guests: 1,
-                    poll: false,
+                    ..MemoryPlan::default()
                 },
                 || Instance::new(&mut caller, &inner, &[]),
             );
@@ -308,7 +309,7 @@ fn plans_nest() {
     let (made, created) = with_plan(
         MemoryPlan {
             guests: 2,
-            poll: false,
+            ..MemoryPlan::default()
         },
         || Instance::new(&mut store, &outer, &[start.into()]),
     );
@@ -331,6 +332,7 @@ fn a_plan_is_gone_after_a_panic() {
             MemoryPlan {
                 guests: 3,
                 poll: true,
+                ..MemoryPlan::default()
             },
             || panic!("on purpose"),
         )
@@ -353,7 +355,7 @@ fn imported_memories_are_ours_too() {
         let (memory, created) = with_plan(
             MemoryPlan {
                 guests: 1,
-                poll: false,
+                ..MemoryPlan::default()
             },
             || new_memory(&mut store, &ty),
         );
@@ -444,11 +446,12 @@ fn address_space_that_is_refused_is_an_error() {
         for plan in [
             MemoryPlan {
                 guests: 1,
-                poll: false,
+                ..MemoryPlan::default()
             },
             MemoryPlan {
                 guests: 0,
                 poll: true,
+                ..MemoryPlan::default()
             },
         ] {
             let (made, created) = with_plan(plan, || Instance::new(&mut store, &compiled, &[]));
@@ -470,7 +473,7 @@ fn the_memories_of_a_failed_instantiation_are_released() {
     let (made, created) = with_plan(
         MemoryPlan {
             guests: 1,
-            poll: false,
+            ..MemoryPlan::default()
         },
         || Instance::new(&mut store, &compiled, &[]),
     );

@@ -1,0 +1,236 @@
+//! Operations that change what serves: queued, joined, run one at a time; and what a roll leaves behind.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use wasm_molt_lifecycle::{Home, OnDrainTimeout, TicketId};
+
+use super::lending::{HookScope, impatient};
+use super::{Answer, Control, Done, Event, Job, Op, PendingReload, Shared, guarded};
+use crate::error::{Error, ErrorCode, Result};
+use crate::swap::{self, ReloadOptions, ReloadReport, Strategy};
+
+impl Shared {
+    pub(super) fn reload(self: &Arc<Self>, options: ReloadOptions, done: Done<Arc<ReloadReport>>) {
+        if let Err(error) = self.check_reload(&options) {
+            done(Err(error));
+            return;
+        }
+        let mut control = self.lock_control();
+        if let Some(waiting) = control.equal_reload(&options) {
+            waiting.push(done);
+            return;
+        }
+        drop(control);
+        self.push(Op::Reload(PendingReload {
+            options,
+            done: vec![done],
+        }));
+    }
+
+    pub(super) fn check_reload(&self, options: &ReloadOptions) -> Result<()> {
+        if self.is_over() {
+            return Err(self.closed());
+        }
+        let is_rolling = options.strategy == Strategy::Rolling;
+        if is_rolling && !options.skip_save && self.host.saves_state() {
+            return Err(Error::invalid(format!(
+                "options.strategy is 'rolling', and {} has a saveState hook: two generations that serve \
+                 at the same time cannot hand state over; use 'exclusive', or skipSave: true to leave \
+                 the state behind",
+                self.name()
+            )));
+        }
+        Ok(())
+    }
+
+    /// Returns the slots whose repair has waited for the swap to end.
+    pub(super) fn end_swap(control: &mut Control) -> Vec<usize> {
+        control.is_swapping = false;
+        std::mem::take(&mut control.repairs_due)
+    }
+
+    pub(super) fn run_reload(self: &Arc<Self>, pending: PendingReload) -> Answer {
+        let PendingReload { options, done } = pending;
+        if self.are_hooks_given_up.load(Ordering::Acquire) {
+            let error = self.closed();
+            return Box::new(move || {
+                for done in done {
+                    done(Err(error.clone()));
+                }
+            });
+        }
+        {
+            let mut control = self.wait_repaired(self.lock_control());
+            control.is_swapping = true;
+            control.current_reload = Some((options.clone(), done));
+        }
+        let outcome = guarded(|| swap::run(self, &options, self.hook_scope(false)));
+        let (done, due) = {
+            let mut control = self.lock_control();
+            let current = control.current_reload.take();
+            let done = current.map(|(_, done)| done).unwrap_or_default();
+            (done, Self::end_swap(&mut control))
+        };
+        self.swap_ended(&outcome);
+        for slot in due {
+            self.request_repair(slot);
+        }
+        Box::new(move || {
+            for done in done {
+                done(outcome.clone());
+            }
+        })
+    }
+
+    /// Releases what a roll has left behind, now where nobody is inside, else as soon as they leave.
+    pub(crate) fn see_off(self: &Arc<Self>, cohort: u64, options: &ReloadOptions) {
+        if self.release_left(cohort).is_none() {
+            return;
+        }
+        self.lock_control().seeing_off += 1;
+        let mut patience = match options.on_drain_timeout {
+            OnDrainTimeout::Interrupt => options.drain_timeout,
+            OnDrainTimeout::Abort => None,
+        };
+        self.spawn("old", move |shared| {
+            let _ = guarded(|| {
+                loop {
+                    let Some(stragglers) = shared.release_left(cohort) else {
+                        return Ok(());
+                    };
+                    let started = Instant::now();
+                    let waited = shared.gate.wait_stragglers(stragglers, patience, || false);
+                    patience = patience.map(|left| left.saturating_sub(started.elapsed()));
+                    if waited.is_err() {
+                        patience = None;
+                        let left = shared.lock_serving().left();
+                        shared.interrupt(&left, &impatient());
+                    }
+                }
+            });
+            shared.lock_control().seeing_off -= 1;
+            shared.control_changed.notify_all();
+        });
+    }
+
+    /// Releases what nobody is inside. Returns how many stragglers there are, if one is of that cohort.
+    pub(super) fn release_left(self: &Arc<Self>, cohort: u64) -> Option<usize> {
+        // Read first: a straggler that leaves afterwards is seen off in the next round.
+        let stragglers = self.gate.stragglers();
+        let (gone, generation) = self.lock_serving().take_left(cohort, &stragglers);
+        let _ = self.discard(gone, generation);
+        let is_meant = |ticket: &TicketId| ticket.cohort == cohort;
+        stragglers.iter().any(is_meant).then_some(stragglers.len())
+    }
+
+    pub(super) fn swap_ended(self: &Arc<Self>, outcome: &Result<Arc<ReloadReport>>) {
+        match outcome {
+            Ok(report) => {
+                self.stats.paused(report.pause);
+                self.tell(Event::Reload(Arc::clone(report)));
+            }
+            Err(error) => {
+                self.stats.reload_failed();
+                self.tell(Event::ReloadFailed(error.clone()));
+            }
+        }
+    }
+
+    pub(super) fn reload_now(
+        self: &Arc<Self>,
+        home: Option<&Home<Job>>,
+        options: &ReloadOptions,
+    ) -> Result<Arc<ReloadReport>> {
+        self.check_reload(options)?;
+        self.now(home, |scope| {
+            let outcome = guarded(|| swap::run(self, options, scope));
+            self.swap_ended(&outcome);
+            outcome
+        })
+    }
+
+    /// Runs an operation on this thread, the home thread if there is one, where nothing may be in flight.
+    pub(crate) fn now<T>(
+        self: &Arc<Self>,
+        home: Option<&Home<Job>>,
+        body: impl FnOnce(HookScope) -> Result<T>,
+    ) -> Result<T> {
+        if self.is_over() {
+            return Err(self.closed());
+        }
+        let in_flight = home
+            .map_or_else(|| self.gate.counts(), Home::counts)
+            .in_flight;
+        {
+            let mut control = self.lock_control();
+            if control.is_running || !control.repairing.is_empty() || control.is_repairing_home {
+                return Err(self.reloading());
+            }
+            if in_flight > 0 {
+                return Err(self.in_flight(in_flight));
+            }
+            control.is_running = true;
+            control.is_swapping = true;
+        }
+        let outcome = guarded(|| body(self.hook_scope(true)));
+        let due = Self::end_swap(&mut self.lock_control());
+        for slot in due {
+            self.request_repair(slot);
+        }
+        // Whatever was asked for in the meantime runs now, on a control thread.
+        let mut control = self.lock_control();
+        if control.queue.is_empty() {
+            control.is_running = false;
+            drop(control);
+            self.control_changed.notify_all();
+        } else {
+            drop(control);
+            self.spawn("ctl", Self::run_control);
+        }
+        outcome
+    }
+
+    /// Runs an operation on instances on the control thread, with repairs kept away.
+    pub(super) fn paused<T>(
+        self: &Arc<Self>,
+        body: impl FnOnce(HookScope) -> Result<T>,
+    ) -> Result<T> {
+        if self.is_over() || self.are_hooks_given_up.load(Ordering::Acquire) {
+            return Err(self.closed());
+        }
+        self.wait_repaired(self.lock_control()).is_swapping = true;
+        let outcome = guarded(|| body(self.hook_scope(false)));
+        let due = Self::end_swap(&mut self.lock_control());
+        for slot in due {
+            self.request_repair(slot);
+        }
+        outcome
+    }
+
+    /// Has the trapped instance of slot 0 replaced, if that is what is there. During an operation only.
+    pub(crate) fn repair_home(self: &Arc<Self>, scope: &HookScope) -> Result<()> {
+        self.repair(0, scope.is_sync)
+    }
+
+    pub(crate) fn in_flight(&self, in_flight: usize) -> Error {
+        Error::new(
+            ErrorCode::Busy,
+            format!(
+                "{} has {in_flight} calls or leases in flight; await them, or use reload()",
+                self.name()
+            ),
+        )
+    }
+
+    pub(crate) fn reloading(&self) -> Error {
+        Error::new(
+            ErrorCode::Reloading,
+            format!(
+                "a swap of {} is under way; use call(), which waits its turn",
+                self.name()
+            ),
+        )
+    }
+}

@@ -1,0 +1,188 @@
+//! Poisoned instances are replaced one by one, while the others serve.
+
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use crossbeam_channel::bounded;
+use wasm_molt_lifecycle::Generation;
+
+use super::start::Making;
+use super::{Control, ManagerState, Replaced, Shared, guarded};
+use crate::error::{Error, Result};
+use crate::replica::Replica;
+use crate::swap::ReloadReport;
+
+impl Shared {
+    /// Has the poisoned instance of a slot replaced, in the background.
+    pub(crate) fn request_repair(self: &Arc<Self>, slot: usize) {
+        if self.is_over() && self.is_destroyed() {
+            return;
+        }
+        let mut control = self.lock_control();
+        if control.repairing.contains(&slot) {
+            return;
+        }
+        if control.is_swapping {
+            if !control.repairs_due.contains(&slot) {
+                control.repairs_due.push(slot);
+            }
+            return;
+        }
+        control.repairing.push(slot);
+        drop(control);
+        self.spawn("fix", move |shared| {
+            let outcome = guarded(|| shared.repair(slot, false));
+            {
+                let mut control = shared.lock_control();
+                control.repairing.retain(|s| *s != slot);
+            }
+            shared.control_changed.notify_all();
+            match outcome {
+                Err(error) => shared.repair_failed(&error),
+                // The fresh instance may have trapped already, while this repair still counted as going on.
+                Ok(()) if shared.repairable(slot).is_some() => shared.request_repair(slot),
+                Ok(()) => {}
+            }
+        });
+    }
+
+    /// Somebody waits: slots that a synchronous trap has left out of service are needed now.
+    ///
+    /// Only retired slots: a poisoned instance that somebody is still inside retires when they leave.
+    pub(super) fn repair_retired(self: &Arc<Self>) {
+        for slot in self.gate.retired_slots() {
+            self.request_repair(slot);
+        }
+    }
+
+    /// On the home thread. A background repair of the same slot may be under way: it may need this very
+    /// thread, so it is not waited for, and the first of the two wins.
+    pub(super) fn repair_now(self: &Arc<Self>) -> Result<()> {
+        if self.is_over() {
+            return Err(self.closed());
+        }
+        {
+            let mut control = self.lock_control();
+            if control.is_swapping || control.is_repairing_home {
+                return Err(self.reloading());
+            }
+            control.is_repairing_home = true;
+        }
+        let outcome = guarded(|| self.repair(0, true));
+        self.lock_control().is_repairing_home = false;
+        self.control_changed.notify_all();
+        outcome
+    }
+
+    /// Waits until no instance is being replaced.
+    pub(super) fn wait_repaired<'a>(
+        &'a self,
+        control: MutexGuard<'a, Control>,
+    ) -> MutexGuard<'a, Control> {
+        let is_busy = |c: &mut Control| !c.repairing.is_empty() || c.is_repairing_home;
+        let waited = self.control_changed.wait_while(control, is_busy);
+        waited.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Replaces one poisoned instance. Whoever commits first wins; the other one's work is dropped.
+    pub(super) fn repair(self: &Arc<Self>, slot: usize, is_sync: bool) -> Result<()> {
+        let started = Instant::now();
+        let Some(old) = self.repairable(slot) else {
+            return Ok(());
+        };
+        let blueprint = self.blueprint()?;
+        let before = self.generation();
+        let making = Making {
+            blueprint: &blueprint,
+            generation: before.next(),
+            from: self.origin(&blueprint.module),
+            scope: self.hook_scope(is_sync),
+        };
+        let fresh = self
+            .make_replica(&making, slot)
+            .map_err(|(phase, cause)| self.reload_failed("the replacement", phase, cause))?;
+        let (tell, told) = bounded(1);
+        let shared = Arc::clone(self);
+        let made = Arc::clone(&fresh);
+        let poisoned = Arc::clone(&old);
+        let at_home = self.host.at_home(Box::new(move |_| {
+            let _ = tell.send(shared.publish_repair(&poisoned, made));
+        }));
+        let generation = at_home.ok().and_then(|()| told.recv().ok()).flatten();
+        let Some(generation) = generation else {
+            return self.discard(vec![fresh], before);
+        };
+        let memory_bytes_before = old.memory_bytes();
+        let others = self.memory_bytes().saturating_sub(fresh.memory_bytes());
+        self.note_peak(memory_bytes_before + others);
+        // SAFETY: the poisoned instance was retired by whoever held it, and its handles expired when
+        // the fresh one was published.
+        unsafe { old.release() };
+        let report = Arc::new(ReloadReport {
+            memory_bytes_before,
+            memory_bytes_after: fresh.memory_bytes(),
+            ..ReloadReport::of_repair(generation, before, started.elapsed())
+        });
+        self.set_state(ManagerState::Ready);
+        self.swap_ended(&Ok(report));
+        Ok(())
+    }
+
+    /// The instance of a slot, if it is poisoned and nobody is inside any more.
+    pub(super) fn repairable(&self, slot: usize) -> Option<Arc<Replica>> {
+        let is_retired = self.gate.retired_slots().contains(&slot);
+        self.replica(slot).filter(|r| is_retired && r.is_poisoned())
+    }
+
+    /// At home: puts a fresh instance into its slot, unless somebody else already has.
+    pub(super) fn publish_repair(
+        &self,
+        old: &Arc<Replica>,
+        fresh: Arc<Replica>,
+    ) -> Option<Generation> {
+        let slot = old.slot();
+        self.repairable(slot)?;
+        let change = {
+            let mut serving = self.lock_serving();
+            let place = serving
+                .replicas
+                .get_mut(slot)
+                .filter(|r| Arc::ptr_eq(r, old))?;
+            *place = Arc::clone(&fresh);
+            serving.generation = serving.generation.next();
+            fresh.number(serving.generation);
+            Replaced {
+                old: vec![Arc::clone(old)],
+                new: vec![fresh],
+                generation: serving.generation,
+            }
+        };
+        self.stats.reloaded("trap");
+        self.host.replaced(&change);
+        self.gate.reinstate(slot);
+        Some(change.generation)
+    }
+
+    /// Nothing serves in that slot. If nothing serves at all, nobody may wait for ever.
+    pub(super) fn repair_failed(self: &Arc<Self>, error: &Error) {
+        self.swap_ended(&Err(error.clone()));
+        let counts = self.gate.counts();
+        if counts.retired < counts.slots {
+            return;
+        }
+        self.set_state(ManagerState::Failed);
+        let error = if self.is_destroyed() {
+            self.closed()
+        } else {
+            error.clone()
+        };
+        let _settling = self.settling();
+        for job in self.gate.take_waiting() {
+            job.refuse(error.clone());
+        }
+    }
+
+    pub(super) fn generation(&self) -> Generation {
+        self.lock_serving().generation
+    }
+}
