@@ -1,7 +1,8 @@
-// Memory over calls as an SVG, drawn by Vega: both sides on one scale, and the managed side's first reloads from close by.
-import { type Mark, parse, type Spec, View } from 'vega'
+// Memory over calls as an SVG: both sides on one scale, and the managed side's first reloads from close by.
+import type { Mark } from 'vega'
+import { bound, cross, drawPage, gap, label, lines, panel } from '../chart.ts'
+import { count } from '../terminal.ts'
 import type { Lane } from './main.ts'
-import { count } from './screen.ts'
 
 export interface Run {
   plain: Lane
@@ -10,10 +11,8 @@ export interface Run {
   boundMB: number
 }
 
-const width = 900
 const tall = 280
 const low = 130
-const gap = 50
 /** As many reloads as the close view shows: few enough to see what happens between them. */
 const seenClose = 6
 
@@ -21,34 +20,14 @@ export function drawChart(run: Run): Promise<string> {
   const { plain, managed, total, boundMB } = run
   const close = firstReloads(managed) ?? total
   const highest = Math.max(boundMB, ...[...plain.history, ...managed.history].map(([, bytes]) => bytes / 2 ** 20))
-  const spec: Spec = {
-    $schema: 'https://vega.github.io/schema/vega/v6.json',
-    width,
+  return drawPage({
     height: tall + gap + low,
-    // No browser measures the text here, so the room around the panels is stated.
-    autosize: 'none',
-    padding: { top: 84, left: 80, right: 24, bottom: 50 },
-    background: 'white',
-    title: {
-      text: `The Go formatter leaks: linear memory over ${count(total)} calls`,
-      subtitle: [told(plain), told(managed)],
-      anchor: 'start',
-      fontSize: 15,
-      subtitleFontSize: 12,
-      subtitlePadding: 6,
-      offset: 12,
-    },
+    title: `The Go formatter leaks: linear memory over ${count(total)} calls`,
+    told: [told(plain), told(managed)],
+    colors: { [plain.title]: plain.color, [managed.title]: managed.color },
     data: [
       { name: 'both', values: [...points(plain, total), ...points(managed, total)] },
       { name: 'managed', values: points(managed, total, close) },
-    ],
-    scales: [
-      {
-        name: 'color',
-        type: 'ordinal',
-        domain: [plain.title, managed.title],
-        range: [plain.color, managed.color],
-      },
     ],
     marks: [
       panel({
@@ -56,7 +35,12 @@ export function drawChart(run: Run): Promise<string> {
         height: tall,
         calls: total,
         megabytes: highest * 1.12,
-        marks: [...lines('both'), ...names(run), ...death(run)],
+        marks: [
+          lines('both'),
+          label(plain.title, plain.color, plain.firstFailure?.call ?? plain.calls, plain.memoryBytes / 2 ** 20),
+          label(managed.title, managed.color, total, boundMB),
+          ...death(run),
+        ],
       }),
       panel({
         top: tall + gap,
@@ -64,85 +48,11 @@ export function drawChart(run: Run): Promise<string> {
         calls: close,
         megabytes: boundMB * 1.12,
         title: close < total ? `${managed.title}: its first ${count(close)} calls` : managed.title,
-        marks: [...lines('managed'), bound(run)],
+        counted: 'calls',
+        marks: [lines('managed'), bound(boundMB, managed.color)],
       }),
     ],
-  }
-  return new View(parse(spec), { renderer: 'none' }).toSVG()
-}
-
-interface Panel {
-  top: number
-  height: number
-  /** At the right edge. */
-  calls: number
-  /** At the upper edge. */
-  megabytes: number
-  title?: string
-  marks: Mark[]
-}
-
-function panel({ top, height, calls, megabytes, title, marks }: Panel): Mark {
-  return {
-    type: 'group',
-    encode: { enter: { y: { value: top }, width: { value: width }, height: { value: height } } },
-    scales: [
-      { name: 'x', type: 'linear', domain: [0, calls], range: [0, width] },
-      { name: 'y', type: 'linear', domain: [0, megabytes], range: [height, 0] },
-    ],
-    ...(title ? { title: { text: title, anchor: 'start', fontWeight: 'normal', fontSize: 12 } } : {}),
-    axes: [
-      { orient: 'bottom', scale: 'x', format: ',d', tickCount: 10, ...(title ? { title: 'calls' } : {}) },
-      { orient: 'left', scale: 'y', title: 'MB', grid: true, format: ',d', tickCount: title ? 4 : 8 },
-    ],
-    marks,
-  }
-}
-
-function lines(data: string): Mark[] {
-  return [
-    {
-      type: 'group',
-      from: { facet: { name: 'side', data, groupby: ['side', 'alive'] } },
-      marks: [
-        {
-          type: 'line',
-          from: { data: 'side' },
-          encode: {
-            enter: {
-              x: { scale: 'x', field: 'call' },
-              y: { scale: 'y', field: 'mb' },
-              stroke: { scale: 'color', field: 'side' },
-              strokeWidth: { value: 2 },
-              interpolate: { value: 'step-after' },
-              strokeDash: { signal: 'datum.alive ? [] : [3, 5]' },
-            },
-          },
-        },
-      ],
-    },
-  ]
-}
-
-/** Each line's name, on the line. */
-function names({ plain, managed, total, boundMB }: Run): Mark[] {
-  const name = (lane: Lane, call: number, mb: number): Mark => ({
-    type: 'text',
-    encode: {
-      enter: {
-        x: { scale: 'x', value: call },
-        y: { scale: 'y', value: mb, offset: -9 },
-        align: { value: 'right' },
-        text: { value: lane.title },
-        fill: { value: lane.color },
-        fontSize: { value: 12 },
-      },
-    },
   })
-  return [
-    name(plain, plain.firstFailure?.call ?? plain.calls, plain.memoryBytes / 2 ** 20),
-    name(managed, total, boundMB),
-  ]
 }
 
 /** A cross where the left side died, and the words for it on the side where there is room. */
@@ -152,18 +62,7 @@ function death({ plain, total }: Run): Mark[] {
   const early = call < total * 0.6
   const at = { x: { scale: 'x', value: call }, y: { scale: 'y', value: plain.memoryBytes / 2 ** 20 } }
   return [
-    {
-      type: 'symbol',
-      encode: {
-        enter: {
-          ...at,
-          shape: { value: 'cross' },
-          size: { value: 240 },
-          angle: { value: 45 },
-          fill: { value: plain.color },
-        },
-      },
-    },
+    cross(plain.color, call, plain.memoryBytes / 2 ** 20),
     {
       type: 'text',
       encode: {
@@ -179,22 +78,6 @@ function death({ plain, total }: Run): Mark[] {
       },
     },
   ]
-}
-
-function bound({ managed, boundMB }: Run): Mark {
-  return {
-    type: 'rule',
-    encode: {
-      enter: {
-        x: { value: 0 },
-        x2: { value: width },
-        y: { scale: 'y', value: boundMB },
-        stroke: { value: managed.color },
-        strokeDash: { value: [6, 4] },
-        opacity: { value: 0.6 },
-      },
-    },
-  }
 }
 
 function told({ title, correct, failed, firstFailure, reloads }: Lane): string {

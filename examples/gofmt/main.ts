@@ -1,15 +1,20 @@
-// npm run demo [-- --calls N --bound MB --out FILE]: a leaking module on Node's own engine and behind a manager, side by side.
-import { type ChildProcess, fork } from 'node:child_process'
+// npm run demo -- --scene gofmt [-- --calls N --bound MB --out FILE]: a leaking module on Node's own engine and behind a manager, side by side.
 import { mkdirSync, writeFileSync } from 'node:fs'
-import { dirname, relative, resolve } from 'node:path'
+import { dirname, resolve } from 'node:path'
 import { fileURLToPath } from 'node:url'
-import { parseArgs } from 'node:util'
+import { readFlags } from '../flags.ts'
+import { follow } from '../side.ts'
+import { count, inside, megabytes, paint } from '../terminal.ts'
 import { drawChart } from './chart.ts'
-import { count, megabytes, paint, Screen, table } from './screen.ts'
+import { Screen, summary } from './screen.ts'
 import type { Ending, News } from './workload.ts'
 
 const here = dirname(fileURLToPath(import.meta.url))
-const flags = readFlags()
+const { values: flags, positive } = readFlags('npm run demo -- --scene gofmt [--calls N --bound MB --out FILE]', {
+  calls: '50000',
+  bound: '128',
+  out: resolve(here, 'out', 'memory.svg'),
+})
 const total = positive('calls')
 const boundMB = positive('bound')
 
@@ -33,8 +38,8 @@ process.stdout.write(
     `${count(total)} calls on each side, every answer compared with the expected text.\n\n`,
 )
 await Promise.all([
-  follow(lanes.plain, 'plain.ts', [String(total)]),
-  follow(lanes.managed, 'managed.ts', [String(total), String(boundMB * 2 ** 20)]),
+  side(lanes.plain, 'plain.ts', [String(total)]),
+  side(lanes.managed, 'managed.ts', [String(total), String(boundMB * 2 ** 20)]),
 ])
 screen.show()
 
@@ -44,7 +49,7 @@ mkdirSync(dirname(chart), { recursive: true })
 writeFileSync(chart, await drawChart({ plain, managed, total, boundMB }))
 const isClean = managed.correct === total
 process.stdout.write(
-  `\n${table([plain, managed])}\n\n` +
+  `\n${summary([plain, managed])}\n\n` +
     `Left:  ${verdict(plain)}\n` +
     `Right: ${verdict(managed)}\n` +
     (plain.firstFailure || plain.lost
@@ -67,59 +72,21 @@ function verdict(side: Lane): string {
   return paint(reloads > 0 ? 'green' : 'bold', `all ${count(correct)} answers are right, ${kept}.`)
 }
 
-/** A path as one would type it here. */
-function inside(path: string): string {
-  const short = relative(process.cwd(), path)
-  return short.startsWith('..') ? path : short
-}
-
-/** Starts one side in a process of its own, so that each has its own memory to show, and takes its news until it ends. */
-function follow(side: Lane, program: string, args: string[]): Promise<void> {
-  const child: ChildProcess = fork(resolve(here, program), args, { execArgv: ['--import', 'tsx'] })
-  child.on('message', (message: News | Ending) => {
+/** Starts one side and takes its news until it ends. */
+async function side(lane: Lane, program: string, args: string[]): Promise<void> {
+  const end = await follow(resolve(here, program), args, (message: News | Ending) => {
     if ('seconds' in message) {
-      side.ending = message
+      lane.ending = message
     } else {
-      side.history.push(...message.samples)
-      Object.assign(side, message)
+      lane.history.push(...message.samples)
+      Object.assign(lane, message)
       screen.show()
     }
   })
-  return new Promise((done) => {
-    child.on('exit', (code, signal) => {
-      if (!side.ending) side.lost = `the process went away at call ${side.calls + 1} (${signal ?? `exit code ${code}`})`
-      done()
-    })
-  })
+  if (!lane.ending) lane.lost = `the process went away at call ${lane.calls + 1} (${end ?? 'exit code 0'})`
 }
 
 function lane(title: string, color: string): Lane {
   const nothing = { calls: 0, correct: 0, wrong: 0, failed: 0, memoryBytes: 0, rssBytes: 0, reloads: 0, samples: [] }
   return { ...nothing, title, color, history: [] }
-}
-
-function readFlags() {
-  try {
-    const { values } = parseArgs({
-      options: {
-        calls: { type: 'string', default: '50000' },
-        bound: { type: 'string', default: '128' },
-        out: { type: 'string', default: resolve(here, 'out', 'memory.svg') },
-      },
-    })
-    return values
-  } catch (error) {
-    return refuse((error as Error).message)
-  }
-}
-
-function positive(name: 'calls' | 'bound'): number {
-  const value = Number(flags[name])
-  if (Number.isInteger(value) && value > 0) return value
-  return refuse(`--${name} must be a positive whole number, not "${flags[name]}"`)
-}
-
-function refuse(why: string): never {
-  process.stderr.write(`${why}\nnpm run demo [-- --calls N --bound MB --out FILE]\n`)
-  process.exit(2)
 }

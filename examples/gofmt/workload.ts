@@ -1,6 +1,7 @@
 // The loop that both sides run, and the news of it that they send to main.ts.
 import { readFileSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
+import { send } from '../side.ts'
 
 export const gofmtWasm = fileURLToPath(import.meta.resolve('@wasm-fmt/gofmt/wasm'))
 
@@ -71,11 +72,4 @@ export async function run(side: Side): Promise<void> {
 
 function read(name: string): string {
   return readFileSync(new URL(name, import.meta.url), 'utf8')
-}
-
-function send(message: News | Ending): Promise<void> {
-  return new Promise((sent, failed) => {
-    if (!process.send) throw new Error('started by main.ts only')
-    process.send(message, undefined, {}, (error) => (error ? failed(error) : sent()))
-  })
 }
