@@ -16,11 +16,13 @@ export interface Effort {
   turnMs: number
   /** Scales loops of slow operations: 1 in full, less for a look. */
   share: number
+  /** What stands for a large memory, MiB. */
+  largeMib: number
 }
 
 /** Everything runs and nothing is learned: for CI. */
-export const smoke: Effort = { rounds: 1, turnMs: 5, share: 0.02 }
-export const full: Effort = { rounds: 9, turnMs: 150, share: 1 }
+export const smoke: Effort = { rounds: 1, turnMs: 5, share: 0.02, largeMib: 64 }
+export const full: Effort = { rounds: 9, turnMs: 150, share: 1, largeMib: 1024 }
 
 export async function contest<Name extends string>(
   rounds: number,
@@ -62,11 +64,25 @@ export function slow(count: number, prepare: () => (() => unknown) | Promise<() 
       for (let call = 0; call < best.length; call++) {
         const start = process.hrtime.bigint()
         fn()
-        best[call] = Math.min(best[call] ?? 0, Number(process.hrtime.bigint() - start))
+        best[call] = Math.min(best[call] ?? 0, since(start))
       }
     }
     return best.reduce((sum, ns) => sum + ns, 0) / best.length
   }
+}
+
+/** A turn for what has a part before or after it that is not measured: the median of so many times `once` gives. */
+export function repeated(count: number, once: () => number | Promise<number>): Turn {
+  return async () => {
+    const taken: number[] = []
+    while (taken.length < count) taken.push(await once())
+    return median(taken)
+  }
+}
+
+/** Nanoseconds since a moment. */
+export function since(start: bigint): number {
+  return Number(process.hrtime.bigint() - start)
 }
 
 /** The ratio of two contestants, round by round, and then its median: what disturbs a whole round cancels out. */

@@ -84,3 +84,36 @@ export const ledger = assemble(
       (i32.store (i32.const 0) (i32.add (i32.load (i32.const 0)) (i32.const 1)))
       (local.get $value)))`,
 )
+
+/** Writes, or reads, a word of each page between two addresses, of a memory that begins with so many MiB. */
+export function pages(mib: number): Uint8Array<ArrayBuffer> {
+  return assemble(
+    'pages',
+    `(module
+      (memory (export "memory") ${mib * 16} 32768)
+      (func (export "fill") (param $from i32) (param $to i32) (param $value i32)
+        (block $end
+          (loop $again
+            (br_if $end (i32.ge_u (local.get $from) (local.get $to)))
+            (i32.store (local.get $from) (local.get $value))
+            (local.set $from (i32.add (local.get $from) (i32.const 4096)))
+            (br $again))))
+      (func (export "sum") (param $from i32) (param $to i32) (result i32)
+        (local $sum i32)
+        (block $end
+          (loop $again
+            (br_if $end (i32.ge_u (local.get $from) (local.get $to)))
+            (local.set $sum (i32.add (local.get $sum) (i32.load (local.get $from))))
+            (local.set $from (i32.add (local.get $from) (i32.const 4096)))
+            (br $again)))
+        (local.get $sum)))`,
+  )
+}
+
+export const pageBytes = 4096
+
+/** What `pages` exports. */
+export interface Pages {
+  fill(from: number, to: number, value: number): void
+  sum(from: number, to: number): number
+}

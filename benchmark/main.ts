@@ -1,5 +1,6 @@
 // npm run bench [-- GROUP… --smoke --rounds N --strict --save]
-//   GROUP     exports, calls, imports, create, throughput, interruptible, pause, reloads; default all
+//   GROUP     exports, calls, imports, create, throughput, interruptible, pause, reloads,
+//             forks, snapshots, isolation, warm; default all
 //   --smoke   one short round, to see that everything runs
 //   --rounds  how often each contestant has its turn (default 9)
 //   --strict  exit 1 when a goal is missed
@@ -12,11 +13,15 @@ import { type Effort, full, smoke } from './contest.ts'
 import calls from './groups/calls.ts'
 import create from './groups/create.ts'
 import exportCalls from './groups/exports.ts'
+import forks from './groups/forks.ts'
 import importCalls from './groups/imports.ts'
 import interruptible from './groups/interruptible.ts'
+import isolation from './groups/isolation.ts'
 import pause from './groups/pause.ts'
 import reloads from './groups/reloads.ts'
+import snapshots from './groups/snapshots.ts'
 import throughput from './groups/throughput.ts'
+import warm from './groups/warm.ts'
 import { circumstances, type Group, passes, show, verdict } from './report.ts'
 
 const groups: Record<string, (effort: Effort) => Promise<Group>> = {
@@ -28,6 +33,10 @@ const groups: Record<string, (effort: Effort) => Promise<Group>> = {
   interruptible,
   pause,
   reloads,
+  forks,
+  snapshots,
+  isolation,
+  warm,
 }
 
 const { values: flags, positionals } = readFlags()

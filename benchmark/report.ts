@@ -62,6 +62,11 @@ export function time(ns: number): string {
   return `${(ns / 1e9).toFixed(2)} s`
 }
 
+/** Of a memory. */
+export function size(mib: number): string {
+  return mib < 1024 ? `${mib} MiB` : `${mib / 1024} GiB`
+}
+
 /** Where and when: a figure without that is a rumour. */
 export function circumstances() {
   return {
