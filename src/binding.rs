@@ -260,19 +260,29 @@ fn snapshot_object(env: &Rc<EnvState>, side: &Rc<ManagerSide>, it: Arc<Snapshot>
     js.call(env.helper(env.helpers.make_snapshot)?, &[handle])
 }
 
+/// The promise of something for which instances pause, and what settles it. From here until then
+/// synchronous calls are refused.
+fn pausing<T: Send + 'static>(
+    env: &Rc<EnvState>,
+    side: &Rc<ManagerSide>,
+    convert: impl FnOnce(&Rc<EnvState>, &Rc<ManagerSide>, T) -> JsResult<Val> + Send + 'static,
+) -> JsResult<(Val, Done<T>)> {
+    let pending = Deferred::new(env, side)?;
+    let promise = pending.promise;
+    side.swap_begins();
+    Ok((
+        promise,
+        pending.done_always(ManagerSide::swap_ends, convert),
+    ))
+}
+
 /// `(handle) => [Promise<Snapshot>, control]`
 fn snapshot(js: Js, args: &[Val]) -> JsResult<Val> {
     let env = EnvState::of(js)?;
     let side = side(js, args)?;
-    let pending = Deferred::new(&env, &side)?;
-    let promise = pending.promise;
-    side.swap_begins();
-    let done = pending.done_always(ManagerSide::swap_ends, snapshot_object);
+    let (promise, done) = pausing(&env, &side, snapshot_object)?;
     let control = side.manager.snapshot(done);
-    let pair = js.array(2)?;
-    js.set_element(pair, 0, promise)?;
-    js.set_element(pair, 1, js.external(control)?)?;
-    Ok(pair)
+    with_abort(js, promise, true, control)
 }
 
 /// `(handle) => Snapshot`
@@ -347,11 +357,7 @@ fn reset(js: Js, args: &[Val]) -> JsResult<Val> {
     let env = EnvState::of(js)?;
     let side = side(js, args)?;
     let options = reset_options(&env, &side, args)?;
-    let pending = Deferred::new(&env, &side)?;
-    let promise = pending.promise;
-    side.swap_begins();
-    let report = |env: &Rc<EnvState>, _: &Rc<ManagerSide>, it| report::reset(env.js(), &it);
-    let done = pending.done_always(ManagerSide::swap_ends, report);
+    let (promise, done) = pausing(&env, &side, |env, _, it| report::reset(env.js(), &it))?;
     side.manager.reset(options, done);
     Ok(promise)
 }
@@ -375,11 +381,7 @@ fn fork(js: Js, args: &[Val]) -> JsResult<Val> {
         forked.map_err(|e| env.throw(&e, &side.place()))?;
         return Ok(js.undefined());
     }
-    let pending = Deferred::new(&env, &side)?;
-    let promise = pending.promise;
-    side.swap_begins();
-    let none = |env: &Rc<EnvState>, _: &Rc<ManagerSide>, ()| Ok(env.js().undefined());
-    let done = pending.done_always(ManagerSide::swap_ends, none);
+    let (promise, done) = pausing(&env, &side, |env, _, ()| Ok(env.js().undefined()))?;
     side.manager.fork(&child.manager, done);
     Ok(promise)
 }
@@ -593,12 +595,7 @@ fn values_out(env: &Rc<EnvState>, side: &Rc<ManagerSide>, outcome: Outcome) -> J
 }
 
 /// The promise, or where a signal may stop the call: `[promise, abort]`.
-fn with_abort(
-    js: Js,
-    promise: Val,
-    can_abort: bool,
-    control: Option<Arc<CallControl>>,
-) -> JsResult<Val> {
+fn with_abort<T: 'static>(js: Js, promise: Val, can_abort: bool, control: T) -> JsResult<Val> {
     if !can_abort {
         return Ok(promise);
     }

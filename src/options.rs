@@ -111,14 +111,27 @@ impl<'a> Reader<'a> {
     }
 
     fn on_drain_timeout(&self) -> Read<OnDrainTimeout> {
-        match self.text("onDrainTimeout")?.as_deref() {
-            None | Some("abort") => Ok(OnDrainTimeout::Abort),
-            Some("interrupt") => Ok(OnDrainTimeout::Interrupt),
-            Some(other) => Err(invalid(format!(
-                "options.onDrainTimeout is '{other}'; it must be 'abort' or 'interrupt'"
+        let choices = [
+            ("abort", OnDrainTimeout::Abort),
+            ("interrupt", OnDrainTimeout::Interrupt),
+        ];
+        Ok(self.choice("onDrainTimeout", choices)?.unwrap_or_default())
+    }
+
+    /// One of two words.
+    fn choice<T>(&self, name: &str, choices: [(&str, T); 2]) -> Read<Option<T>> {
+        let Some(word) = self.text(name)? else {
+            return Ok(None);
+        };
+        let [(first, _), (second, _)] = choices;
+        let chosen = choices.into_iter().find(|(known, _)| *known == word);
+        chosen.map(|(_, value)| Some(value)).ok_or_else(|| {
+            invalid(format!(
+                "{}.{name} is '{word}'; it must be '{first}' or '{second}'",
+                self.path
             ))
-            .into()),
-        }
+            .into()
+        })
     }
 
     fn function(&self, name: &str) -> Read<Option<sys::napi_ref>> {
@@ -185,16 +198,11 @@ fn read_manager(js: Js, object: Val, hooks: &mut Hooks) -> Read<ManagerOptions> 
         Some((value, Kind::String)) => CacheChoice::Folder(PathBuf::from(js.get_string(value)?)),
         Some(_) => return reader.wrong("cache", "true, false or the path of a folder"),
     };
-    options.isolation = match reader.text("isolation")?.as_deref() {
-        None | Some("shared") => Isolation::Shared,
-        Some("per-call") => Isolation::PerCall,
-        Some(other) => {
-            return Err(invalid(format!(
-                "options.isolation is '{other}'; it must be 'shared' or 'per-call'"
-            ))
-            .into());
-        }
-    };
+    let isolations = [
+        ("shared", Isolation::Shared),
+        ("per-call", Isolation::PerCall),
+    ];
+    options.isolation = reader.choice("isolation", isolations)?.unwrap_or_default();
     snapshots(js, js.property(object, c"snapshots")?, &mut options)?;
     match reader.get("reseed")? {
         None => {}
@@ -220,17 +228,11 @@ fn snapshots(js: Js, object: Val, options: &mut ManagerOptions) -> Read<()> {
     let Some(reader) = Reader::open(js, "options.snapshots", object, &known)? else {
         return Ok(());
     };
-    options.images = match reader.text("images")?.as_deref() {
-        None => options.images,
-        Some("copy-on-write") => ImageKind::CopyOnWrite,
-        Some("copy") => ImageKind::Copy,
-        Some(other) => {
-            return Err(invalid(format!(
-                "options.snapshots.images is '{other}'; it must be 'copy-on-write' or 'copy'"
-            ))
-            .into());
-        }
-    };
+    let kinds = [
+        ("copy-on-write", ImageKind::CopyOnWrite),
+        ("copy", ImageKind::Copy),
+    ];
+    options.images = reader.choice("images", kinds)?.unwrap_or_default();
     options.prepares_snapshots = reader.boolean("prepare")?;
     Ok(())
 }
@@ -339,16 +341,11 @@ pub(crate) fn reload(js: Js, object: Val) -> Read<ReloadOptions> {
     }
     options.on_drain_timeout = reader.on_drain_timeout()?;
     options.skip_save = reader.boolean("skipSave")?.unwrap_or(false);
-    options.strategy = match reader.text("strategy")?.as_deref() {
-        None | Some("exclusive") => Strategy::Exclusive,
-        Some("rolling") => Strategy::Rolling,
-        Some(other) => {
-            return Err(invalid(format!(
-                "options.strategy is '{other}'; it must be 'exclusive' or 'rolling'"
-            ))
-            .into());
-        }
-    };
+    let strategies = [
+        ("exclusive", Strategy::Exclusive),
+        ("rolling", Strategy::Rolling),
+    ];
+    options.strategy = reader.choice("strategy", strategies)?.unwrap_or_default();
     if let Some((value, _)) = reader.get("source")? {
         options.source = Some(source(js, value)?);
     }

@@ -44,3 +44,8 @@ const GRANULE: usize = 1 << 16;
 fn round_up(bytes: usize) -> Option<usize> {
     bytes.checked_next_multiple_of(GRANULE)
 }
+
+/// The same, where such a size is to be held.
+fn extent(bytes: usize) -> std::io::Result<usize> {
+    Ok(round_up(bytes).ok_or(std::io::ErrorKind::OutOfMemory)?)
+}

@@ -1,7 +1,7 @@
 //! Snapshot, reset and fork: what is done to instances while nobody is inside them, carried out by the
 //! protocol of [`wasm_molt_lifecycle::pause`].
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -154,28 +154,14 @@ impl<F: FnOnce() -> Result<()>> Paused for Pause<'_, F> {
     type Cause = Error;
 
     fn close_gate(&mut self) -> usize {
-        let in_flight = Arc::new(AtomicUsize::new(0));
-        let count = Arc::clone(&in_flight);
-        let shared = Arc::clone(self.shared);
-        let told = self.shared.host.at_home(Box::new(move |home| {
-            let n = home.map_or_else(|| shared.gate.close(), Home::close);
-            shared.set_state(ManagerState::Draining);
-            count.store(n, Ordering::Release);
-        }));
-        self.is_homeless = told.is_err();
-        in_flight.load(Ordering::Acquire)
+        let in_flight = self.shared.close_gate(|| {});
+        self.is_homeless = in_flight.is_none();
+        in_flight.unwrap_or(0)
     }
 
     fn drain(&mut self, timeout: Option<Duration>) -> Result<(), InFlight> {
-        // Nobody may be waited for on the home thread: what is in flight may need that very thread.
-        let timeout = if self.terms.scope.is_sync {
-            Some(Duration::ZERO)
-        } else {
-            timeout
-        };
         let give_up = || self.is_cancelled();
-        self.shared.gate.wait_drained_unless(timeout, give_up)?;
-        self.shared.wait_settled();
+        self.shared.drain(&self.terms.scope, timeout, give_up)?;
         Shared::resume(&self.replicas);
         Ok(())
     }
@@ -463,15 +449,11 @@ impl Shared {
 
     /// Slots whose instances are worth something again serve, those whose are not any more do not.
     fn mend_slots(self: &Arc<Self>, replicas: &[Arc<Replica>]) {
+        self.retire_poisoned(replicas);
         let retired = self.gate.retired_slots();
-        for replica in replicas {
-            let (slot, is_retired) = (replica.slot(), retired.contains(&replica.slot()));
-            if replica.is_poisoned() && !is_retired {
-                self.gate.retire(slot);
-                self.request_repair(slot);
-            } else if !replica.is_poisoned() && is_retired {
-                self.gate.reinstate(slot);
-            }
+        let serves_again = |r: &&Arc<Replica>| !r.is_poisoned() && retired.contains(&r.slot());
+        for replica in replicas.iter().filter(serves_again) {
+            self.gate.reinstate(replica.slot());
         }
     }
 

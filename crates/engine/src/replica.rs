@@ -11,7 +11,7 @@ use std::cell::UnsafeCell;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use smallvec::SmallVec;
@@ -255,18 +255,18 @@ impl Replica {
 
     /// The error that left the instance poisoned.
     pub(crate) fn last_trap(&self) -> Option<Error> {
+        self.lock_last_trap().clone()
+    }
+
+    fn lock_last_trap(&self) -> MutexGuard<'_, Option<Error>> {
         self.last_trap
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .clone()
     }
 
     /// A failure that the engine knows nothing of has left the guest in the middle of something.
     pub(crate) fn poison_with(&self, error: &Error) {
-        *self
-            .last_trap
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = Some(error.clone());
+        *self.lock_last_trap() = Some(error.clone());
         self.poison();
     }
 
@@ -493,26 +493,10 @@ impl Replica {
         })
     }
 
-    /// Does what belongs to instantiation, but is done on its own: sets the sizes of imported tables,
-    /// copies the data segments, and runs the start function.
+    /// Does what belongs to instantiation, but is done on its own: copies the data segments, and runs the
+    /// start function.
     fn start(&self, store: &mut Store<Guest>, instance: &Instance) -> wasmtime::Result<()> {
         let state = &self.module.state;
-        for table in state.tables.iter().filter(|table| table.imported) {
-            let Some(size) = &table.size else {
-                continue;
-            };
-            let real = instance.get_table(&mut *store, &table.name);
-            let global = instance.get_global(&mut *store, size);
-            if let (Some(real), Some(global)) = (real, global) {
-                // Whoever gave it may have made it larger than it has to be.
-                let real = real.size(&*store).cast_signed();
-                let value = match global.ty(&*store).content() {
-                    wasmtime::ValType::I64 => Val::I64(real),
-                    _ => Val::I32(real as i32),
-                };
-                global.set(&mut *store, value)?;
-            }
-        }
         if let Some(init) = &state.init {
             if let Some(fuel) = self.fuel {
                 // Copying costs nothing.
@@ -871,13 +855,13 @@ impl Replica {
 
     // ------------------------------------------------------------------ state
 
-    fn known_tables(&self) -> std::sync::MutexGuard<'_, KnownTables> {
+    fn known_tables(&self) -> MutexGuard<'_, KnownTables> {
         self.known_tables
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn stands_on(&self) -> std::sync::MutexGuard<'_, StandsOn> {
+    fn stands_on(&self) -> MutexGuard<'_, StandsOn> {
         self.stands_on
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -986,10 +970,7 @@ impl Replica {
         match outcome {
             Ok(dirty_bytes) => {
                 *known = Some(captured.tables.clone());
-                *self
-                    .last_trap
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner) = None;
+                *self.lock_last_trap() = None;
                 self.is_poisoned.store(false, Ordering::Release);
                 self.begins_as(to.snapshot.id(), Arc::clone(captured));
                 Ok(dirty_bytes)

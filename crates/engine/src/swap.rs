@@ -1,12 +1,11 @@
 //! The swap, carried out: the protocol of [`wasm_molt_lifecycle::swap`] over real instances.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use wasm_molt_lifecycle::{
-    Backend, Drained, FailedPhase, Failure, Generation, Home, InFlight, OnDrainTimeout, Plan, Step,
+    Backend, Drained, FailedPhase, Failure, Generation, InFlight, OnDrainTimeout, Plan, Step,
     SystemClock, Timings,
     swap::{run as run_exclusive, run_rolling},
 };
@@ -331,13 +330,7 @@ impl Swap<'_> {
         };
         let mut module = self.shared.load_next(source)?;
         module.succeed(&self.blueprint.module)?;
-        Ok(Arc::new(Blueprint {
-            engine: module.engine.clone(),
-            module: Arc::new(module),
-            limits: self.blueprint.limits.clone(),
-            images: self.blueprint.images,
-            prepares_snapshots: self.shared.prepares_snapshots(),
-        }))
+        Ok(self.shared.blueprint_of(Arc::new(module)))
     }
 
     fn make_next(&mut self) -> Result<(), (FailedPhase, Error)> {
@@ -403,32 +396,18 @@ impl Backend for Swap<'_> {
     }
 
     fn close_gate(&mut self) -> usize {
-        let in_flight = Arc::new(AtomicUsize::new(0));
-        let count = Arc::clone(&in_flight);
         let closed_at = Arc::clone(&self.closed_at);
-        let shared = Arc::clone(self.shared);
-        // If the home is gone there is nobody to call, and the next step finds the swap cancelled.
-        let told = self.shared.host.at_home(Box::new(move |home| {
+        let in_flight = self.shared.close_gate(move || {
             let _ = closed_at.set(Instant::now());
-            let n = home.map_or_else(|| shared.gate.close(), Home::close);
-            shared.set_state(ManagerState::Draining);
-            count.store(n, Ordering::Release);
-        }));
-        self.is_homeless = told.is_err();
-        in_flight.load(Ordering::Acquire)
+        });
+        // If the home is gone there is nobody to call, and the next step finds the swap cancelled.
+        self.is_homeless = in_flight.is_none();
+        in_flight.unwrap_or(0)
     }
 
     fn drain(&mut self, timeout: Option<Duration>) -> Result<(), InFlight> {
-        // Nobody may be waited for on the home thread: what is in flight may need that very thread.
-        let timeout = if self.scope.is_sync {
-            Some(Duration::ZERO)
-        } else {
-            timeout
-        };
         let (shared, scope) = (self.shared, &self.scope);
-        let give_up = || scope.is_cancelled();
-        shared.gate.wait_drained_unless(timeout, give_up)?;
-        shared.wait_settled();
+        shared.drain(scope, timeout, || scope.is_cancelled())?;
         Shared::resume(&self.old);
         shared.set_state(ManagerState::Reloading);
         self.note_memory();
@@ -567,12 +546,7 @@ impl Backend for Swap<'_> {
         let _ = self.shared.discard(next, self.previous.next());
         Shared::resume(&self.old);
         // A hook may have trapped the old guest while it saved: it must not serve like that.
-        let retired = self.shared.gate.retired_slots();
-        let trapped = |r: &&Arc<Replica>| r.is_poisoned() && !retired.contains(&r.slot());
-        for replica in self.old.iter().filter(trapped) {
-            self.shared.gate.retire(replica.slot());
-            self.shared.request_repair(replica.slot());
-        }
+        self.shared.retire_poisoned(&self.old);
     }
 
     fn open_gate(&mut self) -> usize {

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use crate::clock::Clock;
 use crate::gate::InFlight;
-use crate::swap::{OnDrainTimeout, once_interrupted};
+use crate::swap::{OnDrainTimeout, Undrained, drain};
 
 /// The work behind each step of a pause.
 ///
@@ -131,7 +131,17 @@ pub fn run<P: Paused>(
     timings.drained = guard.paused.close_gate();
 
     let started = clock.now();
-    drain(guard.paused, plan)?;
+    let drained = drain(
+        &mut *guard.paused,
+        (plan.drain_timeout, plan.on_drain_timeout),
+        |paused, timeout| paused.drain(timeout),
+        |paused| paused.interrupt(),
+        |paused| paused.is_cancelled(),
+    );
+    drained.map_err(|why| match why {
+        Undrained::Cancelled => PauseFailure::Cancelled,
+        Undrained::InFlight(left) => PauseFailure::DrainTimeout(left),
+    })?;
     timings.drain = clock.now().saturating_sub(started);
     if guard.paused.is_cancelled() {
         return Err(PauseFailure::Cancelled);
@@ -144,20 +154,6 @@ pub fn run<P: Paused>(
     timings.queued = guard.open();
     timings.pause = clock.now().saturating_sub(closing);
     Ok(timings)
-}
-
-fn drain<P: Paused>(paused: &mut P, plan: &PausePlan) -> Result<(), PauseFailure<P::Cause>> {
-    let cancelled = |paused: &P| paused.is_cancelled().then_some(PauseFailure::Cancelled);
-    let mut drained = paused.drain(plan.drain_timeout);
-    if drained.is_err() && plan.on_drain_timeout == OnDrainTimeout::Interrupt {
-        if let Some(cancelled) = cancelled(paused) {
-            return Err(cancelled);
-        }
-        paused.interrupt();
-        drained = paused.drain(once_interrupted(plan.drain_timeout));
-    }
-    // Whoever cancelled wants to hear of that, rather than of what it did not wait for.
-    drained.map_err(|left| cancelled(paused).unwrap_or(PauseFailure::DrainTimeout(left)))
 }
 
 /// Opens the gate on the way out, once.

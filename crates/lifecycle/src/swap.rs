@@ -320,9 +320,36 @@ fn step_failed<C>(phase: FailedPhase) -> impl FnOnce(C) -> Failure<C> {
 /// What was interrupted gets at least this long to notice, however short the caller's own patience.
 const INTERRUPTED_DRAIN: Duration = Duration::from_secs(5);
 
-/// How long to wait for what was interrupted.
-pub(crate) fn once_interrupted(drain_timeout: Option<Duration>) -> Option<Duration> {
-    drain_timeout.map(|timeout| timeout.max(INTERRUPTED_DRAIN))
+/// Why a drain came to nothing.
+pub(crate) enum Undrained {
+    Cancelled,
+    InFlight(InFlight),
+}
+
+/// Waits until nothing is in flight, and interrupts what does not end in time if that is wanted.
+pub(crate) fn drain<T>(
+    of: &mut T,
+    (timeout, on_timeout): (Option<Duration>, OnDrainTimeout),
+    wait: impl Fn(&mut T, Option<Duration>) -> Result<(), InFlight>,
+    interrupt: impl FnOnce(&mut T),
+    is_cancelled: impl Fn(&T) -> bool,
+) -> Result<(), Undrained> {
+    let mut drained = wait(of, timeout);
+    if drained.is_err() && on_timeout == OnDrainTimeout::Interrupt {
+        if is_cancelled(of) {
+            return Err(Undrained::Cancelled);
+        }
+        interrupt(of);
+        drained = wait(of, timeout.map(|timeout| timeout.max(INTERRUPTED_DRAIN)));
+    }
+    drained.map_err(|left| {
+        // Whoever cancelled wants to hear of that, rather than of the calls that it did not wait for.
+        if is_cancelled(of) {
+            Undrained::Cancelled
+        } else {
+            Undrained::InFlight(left)
+        }
+    })
 }
 
 /// A swap under way. Dropped before it is over, by an error or a panic, it is undone.
@@ -371,25 +398,20 @@ impl<'a, B: Backend> Swap<'a, B> {
 
     fn drain(&mut self, plan: &Plan, whom: Drained) -> Result<(), Failure<B::Cause>> {
         self.check_cancelled()?;
-        let mut drained = self.wait_for(whom, plan.drain_timeout);
-        if drained.is_err() && plan.on_drain_timeout == OnDrainTimeout::Interrupt {
-            self.check_cancelled()?;
-            self.backend.interrupt(whom);
-            drained = self.wait_for(whom, once_interrupted(plan.drain_timeout));
-        }
-        if drained.is_err() {
-            // Whoever cancelled wants to hear of that, rather than of the calls that it did not
-            // wait for.
-            self.check_cancelled()?;
-        }
-        drained.map_err(Failure::DrainTimeout)
-    }
-
-    fn wait_for(&mut self, whom: Drained, timeout: Option<Duration>) -> Result<(), InFlight> {
-        match whom {
-            Drained::InFlight => self.backend.drain(timeout),
-            Drained::Stragglers => self.backend.drain_stragglers(timeout),
-        }
+        let drained = drain(
+            &mut *self.backend,
+            (plan.drain_timeout, plan.on_drain_timeout),
+            |backend, timeout| match whom {
+                Drained::InFlight => backend.drain(timeout),
+                Drained::Stragglers => backend.drain_stragglers(timeout),
+            },
+            |backend| backend.interrupt(whom),
+            |backend| backend.is_cancelled(),
+        );
+        drained.map_err(|why| match why {
+            Undrained::Cancelled => Failure::Cancelled,
+            Undrained::InFlight(left) => Failure::DrainTimeout(left),
+        })
     }
 
     fn open_gate(mut self) -> usize {

@@ -3,25 +3,20 @@
 #![cfg(not(loom))]
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod common;
+
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender};
 use std::time::Duration;
 
 use wasm_molt_lifecycle::pause::run;
 use wasm_molt_lifecycle::{
-    Admission, Clock, Gate, GateOptions, InFlight, ManualClock, OnDrainTimeout, PauseFailure,
-    PausePlan, PauseTimings, Paused, Ticket, Waiter,
+    Admission, Clock, Gate, InFlight, ManualClock, OnDrainTimeout, PauseFailure, PausePlan,
+    PauseTimings, Paused, Ticket,
 };
 
-/// A call that hands its ticket to the test.
-struct Call(Sender<Ticket<Call>>);
-
-impl Waiter for Call {
-    fn start(self, ticket: Ticket<Self>) {
-        self.0.send(ticket).unwrap();
-    }
-}
+use common::{Busy, Call};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
@@ -75,18 +70,16 @@ struct Fake<'a> {
 impl<'a> Fake<'a> {
     /// Serves, with one call in flight.
     fn new(clock: &'a ManualClock, is_stubborn: bool, fault: Option<(Step, Fault)>) -> Self {
-        let gate = Gate::new(GateOptions {
-            slots: 1,
-            max_queue: 8,
-            home: false,
-        });
-        gate.open();
-        let (calls, started) = channel();
-        gate.admit(Call(calls.clone())).unwrap();
+        let Busy {
+            gate,
+            in_flight,
+            calls,
+            started,
+        } = Busy::new();
         Self {
             clock,
             gate,
-            in_flight: Some(started.recv().unwrap()),
+            in_flight,
             fault,
             is_stubborn,
             steps: Vec::new(),

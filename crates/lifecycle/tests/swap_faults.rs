@@ -3,25 +3,20 @@
 #![cfg(not(loom))]
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod common;
+
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender};
 use std::time::Duration;
 
 use wasm_molt_lifecycle::swap::{run, run_rolling};
 use wasm_molt_lifecycle::{
-    Admission, Backend, Clock, Drained, FailedPhase, Failure, Gate, GateOptions, Generation,
-    InFlight, ManualClock, OnDrainTimeout, Plan, Ticket, Timings, Waiter,
+    Admission, Backend, Clock, Drained, FailedPhase, Failure, Gate, Generation, InFlight,
+    ManualClock, OnDrainTimeout, Plan, Ticket, Timings,
 };
 
-/// A call that hands its ticket to the test.
-struct Call(Sender<Ticket<Call>>);
-
-impl Waiter for Call {
-    fn start(self, ticket: Ticket<Self>) {
-        self.0.send(ticket).unwrap();
-    }
-}
+use common::{Busy, Call};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
@@ -114,14 +109,12 @@ type Outcome = Result<Timings, Failure<&'static str>>;
 impl<'a> Fake<'a> {
     /// Serves its first generation, with one call in flight.
     fn new(clock: &'a ManualClock, faults: &[(Step, Fault)]) -> Self {
-        let gate = Gate::new(GateOptions {
-            slots: 1,
-            max_queue: 8,
-            home: false,
-        });
-        gate.open();
-        let (calls, started) = channel();
-        gate.admit(Call(calls.clone())).unwrap();
+        let Busy {
+            gate,
+            in_flight,
+            calls,
+            started,
+        } = Busy::new();
         Self {
             clock,
             gate,
@@ -131,7 +124,7 @@ impl<'a> Fake<'a> {
             },
             next: None,
             saved: None,
-            in_flight: Some(started.recv().unwrap()),
+            in_flight,
             straggler: None,
             interrupted: None,
             faults: faults.to_vec(),

@@ -10,6 +10,7 @@ use wasmtime::{
     Trap, Val, ValType,
 };
 
+use super::tests::{random, valid, wasm};
 use super::*;
 
 const OPTIONS: [InstrumentOptions; 3] = [
@@ -26,10 +27,6 @@ const OPTIONS: [InstrumentOptions; 3] = [
         inlining: true,
     },
 ];
-
-fn wasm(wat: &str) -> Vec<u8> {
-    wat::parse_str(wat).unwrap_or_else(|e| panic!("{e}: {wat}"))
-}
 
 fn spliced(bytes: &[u8], options: InstrumentOptions) -> Instrumented<'_> {
     let spliced = instrument(bytes, &options).unwrap();
@@ -822,11 +819,6 @@ fn no_part_of_a_module_can_name_what_was_put_in() {
         (type $f (func)) (func $used (type $f) data.drop $p
             (memory.init $a (i32.const 0) (i32.const 0) (i32.const 0))
             (drop (table.grow $t (ref.null func) (i32.const 0)))) (global $g i32 (i32.const 0))"#;
-    let valid = |bytes: &[u8]| {
-        Validator::new_with_features(WasmFeatures::all())
-            .validate_all(bytes)
-            .is_ok()
-    };
     for (more, what) in [
         ("(func call N)", "function"),
         ("(func return_call N)", "function"),
@@ -914,11 +906,6 @@ fn no_part_of_a_module_can_name_what_was_put_in() {
 
 #[test]
 fn damaged_modules_do_not_become_valid() {
-    let valid = |bytes: &[u8]| {
-        Validator::new_with_features(WasmFeatures::all())
-            .validate_all(bytes)
-            .is_ok()
-    };
     let wats = [
         r#"(module (import "a" "f" (func)) (memory 1) (table 2 9 funcref) (global i32 (i32.const 0)) (global (mut i32) (i32.const 0))
             (export "x" (func 1)) (export "g" (global 1)) (start 0) (elem (i32.const 0) 1 2) (elem $e funcref (ref.func 1))
@@ -931,13 +918,7 @@ fn damaged_modules_do_not_become_valid() {
         r#"(module (memory 1) (data (i32.const 1) "x") (data (i32.const 1) "y"))"#,
     ];
     let originals = wats.map(wasm);
-    let mut state = 3_u64;
-    let mut random = move || {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) as usize
-    };
+    let mut random = random(3);
     let mut accepted = 0;
     for round in 0..100_000 {
         let mut bytes = originals[if round % 4 > 0 { 0 } else { 1 + random() % 2 }].clone();

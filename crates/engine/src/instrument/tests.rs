@@ -13,8 +13,24 @@ const NOTHING: InstrumentOptions = InstrumentOptions {
     inlining: false,
 };
 
-fn wasm(wat: &str) -> Vec<u8> {
-    wat::parse_str(wat).unwrap()
+pub(super) fn wasm(wat: &str) -> Vec<u8> {
+    wat::parse_str(wat).unwrap_or_else(|e| panic!("{e}: {wat}"))
+}
+
+pub(super) fn valid(bytes: &[u8]) -> bool {
+    Validator::new_with_features(WasmFeatures::all())
+        .validate_all(bytes)
+        .is_ok()
+}
+
+/// Numbers that are the same each time.
+pub(super) fn random(mut state: u64) -> impl FnMut() -> usize {
+    move || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize
+    }
 }
 
 fn refused(bytes: &[u8]) -> InstrumentError {
@@ -662,12 +678,7 @@ fn no_part_of_a_module_can_name_the_poll_memory() {
         "(drop (ref.null func)) (drop (i32.load8_u M (i32.const 0)))",
     ];
     let refused_as = |bytes: &[u8], index: usize, what: &str| {
-        assert!(
-            Validator::new_with_features(WasmFeatures::all())
-                .validate_all(bytes)
-                .is_err(),
-            "{what}"
-        );
+        assert!(!valid(bytes), "{what}");
         for options in [POLLS, NOTHING] {
             match instrument(bytes, &options).map(|_| ()) {
                 Err(InstrumentError::Malformed { message, offset }) => {
@@ -718,13 +729,7 @@ fn damaged_modules_are_refused_or_left_to_the_compiler_but_never_a_panic() {
             (func (local i32 i64) loop (br_table 0 0 0 (i32.const 1)) end call 2 (call_indirect (i32.const 0)))
             (func (param i32) (if (local.get 0) (then (call 2 (i32.const 0)) (call 0))) (drop (v128.const i64x2 0 0))))"#,
     );
-    let mut state = 1_u64;
-    let mut random = move || {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        (state >> 33) as usize
-    };
+    let mut random = random(1);
     let mut accepted = 0;
     for _ in 0..100_000 {
         let mut bytes = bytes.clone();
@@ -740,11 +745,6 @@ fn damaged_modules_are_refused_or_left_to_the_compiler_but_never_a_panic() {
                 break;
             }
         }
-        let valid = |bytes: &[u8]| {
-            Validator::new_with_features(WasmFeatures::all())
-                .validate_all(bytes)
-                .is_ok()
-        };
         match instrument(&bytes, &POLLS) {
             Ok(spliced) => {
                 accepted += 1;

@@ -1,13 +1,13 @@
 //! Operations that change what serves: queued, joined, run one at a time; and what a roll leaves behind.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
-use wasm_molt_lifecycle::{Home, OnDrainTimeout, TicketId};
+use wasm_molt_lifecycle::{Home, InFlight, OnDrainTimeout, TicketId};
 
 use super::lending::{HookScope, impatient};
-use super::{Answer, Control, Done, Event, Job, Op, PendingReload, Shared, guarded};
+use super::{Answer, Control, Done, Event, Job, ManagerState, Op, PendingReload, Shared, guarded};
 use crate::error::{Error, ErrorCode, Result};
 use crate::swap::{self, ReloadOptions, ReloadReport, Strategy};
 
@@ -45,8 +45,16 @@ impl Shared {
         Ok(())
     }
 
+    /// Repairs need not wait any more: those that have waited begin.
+    fn end_swap(self: &Arc<Self>) {
+        let due = Self::end_swapping(&mut self.lock_control());
+        for slot in due {
+            self.request_repair(slot);
+        }
+    }
+
     /// Returns the slots whose repair has waited for the swap to end.
-    pub(super) fn end_swap(control: &mut Control) -> Vec<usize> {
+    fn end_swapping(control: &mut Control) -> Vec<usize> {
         control.is_swapping = false;
         std::mem::take(&mut control.repairs_due)
     }
@@ -71,7 +79,7 @@ impl Shared {
             let mut control = self.lock_control();
             let current = control.current_reload.take();
             let done = current.map(|(_, done)| done).unwrap_or_default();
-            (done, Self::end_swap(&mut control))
+            (done, Self::end_swapping(&mut control))
         };
         self.swap_ended(&outcome);
         for slot in due {
@@ -82,6 +90,43 @@ impl Shared {
                 done(outcome.clone());
             }
         })
+    }
+
+    /// Closes the gate, at home. Returns how many are in flight; `None` if the home is gone.
+    ///
+    /// * `closing`: runs there first.
+    pub(crate) fn close_gate(
+        self: &Arc<Self>,
+        closing: impl FnOnce() + Send + 'static,
+    ) -> Option<usize> {
+        let in_flight = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&in_flight);
+        let shared = Arc::clone(self);
+        let told = self.host.at_home(Box::new(move |home| {
+            closing();
+            let n = home.map_or_else(|| shared.gate.close(), Home::close);
+            shared.set_state(ManagerState::Draining);
+            count.store(n, Ordering::Release);
+        }));
+        told.is_ok().then(|| in_flight.load(Ordering::Acquire))
+    }
+
+    /// Waits until nothing is in flight and all of it is answered.
+    pub(crate) fn drain(
+        &self,
+        scope: &HookScope,
+        timeout: Option<Duration>,
+        give_up: impl Fn() -> bool,
+    ) -> Result<(), InFlight> {
+        // Nobody may be waited for on the home thread: what is in flight may need that very thread.
+        let timeout = if scope.is_sync {
+            Some(Duration::ZERO)
+        } else {
+            timeout
+        };
+        self.gate.wait_drained_unless(timeout, give_up)?;
+        self.wait_settled();
+        Ok(())
     }
 
     /// Releases what a roll has left behind, now where nobody is inside, else as soon as they leave.
@@ -175,10 +220,7 @@ impl Shared {
             control.is_swapping = true;
         }
         let outcome = guarded(|| body(self.hook_scope(true)));
-        let due = Self::end_swap(&mut self.lock_control());
-        for slot in due {
-            self.request_repair(slot);
-        }
+        self.end_swap();
         // Whatever was asked for in the meantime runs now, on a control thread.
         let mut control = self.lock_control();
         if control.queue.is_empty() {
@@ -202,10 +244,7 @@ impl Shared {
         }
         self.wait_repaired(self.lock_control()).is_swapping = true;
         let outcome = guarded(|| body(self.hook_scope(false)));
-        let due = Self::end_swap(&mut self.lock_control());
-        for slot in due {
-            self.request_repair(slot);
-        }
+        self.end_swap();
         outcome
     }
 

@@ -46,6 +46,16 @@ impl Shared {
         });
     }
 
+    /// Instances that hooks, or a reset that failed, have left poisoned do not serve. Nobody is inside them.
+    pub(crate) fn retire_poisoned(self: &Arc<Self>, replicas: &[Arc<Replica>]) {
+        let retired = self.gate.retired_slots();
+        let is_lost = |r: &&Arc<Replica>| r.is_poisoned() && !retired.contains(&r.slot());
+        for replica in replicas.iter().filter(is_lost) {
+            self.gate.retire(replica.slot());
+            self.request_repair(replica.slot());
+        }
+    }
+
     /// Somebody waits: slots that a synchronous trap has left out of service are needed now.
     ///
     /// Only retired slots: a poisoned instance that somebody is still inside retires when they leave.

@@ -66,7 +66,7 @@ impl Shared {
         }
     }
 
-    pub(super) fn blueprint_of(&self, module: Arc<Module>) -> Arc<Blueprint> {
+    pub(crate) fn blueprint_of(&self, module: Arc<Module>) -> Arc<Blueprint> {
         let options = &self.options;
         Arc::new(Blueprint {
             engine: module.engine.clone(),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::guest::Layout;
 use super::image::{Image, ImageKind, Written};
 use super::reservation::Reservation;
-use super::{GRANULE, round_up};
+use super::{GRANULE, extent};
 
 /// How a memory begins.
 #[derive(Debug, Clone, Default)]
@@ -57,7 +57,7 @@ impl Home {
             .checked_add(layout.guard)
             .ok_or(io::ErrorKind::OutOfMemory)?;
         let at = Reservation::new(layout.platform, total.max(GRANULE))?;
-        let extent = round_up(len).ok_or(io::ErrorKind::OutOfMemory)?;
+        let extent = extent(len)?;
         let ground = match &start.image {
             Some(image) => {
                 image.place(&at)?;
@@ -95,7 +95,7 @@ impl Home {
 
     /// Makes the first `len` bytes accessible, inside the capacity.
     pub(super) fn grow(&mut self, len: usize) -> io::Result<()> {
-        let extent = round_up(len).ok_or(io::ErrorKind::OutOfMemory)?;
+        let extent = extent(len)?;
         #[cfg(target_os = "linux")]
         if let Ground::Own(sheet) = &mut self.ground {
             let old = self.at.accessible_bytes();

@@ -9,7 +9,7 @@ use super::guest::Layout;
 use super::home::{Home, Start, let_go};
 use super::image::{Image, ImageKind, Written};
 use super::reservation::{Pin, Reservation};
-use super::{GRANULE, round_up};
+use super::{GRANULE, extent, round_up};
 
 /// Beyond that many dirty bytes a reset leaves the pages behind, to be given back when nobody waits.
 const MUCH: usize = 16 << 20;
@@ -257,7 +257,7 @@ impl MemoryRecord {
                 "the memory cannot grow beyond its reservation",
             ));
         }
-        let least = round_up(new_len).ok_or(io::ErrorKind::OutOfMemory)?;
+        let least = extent(new_len)?;
         // Half as much again, so that growing page by page does not copy at every step.
         let roomy = least
             .saturating_add((least / 2).next_multiple_of(GRANULE))
@@ -313,7 +313,7 @@ impl MemoryRecord {
     fn put_back(&self, image: &Arc<Image>, counts: bool) -> io::Result<usize> {
         let len = image.byte_len();
         self.admit(len)?;
-        let extent = round_up(len).ok_or(io::ErrorKind::OutOfMemory)?;
+        let extent = extent(len)?;
         let mut slot = self.write_home();
         let home = slot.as_mut().ok_or(io::ErrorKind::NotFound)?;
         let (mut dirty, written) = if counts {

@@ -18,6 +18,7 @@ use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 use rustix::param::page_size;
 
 use super::super::reservation::Reservation;
+use super::total;
 
 /// A way to find out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -62,11 +63,16 @@ pub(in crate::memory) fn runs(
         Strategy::Compare => compare(at, image, &mut runs)?,
     }
     if strategy != Strategy::Compare {
-        for run in &mut runs {
-            *run = run.start - base..run.end - base;
-        }
+        from_base(base, &mut runs);
     }
     Ok(runs)
+}
+
+/// Makes offsets of addresses.
+fn from_base(base: usize, runs: &mut [Range<usize>]) {
+    for run in runs {
+        *run = run.start - base..run.end - base;
+    }
 }
 
 fn push(runs: &mut Vec<Range<usize>>, run: Range<usize>) {
@@ -150,11 +156,8 @@ pub(super) fn few(at: &Reservation, len: usize, most: usize) -> Option<Vec<Range
     let base = at.base().addr();
     let mut runs = Vec::new();
     scan_some(base, base + len, most as u64 + 1, &mut runs).ok()?;
-    let bytes: usize = runs.iter().map(ExactSizeIterator::len).sum();
-    for run in &mut runs {
-        *run = run.start - base..run.end - base;
-    }
-    (bytes <= most * page_size()).then_some(runs)
+    from_base(base, &mut runs);
+    (total(&runs) <= most * page_size()).then_some(runs)
 }
 
 fn scan(start: usize, end: usize, runs: &mut Vec<Range<usize>>) -> io::Result<()> {

@@ -7,20 +7,21 @@
 //!
 //! `unsafe` because contents are read from and written to linear memory, under the record's lock.
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use once_cell::sync::OnceCell;
-use rustix::fs::{MemfdFlags, SeekFrom, fstat, ftruncate, memfd_create, seek};
-use rustix::io::{pread, pwrite};
+use rustix::fs::{MemfdFlags, SeekFrom, fstat, memfd_create, seek};
 
 use super::super::home::Ground;
 use super::super::region::Platform;
 use super::super::reservation::Reservation;
-use super::super::{GRANULE, round_up};
+use super::super::{GRANULE, extent};
 use super::{CHUNK, Contents, Image, Written, admit, dirty, not_zero, total};
 
 /// The smallest page there is.
@@ -45,7 +46,7 @@ const MAX_PART: usize = 4;
 /// A file of pages.
 #[derive(Debug)]
 pub(in crate::memory) struct Sheet {
-    file: OwnedFd,
+    file: File,
     /// A multiple of the granule.
     len: usize,
     /// The parts that are mapped; found when that is first done.
@@ -54,8 +55,8 @@ pub(in crate::memory) struct Sheet {
 
 impl Sheet {
     pub(in crate::memory) fn new(len: usize) -> io::Result<Self> {
-        let file = memfd_create("wasm-molt", MemfdFlags::CLOEXEC)?;
-        ftruncate(&file, len as u64)?;
+        let file = File::from(memfd_create("wasm-molt", MemfdFlags::CLOEXEC)?);
+        file.set_len(len as u64)?;
         Ok(Self {
             file,
             len,
@@ -66,7 +67,7 @@ impl Sheet {
     /// Makes it longer, by zeros.
     pub(in crate::memory) fn extend(&mut self, len: usize) -> io::Result<()> {
         if len > self.len {
-            ftruncate(&self.file, len as u64)?;
+            self.file.set_len(len as u64)?;
             self.len = len;
         }
         Ok(())
@@ -136,23 +137,16 @@ impl Sheet {
         Ok(())
     }
 
-    fn write(&self, offset: usize, mut bytes: &[u8]) -> io::Result<()> {
-        let mut offset = offset as u64;
-        while !bytes.is_empty() {
-            let written = pwrite(&self.file, bytes, offset)?;
-            if written == 0 {
-                return Err(io::ErrorKind::WriteZero.into());
-            }
-            bytes = &bytes[written..];
-            offset += written as u64;
-        }
-        Ok(())
+    fn write(&self, offset: usize, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(bytes, offset as u64)
     }
 
     fn read(&self, offset: usize, out: &mut [u8]) -> io::Result<()> {
         let mut done = 0;
         while done < out.len() {
-            let read = pread(&self.file, &mut out[done..], (offset + done) as u64)?;
+            let read = self
+                .file
+                .read_at(&mut out[done..], (offset + done) as u64)?;
             if read == 0 {
                 out[done..].fill(0);
                 break;
@@ -365,10 +359,6 @@ fn overwrite(at: &Reservation, window: &Reservation, runs: &[Range<usize>]) -> i
         }
     }
     Ok(())
-}
-
-fn extent(len: usize) -> io::Result<usize> {
-    Ok(round_up(len).ok_or(io::ErrorKind::OutOfMemory)?)
 }
 
 /// The pages of a memory on no image that are there.

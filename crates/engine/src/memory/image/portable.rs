@@ -5,7 +5,7 @@
 use std::io;
 
 use super::super::reservation::Reservation;
-use super::super::{GRANULE, round_up};
+use super::super::{GRANULE, extent};
 use super::{UNIT, not_zero};
 
 /// The bytes of a memory, without what is zero.
@@ -53,12 +53,8 @@ impl Copied {
         self.runs.iter().map(|run| run.bytes.len()).sum()
     }
 
-    fn extent(&self) -> io::Result<usize> {
-        Ok(round_up(self.len).ok_or(io::ErrorKind::OutOfMemory)?)
-    }
-
     pub(super) fn place(&self, at: &Reservation) -> io::Result<()> {
-        at.commit(self.extent()?)?;
+        at.commit(extent(self.len)?)?;
         for run in &self.runs {
             // SAFETY: a fresh reservation is the caller's alone.
             unsafe { at.copy_in(run.offset, &run.bytes) }?;
@@ -68,7 +64,7 @@ impl Copied {
 
     /// Writes what differs and nothing else, so that untouched pages stay so.
     pub(super) fn put_back(&self, at: &Reservation) -> io::Result<usize> {
-        let extent = self.extent()?;
+        let extent = extent(self.len)?;
         at.commit(extent)?;
         let beyond = at.accessible_bytes() - extent;
         let mut differed = 0;
