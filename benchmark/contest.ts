@@ -30,13 +30,7 @@ export async function contest<Name extends string>(
 ): Promise<Record<Name, Standing>> {
   const names = Object.keys(turns) as Name[]
   const taken = Object.fromEntries(names.map((name) => [name, [] as number[]])) as Record<Name, number[]>
-  for (let round = 0; round < rounds; round++) {
-    // The order turns round, so that nobody always follows the same neighbour.
-    for (let at = 0; at < names.length; at++) {
-      const name = names[(at + round) % names.length] as Name
-      taken[name].push(await turns[name]())
-    }
-  }
+  await takeTurns(rounds, names, async (name) => void taken[name].push(await turns[name]()))
   const standing = (name: Name): Standing => ({ ns: median(taken[name]), turns: taken[name] })
   return Object.fromEntries(names.map((name) => [name, standing(name)])) as Record<Name, Standing>
 }
@@ -83,6 +77,25 @@ export function repeated(count: number, once: () => number | Promise<number>): T
 /** Nanoseconds since a moment. */
 export function since(start: bigint): number {
   return Number(process.hrtime.bigint() - start)
+}
+
+/** Rounds in which all have their turn. The order turns round, so that nobody always follows the same neighbour. */
+export async function takeTurns<Contestant>(
+  rounds: number,
+  contestants: readonly Contestant[],
+  turn: (contestant: Contestant) => Promise<void>,
+): Promise<void> {
+  for (let round = 0; round < rounds; round++) {
+    for (let at = 0; at < contestants.length; at++) {
+      await turn(contestants[(at + round) % contestants.length] as Contestant)
+    }
+  }
+}
+
+/** A quantile of milliseconds, over all rounds and of each. */
+export function percentile(rounds: number[][], p: number): Standing {
+  const ns = (values: number[]) => quantile(values, p) * 1e6
+  return { ns: ns(rounds.flat()), turns: rounds.map(ns) }
 }
 
 /** The ratio of two contestants, round by round, and then its median: what disturbs a whole round cancels out. */

@@ -3,7 +3,7 @@ import { mkdtempSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout } from 'node:timers/promises'
-import { type Effort, quantile, ratios, type Standing } from '../contest.ts'
+import { type Effort, percentile, ratios, type Standing, takeTurns } from '../contest.ts'
 import { Load } from '../load.ts'
 import type { Figure, Group } from '../report.ts'
 import { jobs, managed, respawned, type Side } from '../sides.ts'
@@ -52,7 +52,9 @@ export default async function pause(effort: Effort): Promise<Group> {
       enter('worker threads respawned', seldom, () => respawned(job, 'worker', false))
       enter('worker threads respawned ahead', seldom, () => respawned(job, 'worker', true))
       enter('child processes respawned', seldom, () => respawned(job, 'child', false))
-      await takeTurns(effort.rounds, Object.values(contestants))
+      await takeTurns(effort.rounds, Object.values(contestants), async (contestant) => {
+        contestant.rounds.push(await turn(contestant))
+      })
       for (const [name, contestant] of Object.entries(contestants)) {
         Object.assign(group.standings, standings(`${job.name}, ${name}`, contestant.rounds))
       }
@@ -61,15 +63,6 @@ export default async function pause(effort: Effort): Promise<Group> {
     return group
   } finally {
     rmSync(folder, { recursive: true, force: true })
-  }
-}
-
-async function takeTurns(rounds: number, contestants: Contestant[]): Promise<void> {
-  for (let round = 0; round < rounds; round++) {
-    for (let at = 0; at < contestants.length; at++) {
-      const contestant = contestants[(at + round) % contestants.length] as Contestant
-      contestant.rounds.push(await turn(contestant))
-    }
   }
 }
 
@@ -99,10 +92,11 @@ function standings(name: string, rounds: Round[]): Record<string, Standing> {
   return all
 }
 
-/** Over all reloads, and of each round. */
 function standing(rounds: Round[], kind: keyof Round, p: number): Standing {
-  const ns = (values: number[]) => quantile(values, p) * 1e6
-  return { ns: ns(rounds.flatMap((round) => round[kind])), turns: rounds.map((round) => ns(round[kind])) }
+  return percentile(
+    rounds.map((round) => round[kind]),
+    p,
+  )
 }
 
 function figures(job: string, contestants: Record<string, Contestant>): Figure[] {

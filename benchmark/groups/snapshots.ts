@@ -1,6 +1,17 @@
 // Going back to a snapshot, against copying as many bytes; and taking one, prepared for it or not.
 import { type ManagerOptions, WasmModuleManager } from '../../index.js'
-import { contest, type Effort, median, ratio, ratios, repeated, type Standing, since, type Turn } from '../contest.ts'
+import {
+  contest,
+  type Effort,
+  median,
+  ratio,
+  ratios,
+  repeated,
+  type Standing,
+  since,
+  type Turn,
+  takeTurns,
+} from '../contest.ts'
 import { type Pages, pageBytes, pages } from '../guests.ts'
 import { type Figure, type Group, size } from '../report.ts'
 
@@ -146,19 +157,17 @@ async function take({ standings, figures }: Group, { rounds, largeMib }: Effort)
     prepared: { touch: [], capture: [] },
   }
   // Each takes seconds.
-  for (let round = 0; round < Math.min(rounds, 5); round++) {
-    for (const kind of round % 2 === 0 ? (['default', 'prepared'] as const) : (['prepared', 'default'] as const)) {
-      const manager = await WasmModuleManager.create(bytecode, kinds[kind])
-      const guest = manager.exports as unknown as Pages
-      let start = process.hrtime.bigint()
-      guest.fill(0, bytes, 1)
-      taken[kind].touch.push(since(start))
-      start = process.hrtime.bigint()
-      manager.snapshotSync()
-      taken[kind].capture.push(since(start))
-      await manager.close()
-    }
-  }
+  await takeTurns(Math.min(rounds, 5), ['default', 'prepared'] as const, async (kind) => {
+    const manager = await WasmModuleManager.create(bytecode, kinds[kind])
+    const guest = manager.exports as unknown as Pages
+    let start = process.hrtime.bigint()
+    guest.fill(0, bytes, 1)
+    taken[kind].touch.push(since(start))
+    start = process.hrtime.bigint()
+    manager.snapshotSync()
+    taken[kind].capture.push(since(start))
+    await manager.close()
+  })
 
   const standing = (turns: number[]): Standing => ({ ns: median(turns), turns })
   const both = ({ touch, capture }: Taken) => touch.map((ns, round) => ns + (capture[round] ?? 0))

@@ -1,7 +1,7 @@
 // Reloads whose instances begin with a snapshot, under load, against ones that initialize them again.
 import { setTimeout } from 'node:timers/promises'
 import { type ManagerOptions, type ReloadOptions, type ReloadReport, WasmModuleManager } from '../../index.js'
-import { type Effort, quantile, ratios, type Standing } from '../contest.ts'
+import { type Effort, percentile, ratios, type Standing, takeTurns } from '../contest.ts'
 import { pageBytes, pages } from '../guests.ts'
 import { Load } from '../load.ts'
 import { type Figure, type Group, size } from '../report.ts'
@@ -45,12 +45,9 @@ export default async function warm(effort: Effort): Promise<Group> {
   }
   const all = Object.values(contestants)
   // Writing everything again takes long, and its median does not need many.
-  for (let round = 0; round < Math.min(effort.rounds, 3); round++) {
-    for (let at = 0; at < all.length; at++) {
-      const contestant = all[(at + round) % all.length] as Contestant
-      contestant.rounds.push(await turn(effort.largeMib, contestant))
-    }
-  }
+  await takeTurns(Math.min(effort.rounds, 3), all, async (contestant) => {
+    contestant.rounds.push(await turn(effort.largeMib, contestant))
+  })
 
   const standings: Record<string, Standing> = {}
   const figures: Figure[] = []
@@ -125,8 +122,9 @@ const kinds = {
   whole: 'from asking to serving',
 } as const
 
-/** Over all reloads, and of each round. */
 function standing(rounds: Round[], kind: keyof Round, p: number): Standing {
-  const ns = (values: number[]) => quantile(values, p) * 1e6
-  return { ns: ns(rounds.flatMap((round) => round[kind])), turns: rounds.map((round) => ns(round[kind])) }
+  return percentile(
+    rounds.map((round) => round[kind]),
+    p,
+  )
 }

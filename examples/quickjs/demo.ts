@@ -6,7 +6,7 @@ import { readFlags } from '../flags.ts'
 import { follow } from '../side.ts'
 import { bar, count, inside, megabytes, pad, paint, Redrawn, table } from '../terminal.ts'
 import { drawChart } from './chart.ts'
-import type { Ending, News } from './ways.ts'
+import { type Ending, type News, noNews } from './news.ts'
 
 const here = dirname(fileURLToPath(import.meta.url))
 const { values: flags, positive } = readFlags('npm run demo -- --scene quickjs [--scripts N --timeout MS --out FILE]', {
@@ -167,16 +167,5 @@ function atLeast(least: number, value: number): number {
 }
 
 function lane(name: Lane['name'], title: string, what: string, color: string, scripts: number): Lane {
-  const nothing = {
-    scripts: 0,
-    right: 0,
-    wrong: 0,
-    failed: 0,
-    leftovers: 0,
-    found: [],
-    stopped: 0,
-    leftOut: 0,
-    samples: [],
-  }
-  return { ...nothing, name, title, what, color, total: scripts }
+  return { ...noNews(), name, title, what, color, total: scripts }
 }
