@@ -17,6 +17,7 @@ use crate::error::{Error, ErrorCode, Result};
 use crate::instrument::StateMap;
 use crate::memory::{Image, MemoryRecord};
 use crate::module::Module;
+use crate::realm::RealmState;
 use crate::value::HostRef;
 
 /// The state of one instance at one moment.
@@ -28,6 +29,8 @@ pub(crate) struct Captured {
     pub(crate) tables: Vec<Arc<SavedTable>>,
     /// How many values of the host are in its tables.
     pub(crate) externs: u64,
+    /// What the host has made in its store, whose memories are the last ones.
+    pub(crate) realm: Option<RealmState>,
 }
 
 /// A value in no store.
@@ -64,6 +67,14 @@ impl Captured {
         self.memories.iter().map(|image| image.byte_len()).sum()
     }
 
+    /// The same, and what the host has made in the store.
+    pub(crate) fn with_realm(mut self, realm: RealmState, images: Vec<Arc<Image>>) -> Self {
+        self.externs += realm.externs;
+        self.realm = Some(realm);
+        self.memories.extend(images);
+        self
+    }
+
     /// Bytes of pages that are held for it.
     pub(crate) fn resident_bytes(&self) -> usize {
         self.memories
@@ -83,6 +94,9 @@ impl Captured {
     pub(crate) fn fork_refusal(&self) -> Option<&'static str> {
         const EXTERN: &str = "it holds values of the host (externref), which a copy cannot share";
         const FUNC: &str = "it has changed its functions (funcref) in a table or global, which belong to the instance";
+        if self.realm.is_some() {
+            return Some("it is JavaScript's as well, which cannot be copied");
+        }
         let refuses = |value: &SavedRef| match value {
             SavedRef::Extern(_) => Some(EXTERN),
             SavedRef::Func(_) => Some(FUNC),
@@ -236,7 +250,7 @@ impl Reach {
         let mut memories = Vec::with_capacity(records.len());
         for record in records {
             let image = record.capture_within(most, allows_readers);
-            memories.push(image.map_err(|e| out_of_memory(module, &e))?);
+            memories.push(image.map_err(|e| out_of_memory(module.name(), &e))?);
         }
         // Last of all: what fails must not leave tables looking as they were at an earlier capture.
         for each in &self.tables {
@@ -252,6 +266,7 @@ impl Reach {
             globals,
             tables,
             externs,
+            realm: None,
         })
     }
 
@@ -276,7 +291,7 @@ impl Reach {
             } else {
                 record.reset_uncounted(image).map(|()| 0)
             };
-            dirty_bytes += outcome.map_err(|e| out_of_memory(module, &e))?;
+            dirty_bytes += outcome.map_err(|e| out_of_memory(module.name(), &e))?;
             // Compiled code has the size, and the address, in a place of its own; this refreshes it.
             memory.grow(&mut store, 0).map_err(Error::internal)?;
         }
@@ -497,17 +512,15 @@ fn lost(name: &str) -> Error {
     ))
 }
 
-fn out_of_memory(module: &Module, error: &std::io::Error) -> Error {
+pub(crate) fn out_of_memory(name: &str, error: &std::io::Error) -> Error {
     if error.kind() == std::io::ErrorKind::WouldBlock {
-        let name = module.name();
         return Error::new(ErrorCode::Busy, format!("capturing {name} takes long"));
     }
     Error::new(
         ErrorCode::Internal,
         format!(
-            "the memory of {} could not be captured or put back: {error}; free memory, address space \
-             or file descriptors, and try again",
-            module.name()
+            "the memory of {name} could not be captured or put back: {error}; free memory, address space \
+             or file descriptors, and try again"
         ),
     )
 }

@@ -16,6 +16,9 @@ struct Key {
     stack_bytes: usize,
     cache: CacheChoice,
     inlining: bool,
+    /// Atomic instructions are understood even where shared memories are not offered: on an ordinary memory
+    /// they are ordinary ones, and waiting traps.
+    atomics: bool,
 }
 
 type Slot = Arc<OnceCell<Engine>>;
@@ -42,6 +45,22 @@ impl Engine {
             stack_bytes,
             cache: cache.clone(),
             inlining: false,
+            atomics: options.threads,
+        })
+    }
+
+    /// The engine of realms, whose glue brings what it was built as.
+    pub(crate) fn of_realms(
+        options: &EngineOptions,
+        stack_bytes: usize,
+        cache: &CacheChoice,
+    ) -> Result<Self> {
+        Self::of(Key {
+            options: options.clone(),
+            stack_bytes,
+            cache: cache.clone(),
+            inlining: false,
+            atomics: true,
         })
     }
 
@@ -70,6 +89,7 @@ impl Engine {
             stack_bytes,
             ref cache,
             inlining,
+            atomics,
         } = key;
         let mut config = Config::new();
         memory::configure(
@@ -89,7 +109,7 @@ impl Engine {
             .wasm_simd(options.simd)
             // Relaxed SIMD cannot be on without SIMD: wasmtime refuses to start.
             .wasm_relaxed_simd(options.simd && options.relaxed_simd)
-            .wasm_threads(options.threads)
+            .wasm_threads(atomics)
             .shared_memory(options.threads)
             .wasm_multi_memory(true)
             .wasm_memory64(true)

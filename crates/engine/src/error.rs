@@ -7,6 +7,7 @@ use std::fmt;
 
 use wasm_molt_lifecycle::FailedPhase;
 
+use crate::realm::Exception;
 use crate::value::HostRef;
 
 /// The stable codes of the public contract (`WasmErrorCode` in `index.d.ts`).
@@ -180,6 +181,9 @@ pub enum Error {
     /// Host code threw; the very object travels along.
     #[error("host code threw")]
     Thrown(HostRef),
+    /// The guest threw an exception that nobody caught, or the host threw one; in realms only.
+    #[error("an exception of WebAssembly was thrown")]
+    Exception(Box<Exception>),
     /// A signal was aborted; its reason travels along.
     #[error("the call was aborted by its signal")]
     Aborted(HostRef),
@@ -217,7 +221,7 @@ impl Error {
             Self::DrainTimeout { .. } => Some(ErrorCode::DrainTimeout),
             Self::ReloadFailed { .. } => Some(ErrorCode::ReloadFailed),
             Self::Incompatible { .. } => Some(ErrorCode::IncompatibleModule),
-            Self::Thrown(_) | Self::Aborted(_) => None,
+            Self::Thrown(_) | Self::Exception(_) | Self::Aborted(_) => None,
         }
     }
 

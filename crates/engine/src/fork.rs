@@ -60,6 +60,10 @@ impl Manager {
 impl Shared {
     /// Whatever of the child's options the parent's code was not made for.
     fn check_fork(&self, child: &Self) -> Result<()> {
+        if self.options.is_realm {
+            let why = "it is JavaScript's as well, which cannot be copied; load the glue once more instead";
+            return Err(unsupported(self.name(), why));
+        }
         let blueprint = self.blueprint()?;
         let (ours, theirs) = (&self.options, &child.options);
         if theirs.limits.stack_bytes() != ours.limits.stack_bytes() {

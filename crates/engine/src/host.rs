@@ -8,7 +8,7 @@ use std::mem::MaybeUninit;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
-use wasmtime::{Caller, Func, FuncType, Store, Val, ValRaw};
+use wasmtime::{AsContextMut, Caller, Func, FuncType, Val, ValRaw};
 
 use wasm_molt_lifecycle::Home;
 
@@ -42,6 +42,11 @@ pub trait HostFunction: Send + Sync + 'static {
         _values: &mut [RawValue],
     ) -> Option<Result<(), Box<Error>>> {
         None
+    }
+
+    /// What a call ends with whose signature has types that cannot cross.
+    fn cannot_cross(&self) -> Error {
+        Error::invalid("a value of a type that cannot cross between guest and host")
     }
 }
 
@@ -149,6 +154,18 @@ pub trait Host: Send + Sync + 'static {
     /// inside a step at home. Views of their memories must be detached now; their handles stay.
     fn rewound(&self, replicas: &[Arc<Replica>]);
 
+    /// A realm was captured: what JavaScript makes from now on is newer than that snapshot. Called on the
+    /// home thread.
+    fn realm_captured(&self, _replica: &Arc<Replica>, _snapshot: u64) {}
+
+    /// Views of these memories of a realm must be detached now, because pages go. Called on the home
+    /// thread, before [`realm_rewound`](Self::realm_rewound).
+    fn realm_shrinks(&self, _replica: &Arc<Replica>, _memories: &[u32]) {}
+
+    /// A realm has the state of that snapshot again. Called on the home thread, before anything else
+    /// runs there.
+    fn realm_rewound(&self, _replica: &Arc<Replica>, _snapshot: u64) {}
+
     /// Whether there is a hook behind [`reseed`](Self::reseed). Any thread, at once.
     fn reseeds(&self) -> bool {
         false
@@ -234,27 +251,44 @@ fn run(
 
 /// Makes `host` callable from guests of `store`.
 pub(crate) fn host_function(
-    store: &mut Store<Guest>,
+    mut store: impl AsContextMut<Data = Guest>,
     ty: FuncType,
     host: Arc<dyn HostFunction>,
 ) -> Func {
     let signature = Signature::of(&ty);
+    if !signature.can_cross() {
+        // It can be linked, and not be called.
+        return Func::new(store, ty, move |_, _, _| {
+            Err(wasmtime::Error::new(host.cannot_cross()))
+        });
+    }
     if !signature.is_numeric() {
         return reference_function(store, ty, signature, host);
     }
     let body = move |mut caller: Caller<'_, Guest>, raw: &mut [MaybeUninit<ValRaw>]| {
         let active = enter(&mut caller);
         let outcome = host.call_numbers(active.replica, &signature, numbers(&signature, raw));
-        match outcome {
-            Some(Ok(())) => Ok(()),
-            Some(Err(error)) => Err(wasmtime::Error::new(*error)),
-            None => run_values(&*host, &signature, &active, raw),
+        match outcome.unwrap_or_else(|| run_values(&*host, &signature, &active, raw)) {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                drop(active);
+                Err(unwind(&mut caller, *error))
+            }
         }
     };
     // SAFETY: `ty` is numeric; `raw` holds at least as many values as the larger of parameters and
     // results, the parameters are initialised, and every result is written with its own type
     // (`HostCall::results` starts with defaults of the right types).
-    unsafe { Func::new_unchecked(store, ty, body) }
+    unsafe { Func::new_unchecked(&mut store, ty, body) }
+}
+
+/// What a failed host function ends its guest with.
+#[cold]
+#[inline(never)]
+fn unwind(caller: &mut Caller<'_, Guest>, error: Error) -> wasmtime::Error {
+    // SAFETY: as in `enter`.
+    let replica = unsafe { &*caller.data().replica() };
+    replica.unwind(caller.as_context_mut(), error)
 }
 
 /// Arguments, and room for the results, in the very place where compiled code has them.
@@ -275,9 +309,9 @@ fn run_values(
     signature: &Signature,
     active: &Active<'_>,
     raw: &mut [MaybeUninit<ValRaw>],
-) -> wasmtime::Result<()> {
+) -> Result<(), Box<Error>> {
     let args = read_numbers(&signature.params, raw);
-    let results = run(host, signature, active, args).map_err(wasmtime::Error::new)?;
+    let results = run(host, signature, active, args).map_err(Box::new)?;
     for (slot, value) in raw.iter_mut().zip(&results) {
         slot.write(number_to_raw(value));
     }
@@ -286,7 +320,7 @@ fn run_values(
 
 /// The general way, for signatures with references.
 fn reference_function(
-    store: &mut Store<Guest>,
+    store: impl AsContextMut<Data = Guest>,
     ty: FuncType,
     signature: Signature,
     host: Arc<dyn HostFunction>,
@@ -306,8 +340,9 @@ fn reference_function(
                 replica.seen(arg, &mut caller);
             }
             let active = enter(&mut caller);
-            let values = run(&*host, &signature, &active, args).map_err(wasmtime::Error::new)?;
+            let values = run(&*host, &signature, &active, args);
             drop(active);
+            let values = values.map_err(|error| unwind(&mut caller, error))?;
             for (slot, value) in results.iter_mut().zip(values) {
                 let value = replica.own(value);
                 *slot = value

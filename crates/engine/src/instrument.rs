@@ -86,6 +86,19 @@ pub(crate) struct Instrumented<'a> {
     pub(crate) inlining: bool,
     /// Where its state is.
     pub(crate) state: StateMap,
+    /// Where the guest's own exports are, in their order.
+    pub(crate) exports: Vec<Place>,
+    /// It names exception tags.
+    pub(crate) has_tags: bool,
+    /// Custom sections: names and contents, in their order.
+    pub(crate) customs: Vec<(&'a str, &'a [u8])>,
+}
+
+/// An index in one of a module's index spaces, imports first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) kind: ExternalKind,
+    pub(crate) index: u32,
 }
 
 impl Instrumented<'_> {
@@ -226,6 +239,9 @@ pub(crate) fn instrument<'a>(
         has_poll_memory,
         inlining: inlining != Inlining::Refused,
         state: plan.map,
+        exports: seen.exports,
+        has_tags: seen.has_tags,
+        customs: seen.customs,
     })
 }
 
@@ -295,6 +311,9 @@ struct Seen<'a> {
     mentioned: Vec<u32>,
     /// What hidden exports must not be called.
     taken_numbers: BTreeSet<u64>,
+    exports: Vec<Place>,
+    has_tags: bool,
+    customs: Vec<(&'a str, &'a [u8])>,
 }
 
 impl<'a> Seen<'a> {
@@ -311,6 +330,7 @@ impl<'a> Seen<'a> {
                 continue;
             }
             if let Payload::CustomSection(custom) = &payload {
+                seen.customs.push((custom.name(), custom.data()));
                 if let KnownCustom::Name(names) = custom.as_known() {
                     // A damaged name section is no reason to refuse a module.
                     seen.name = names.into_iter().find_map(|name| match name {
@@ -380,6 +400,7 @@ impl<'a> Seen<'a> {
                 self.count(declared);
             }
             Payload::TagSection(reader) => {
+                self.has_tags |= reader.count() > 0;
                 for item in reader.into_iter_with_offsets() {
                     let (offset, ty) = item?;
                     declared.check(Space::Type, ty.func_type_idx, offset)?;
@@ -398,6 +419,13 @@ impl<'a> Seen<'a> {
                 for item in reader.into_iter_with_offsets() {
                     let (offset, export) = item?;
                     self.taken_numbers.extend(state::taken_number(export.name));
+                    self.exports.push(Place {
+                        kind: match export.kind {
+                            ExternalKind::FuncExact => ExternalKind::Func,
+                            other => other,
+                        },
+                        index: export.index,
+                    });
                     match export.kind {
                         ExternalKind::Memory => {
                             declared.check(Space::Memory, export.index, offset)?;
@@ -457,7 +485,10 @@ impl<'a> Seen<'a> {
                 declared.check_type(ty.content_type, offset)?;
                 self.globals.push(ty);
             }
-            TypeRef::Tag(ty) => declared.check(Space::Type, ty.func_type_idx, offset)?,
+            TypeRef::Tag(ty) => {
+                self.has_tags = true;
+                declared.check(Space::Type, ty.func_type_idx, offset)?;
+            }
         }
         Ok(())
     }

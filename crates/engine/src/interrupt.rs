@@ -10,7 +10,7 @@
 //! A run is numbered. A stop names the run it means, so one that comes too late never hits the next.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -126,7 +126,8 @@ impl Epochs {
 #[derive(Debug)]
 pub struct Interrupter {
     state: Mutex<State>,
-    poll: OnceLock<PollPage>,
+    /// One for each instance in the store that has polls: nearly always one.
+    polls: Mutex<Vec<PollPage>>,
     epochs: Option<Arc<Epochs>>,
     cancel: (Sender<()>, Receiver<()>),
 }
@@ -135,7 +136,7 @@ impl Interrupter {
     pub(crate) fn new(epochs: Option<wasmtime::Engine>) -> Self {
         Self {
             state: Mutex::default(),
-            poll: OnceLock::new(),
+            polls: Mutex::default(),
             epochs: epochs.map(|engine| {
                 Arc::new(Epochs {
                     engine,
@@ -147,15 +148,33 @@ impl Interrupter {
         }
     }
 
-    /// The instance's poll page, as soon as it exists: its start function may run for ever.
-    pub(crate) fn set_poll(&self, page: PollPage) {
-        let _ = self.poll.set(page);
+    /// The poll page of an instance, as soon as it exists: its start function may run for ever.
+    pub(crate) fn add_poll(&self, page: PollPage) {
+        self.polls().push(page);
         // A stop that came before the page was there takes it away now.
         let state = self.lock();
         if state.stop.is_some() {
             self.strike();
         } else if state.is_called {
             self.interrupt();
+        }
+    }
+
+    /// A leaf lock, held for a few system calls at most. A guest at a poll does not hold it.
+    fn polls(&self) -> MutexGuard<'_, Vec<PollPage>> {
+        self.polls.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets guests pass their polls; tells whether that is so.
+    fn grant(&self) -> bool {
+        let all = self.polls();
+        all.iter()
+            .fold(true, |all, poll| all & poll.grant().is_ok())
+    }
+
+    fn revoke(&self) {
+        for poll in self.polls().iter() {
+            let _ = poll.revoke();
         }
     }
 
@@ -192,10 +211,8 @@ impl Interrupter {
         if let Some(epochs) = &self.epochs {
             epochs.is_struck.store(false, Ordering::SeqCst);
         }
-        if let Some(poll) = self.poll.get() {
-            // Failing to map the page back leaves an instance that stops at once: it is poisoned anyway.
-            let _ = poll.grant();
-        }
+        // Failing to map a page back leaves an instance that stops at once: it is poisoned anyway.
+        self.grant();
         while self.cancel.1.try_recv().is_ok() {}
         Some(stop)
     }
@@ -258,9 +275,7 @@ impl Interrupter {
 
     /// Called with the lock held, so that `end` cannot slip in between.
     fn strike(&self) {
-        if let Some(poll) = self.poll.get() {
-            let _ = poll.revoke();
-        }
+        self.revoke();
         if let Some(epochs) = &self.epochs {
             epochs.strike();
         }
@@ -269,9 +284,7 @@ impl Interrupter {
 
     /// The guest comes by at its next poll.
     fn interrupt(&self) {
-        if let Some(poll) = self.poll.get() {
-            let _ = poll.revoke();
-        }
+        self.revoke();
         if let Some(epochs) = &self.epochs {
             epochs.engine.increment_epoch();
         }
@@ -296,7 +309,7 @@ impl Interrupter {
             return false;
         }
         state.is_called = false;
-        let is_granted = self.poll.get().is_none_or(|poll| poll.grant().is_ok());
+        let is_granted = self.grant();
         drop(state);
         if is_granted && !watch.ask() {
             return true;
@@ -308,7 +321,7 @@ impl Interrupter {
     /// Whether a fault at that address is one of this instance's polls.
     #[cfg(unix)]
     pub(crate) fn has_poll_at(&self, address: usize) -> bool {
-        self.poll.get().is_some_and(|poll| poll.contains(address))
+        self.polls().iter().any(|poll| poll.contains(address))
     }
 
     /// Epoch mode: whether this very instance is meant.

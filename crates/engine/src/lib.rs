@@ -30,6 +30,7 @@ mod module;
 mod options;
 mod pause;
 mod pool;
+mod realm;
 mod replica;
 mod serving;
 mod snapshot;
@@ -51,11 +52,12 @@ pub use manager::{Done, Event, Job, LeaseDone, Manager, ManagerState, ManagerSta
 pub use memory::{
     ImageKind, MemoryRecord, MemoryUsage, MemoryView, OutOfBounds, Pin, memory_changes,
 };
-pub use module::{ExportedFunction, Import, ImportKind, Module};
+pub use module::{Export, ExportType, ExportedFunction, Import, ImportKind, Module, assemble_text};
 pub use options::{
     BufferAbi, BufferReturns, CacheChoice, EngineOptions, Isolation, ManagerOptions, Source,
 };
 pub use pause::{ResetOptions, ResetReport, SnapshotControl};
+pub use realm::{Exception, RealmExport, RealmImport};
 pub use replica::{RawValue, Replica};
 pub use snapshot::Snapshot;
 pub use stack::{has_stack, out_of_stack, stack_floor};

@@ -24,12 +24,15 @@ use wasm_molt_lifecycle::{
 
 mod end;
 mod lending;
+mod realm;
 mod reload;
 mod repair;
 mod start;
 
 pub(crate) use lending::{HookScope, impatient};
 pub(crate) use start::Making;
+
+pub(crate) use realm::Compiled;
 
 use crate::call::{CallControl, CallJob, CallLimits, Queue, Seat, Settle, Work};
 use crate::deadline::Deadline;
@@ -310,6 +313,7 @@ pub(crate) struct Shared {
     snapshots: Mutex<Snapshots>,
     /// Somebody has wanted a snapshot, and will want one of the next build.
     has_captured: AtomicBool,
+    compiled: Compiled,
 }
 
 /// A module and its instances, replaceable while in use.
@@ -367,7 +371,14 @@ impl Manager {
         let name = options.name.clone().unwrap_or_else(|| "wasm".into());
         let threads = options
             .threads
-            .unwrap_or_else(|| options.instances.min(parallelism()));
+            // All that a realm's do is to compile.
+            .unwrap_or_else(|| {
+                if options.is_realm {
+                    parallelism()
+                } else {
+                    options.instances.min(parallelism())
+                }
+            });
         let pool = Arc::new(Pool::new(&name, threads, options.limits.stack_bytes()));
         let gate = Gate::new(GateOptions {
             slots: options.instances,
@@ -397,6 +408,7 @@ impl Manager {
             memory_bytes_peak: AtomicUsize::new(0),
             snapshots: Mutex::default(),
             has_captured: AtomicBool::new(false),
+            compiled: Compiled::default(),
         });
         Ok((Self { shared }, home))
     }
@@ -695,6 +707,10 @@ impl Shared {
 
     /// What new instances of that build begin with.
     pub(crate) fn origin(&self, module: &Arc<Module>) -> Option<Origin> {
+        if self.options.is_realm {
+            // JavaScript makes it, and begins anew.
+            return None;
+        }
         let newest = self.lock_snapshots().origin();
         newest.filter(|newest| Arc::ptr_eq(newest.snapshot.module(), module))
     }

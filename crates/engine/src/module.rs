@@ -9,10 +9,10 @@ use wasmtime::ExternType;
 
 use crate::engine::Engine;
 use crate::error::{Error, ErrorCode, Result};
-use crate::instrument::{InstrumentError, InstrumentOptions, StateMap, instrument};
+use crate::instrument::{InstrumentError, InstrumentOptions, Place, StateMap, instrument};
 use crate::options::Source;
 use crate::pool::Pool;
-use crate::value::{Signature, ValueType};
+use crate::value::{Signature, ValueType, type_name};
 
 /// Smaller modules are compiled without inlining: they gain little, and what is inlined is missing
 /// among the frames of a trap.
@@ -35,6 +35,24 @@ pub struct Module {
     pub(crate) state: StateMap,
     /// Of its largest memory.
     pub(crate) initial_memory_bytes: u64,
+    exports: Vec<Export>,
+    /// It names exception tags: host exceptions must be such that it can catch them.
+    pub(crate) has_tags: bool,
+    pub(crate) has_shared_memory: bool,
+    customs: Vec<(Box<str>, Box<[u8]>)>,
+    /// What it was compiled from, where it may be wanted for another engine.
+    pub(crate) bytes: Option<Arc<[u8]>>,
+}
+
+/// Something the module offers.
+#[derive(Debug, Clone)]
+pub struct Export {
+    /// Its name.
+    pub name: String,
+    /// What it is, and of which type.
+    pub ty: ExportType,
+    /// Where it is in the module's index space of its kind, imports first.
+    pub(crate) place: Place,
 }
 
 /// Something the module needs.
@@ -81,6 +99,79 @@ pub enum ImportKind {
     },
     /// An exception tag.
     Tag,
+}
+
+/// A type that the host can be shown.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ExportType {
+    /// Names of its parameters' and results' types.
+    Function(Vec<&'static str>, Vec<&'static str>),
+    /// A linear memory.
+    Memory {
+        /// In pages.
+        minimum: u64,
+        /// In pages.
+        maximum: Option<u64>,
+        /// Shared between threads.
+        shared: bool,
+        /// With 64-bit addresses.
+        is_64: bool,
+    },
+    /// A global.
+    Global {
+        /// Name of its type.
+        ty: &'static str,
+        /// Whether it can be written.
+        mutable: bool,
+    },
+    /// A table.
+    Table {
+        /// Name of its elements' type.
+        element: &'static str,
+        /// Elements at the start.
+        minimum: u64,
+        /// Elements it may reach.
+        maximum: Option<u64>,
+        /// With 64-bit indices.
+        is_64: bool,
+    },
+    /// An exception tag: names of its parameters' types.
+    Tag(Vec<&'static str>),
+}
+
+impl ExportType {
+    pub(crate) fn of(ty: &ExternType) -> Self {
+        match ty {
+            ExternType::Func(f) => Self::Function(
+                f.params().map(|ty| type_name(&ty)).collect(),
+                f.results().map(|ty| type_name(&ty)).collect(),
+            ),
+            ExternType::Memory(m) => Self::Memory {
+                minimum: m.minimum(),
+                maximum: m.maximum(),
+                shared: m.is_shared(),
+                is_64: m.is_64(),
+            },
+            ExternType::Global(g) => Self::Global {
+                ty: type_name(g.content()),
+                mutable: g.mutability() == wasmtime::Mutability::Var,
+            },
+            ExternType::Table(t) => Self::Table {
+                element: type_name(&wasmtime::ValType::Ref(t.element().clone())),
+                minimum: t.minimum(),
+                maximum: t.maximum(),
+                is_64: t.is_64(),
+            },
+            ExternType::Tag(tag) => Self::Tag(tag.ty().params().map(|ty| type_name(&ty)).collect()),
+        }
+    }
+}
+
+impl Import {
+    /// Its type, as the host can be shown it.
+    pub fn shown_type(&self) -> ExportType {
+        ExportType::of(&self.ty)
+    }
 }
 
 impl ImportKind {
@@ -160,6 +251,15 @@ impl ExportedFunction {
     }
 }
 
+/// Whether an instance has its store for itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Company {
+    Alone,
+    /// Instances of other modules share its store, and therefore its engine: so it is compiled without
+    /// inlining, which cannot be had for some modules.
+    Realm,
+}
+
 impl Module {
     /// Reads and compiles `source` on the threads of `pool`.
     pub(crate) fn load(
@@ -168,10 +268,21 @@ impl Module {
         source: &Source,
         name: Option<&str>,
     ) -> Result<Self> {
+        Self::load_with(engine, pool, source, name, Company::Alone)
+    }
+
+    /// The same, for an instance that may share its store with others.
+    pub(crate) fn load_with(
+        engine: &Engine,
+        pool: &Pool,
+        source: &Source,
+        name: Option<&str>,
+        company: Company,
+    ) -> Result<Self> {
         let (bytes, file_stem) = read(source)?;
         let options = InstrumentOptions {
             polls: engine.options.uses_poll_page(),
-            inlining: bytes.len() >= INLINING_FROM_BYTES,
+            inlining: company == Company::Alone && bytes.len() >= INLINING_FROM_BYTES,
         };
         let spliced = instrument(&bytes, &options)
             .map_err(|e| refuse_bytes(&called(source, name), &bytes, &e))?;
@@ -202,7 +313,16 @@ impl Module {
         let mut memories = Vec::new();
         // What was put in is nobody's business.
         let hidden = spliced.state.prefix.as_str();
-        for export in compiled.exports().filter(|e| !e.name().starts_with(hidden)) {
+        let visible = || compiled.exports().filter(|e| !e.name().starts_with(hidden));
+        let exports = visible()
+            .zip(&spliced.exports)
+            .map(|(export, place)| Export {
+                name: export.name().to_owned(),
+                ty: ExportType::of(&export.ty()),
+                place: *place,
+            });
+        let exports = exports.collect();
+        for export in visible() {
             match export.ty() {
                 ExternType::Func(ty) => functions.push(ExportedFunction {
                     name: export.name().to_owned(),
@@ -228,6 +348,19 @@ impl Module {
             defined_memories: spliced.defined_memories(),
             has_poll_memory: spliced.has_poll_memory,
             state: spliced.state,
+            exports,
+            has_tags: spliced.has_tags,
+            has_shared_memory: spliced.memories.iter().any(|memory| memory.shared),
+            customs: match company {
+                // Nobody can ask for them.
+                Company::Alone => Vec::new(),
+                Company::Realm => {
+                    let all = spliced.customs.iter();
+                    all.map(|(name, data)| ((*name).into(), (*data).into()))
+                        .collect()
+                }
+            },
+            bytes: (company == Company::Realm).then(|| bytes.as_slice().into()),
             initial_memory_bytes: spliced
                 .memories
                 .iter()
@@ -325,6 +458,17 @@ impl Module {
         &self.imports
     }
 
+    /// What it offers, in order.
+    pub fn exports(&self) -> &[Export] {
+        &self.exports
+    }
+
+    /// The contents of its custom sections of that name, in order.
+    pub fn custom_sections<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a [u8]> {
+        let named = self.customs.iter().filter(move |(it, _)| **it == *name);
+        named.map(|(_, data)| &**data)
+    }
+
     /// Its functions by position, which is the same in every build of a manager's life.
     pub fn functions(&self) -> &[ExportedFunction] {
         &self.functions
@@ -399,6 +543,14 @@ fn assemble(path: &Path, text: &[u8]) -> Result<Vec<u8>> {
             path.display()
         ))
     })
+}
+
+/// The bytes of a module in text.
+///
+/// # Errors
+/// [`ErrorCode::Compile`].
+pub fn assemble_text(text: &str) -> Result<Vec<u8>> {
+    assemble(Path::new("the text"), text.as_bytes())
 }
 
 /// How an error calls a module that has no name yet.

@@ -118,6 +118,8 @@ pub struct ManagerOptions {
     pub name: Option<String>,
     /// Replicas. Default 1.
     pub instances: usize,
+    /// The host makes instances by itself, beside that of the module: see [`crate::RealmImport`].
+    pub is_realm: bool,
     /// Threads of the pool. Default: as many as replicas, at most the available parallelism.
     pub threads: Option<usize>,
     /// Calls and leases that may wait. Default 1024.
@@ -150,6 +152,7 @@ impl Default for ManagerOptions {
         Self {
             name: None,
             instances: 1,
+            is_realm: false,
             threads: None,
             max_queue: 1024,
             limits: Limits::default(),

@@ -1,10 +1,11 @@
 //! Snapshot, reset and fork: what is done to instances while nobody is inside them, carried out by the
 //! protocol of [`wasm_molt_lifecycle::pause`].
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::bounded;
 use wasm_molt_lifecycle::{
     Generation, Home, InFlight, OnDrainTimeout, PauseFailure, PausePlan, Paused, SystemClock,
     pause::run as run_pause,
@@ -328,7 +329,7 @@ impl Shared {
     /// Nobody is inside the instance, and nobody may enter it meanwhile.
     pub(crate) fn capture_of(
         &self,
-        replica: &Replica,
+        replica: &Arc<Replica>,
         blueprint: &Blueprint,
     ) -> Result<Arc<Snapshot>> {
         self.capture_within(replica, blueprint, (usize::MAX, true))
@@ -343,23 +344,55 @@ impl Shared {
         terms: &Terms<'_>,
     ) -> Result<Arc<Snapshot>> {
         let is_at_home = terms.scope.is_sync;
-        let captured = self.capture_within(replica, blueprint, (terms.most, is_at_home));
-        match captured {
-            Err(error) if error.is_busy() && !is_at_home => {}
-            other => return other,
+        if !self.options.is_realm || is_at_home {
+            let captured = self.capture_within(replica, blueprint, (terms.most, is_at_home));
+            match captured {
+                Err(error) if error.is_busy() && !is_at_home => {}
+                other => return other,
+            }
         }
-        let result = Arc::new(OnceLock::new());
-        let (shared, told) = (Arc::clone(self), Arc::clone(&result));
-        let (replica, blueprint) = (Arc::clone(replica), Arc::clone(blueprint));
+        self.capture_at_home(replica, blueprint)
+    }
+
+    /// The same, on the home thread.
+    pub(crate) fn capture_at_home(
+        self: &Arc<Self>,
+        replica: &Arc<Replica>,
+        blueprint: &Arc<Blueprint>,
+    ) -> Result<Arc<Snapshot>> {
+        let (shared, replica) = (Arc::clone(self), Arc::clone(replica));
+        let blueprint = Arc::clone(blueprint);
+        self.at_home(move || shared.capture_within(&replica, &blueprint, (usize::MAX, true)))
+    }
+
+    /// Whoever resets a realm wants to go on doing so in the next one, and its snapshots end with it.
+    pub(crate) fn capture_next_realm(
+        self: &Arc<Self>,
+        next: &Arc<Replica>,
+        blueprint: &Arc<Blueprint>,
+    ) -> Option<Arc<Snapshot>> {
+        if !self.options.is_realm || self.lock_snapshots().newest().is_none() {
+            return None;
+        }
+        // Where it cannot be captured any more, a reset says so.
+        self.capture_at_home(next, blueprint).ok()
+    }
+
+    /// Runs `f` on the home thread and waits for what comes of it.
+    fn at_home<T: Send + Sync + 'static>(
+        &self,
+        f: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let (tell, told) = bounded(1);
         self.host.at_home(Box::new(move |_| {
-            let _ = told.set(shared.capture_within(&replica, &blueprint, (usize::MAX, true)));
+            let _ = tell.send(f());
         }))?;
-        result.get().cloned().unwrap_or_else(|| Err(self.closed()))
+        told.recv().unwrap_or_else(|_| Err(self.closed()))
     }
 
     fn capture_within(
         &self,
-        replica: &Replica,
+        replica: &Arc<Replica>,
         blueprint: &Blueprint,
         bounds: (usize, bool),
     ) -> Result<Arc<Snapshot>> {
@@ -369,6 +402,9 @@ impl Shared {
         let captured = unsafe { replica.capture(id, bounds) }?;
         let module = Arc::clone(&blueprint.module);
         self.note_capture();
+        if self.options.is_realm {
+            self.host.realm_captured(replica, id);
+        }
         let owner = (id, self.id());
         Ok(Snapshot::new(owner, replica.generation(), module, captured))
     }
@@ -387,15 +423,24 @@ impl Shared {
             plan,
             ..Terms::of("the reset", scope)
         };
-        run(self, &terms, || self.reset_all(options, &terms.scope))
+        let is_at_home = terms.scope.is_sync;
+        run(self, &terms, || {
+            if !self.options.is_realm || is_at_home {
+                return self.reset_all(options, &terms.scope, is_at_home);
+            }
+            // What JavaScript sees of a realm changes between two of its steps, not during one.
+            let (shared, options) = (Arc::clone(self), options.clone());
+            let scope = terms.scope.clone();
+            self.at_home(move || shared.reset_all(&options, &scope, true))
+        })
     }
 
     fn reset_all(
         self: &Arc<Self>,
         options: &ResetOptions,
         scope: &HookScope,
+        is_at_home: bool,
     ) -> Result<ResetReport> {
-        let is_at_home = scope.is_sync;
         let blueprint = self.blueprint()?;
         let origin = self
             .lock_snapshots()
@@ -407,7 +452,12 @@ impl Shared {
         let memory_bytes = || replicas.iter().map(|r| r.memory_bytes()).sum::<usize>();
         let memory_bytes_before = memory_bytes();
         self.note_peak(self.memory_bytes());
-        if is_at_home {
+        if self.options.is_realm {
+            for replica in &replicas {
+                let shrinks = replica.realm_shrinks(replica.realm_images(&origin.captured));
+                self.host.realm_shrinks(replica, &shrinks);
+            }
+        } else if is_at_home {
             // With nobody looking at them, pages can be given back where they are.
             self.host.rewound(&replicas);
         }
@@ -420,7 +470,12 @@ impl Shared {
             }
             // SAFETY: the gate is closed and drained: nobody is inside, and nobody else may enter.
             match unsafe { replica.reset(&origin, true) } {
-                Ok(bytes) => dirty_bytes += bytes,
+                Ok(bytes) => {
+                    dirty_bytes += bytes;
+                    if replica.is_realm() {
+                        self.host.realm_rewound(replica, origin.snapshot.id());
+                    }
+                }
                 Err(error) => outcome = Err(error),
             }
         }
@@ -460,6 +515,10 @@ impl Shared {
     /// A generation of this build serves: snapshots of another one cannot be used any more.
     pub(crate) fn adopt(&self, module: &Arc<Module>, captured: Option<Arc<Snapshot>>) {
         let mut snapshots = self.lock_snapshots();
+        if self.options.is_realm {
+            // What JavaScript has made is in the realm that has gone.
+            snapshots.release_all();
+        }
         let is_other = |newest: &Arc<Snapshot>| !Arc::ptr_eq(newest.module(), module);
         if snapshots.newest().is_some_and(is_other) {
             snapshots.clear();

@@ -29,9 +29,11 @@ use crate::host::{Host, ImportValue, host_function, number_from_raw, number_to_r
 use crate::interrupt::{Interrupter, Stop};
 use crate::limits::{Limiter, Limits};
 use crate::memory::{
-    ImageKind, MemoryPlan, MemoryRecord, MemoryUsage, new_memory, with_plan, with_plan_and_poll,
+    Image, ImageKind, MemoryPlan, MemoryRecord, MemoryUsage, new_memory, with_plan,
+    with_plan_and_poll,
 };
 use crate::module::{Import, ImportKind, Module};
+use crate::realm::Realm;
 use crate::snapshot::{Origin, Snapshot};
 use crate::trap::triage;
 use crate::value::{FuncHandle, Signature, Value, ValueType, default_val, null_ref};
@@ -60,6 +62,15 @@ impl Guest {
     pub(crate) fn replica_id(&self) -> u64 {
         self.replica_id
     }
+
+    /// Which limit refused something, if one did.
+    pub(crate) fn take_refusal(&mut self) -> Option<String> {
+        self.limiter.refused.take()
+    }
+
+    pub(crate) fn forget_refusal(&mut self) {
+        self.limiter.refused = None;
+    }
 }
 
 /// What exists once instantiation has succeeded.
@@ -67,7 +78,8 @@ struct Live {
     /// By position; `None` where this build has nothing.
     functions: Vec<Option<FuncHandle>>,
     memories: Vec<Arc<MemoryRecord>>,
-    main_memory: Option<Arc<MemoryRecord>>,
+    /// The one that the host is shown: of a realm, that of its first instance that has any.
+    main_memory: OnceLock<Arc<MemoryRecord>>,
     reach: Reach,
 }
 
@@ -103,6 +115,8 @@ pub struct Replica {
     stands_on: Mutex<StandsOn>,
     /// The snapshot whose state the instance has, and nobody has been inside since; 0 for none.
     pristine: AtomicU64,
+    /// What the host has made in the store, if it may.
+    realm: Option<Mutex<Realm>>,
     /// Entered only by the thread that holds the replica. `None` once released.
     store: UnsafeCell<Option<Store<Guest>>>,
 }
@@ -132,6 +146,8 @@ pub(crate) struct Blueprint {
     pub(crate) images: ImageKind,
     /// Memories begin on pages that a snapshot can take over without copying.
     pub(crate) prepares_snapshots: bool,
+    /// The host makes instances by itself, beside the module's.
+    pub(crate) is_realm: bool,
 }
 
 impl Blueprint {
@@ -199,6 +215,9 @@ impl Blueprint {
             known_tables: Mutex::default(),
             stands_on: Mutex::default(),
             pristine: AtomicU64::new(0),
+            realm: self
+                .is_realm
+                .then(|| Realm::new(self.limits.clone(), self.images, self.prepares_snapshots)),
             store: UnsafeCell::new(Some(store)),
         });
         known(&replica);
@@ -343,17 +362,48 @@ impl Replica {
     /// The memory that `manager.memory` shows.
     #[inline]
     pub fn memory(&self) -> Option<&Arc<MemoryRecord>> {
-        self.live.get()?.main_memory.as_ref()
+        self.live.get()?.main_memory.get()
     }
 
     /// Bytes of linear memory, over all its memories.
     pub fn memory_bytes(&self) -> usize {
+        let mut sum = 0;
+        self.each_memory(|record| sum += record.byte_len());
+        sum
+    }
+
+    fn each_memory(&self, mut f: impl FnMut(&MemoryRecord)) {
         if self.is_released() {
-            return 0;
+            return;
         }
-        self.live
-            .get()
-            .map_or(0, |live| live.memories.iter().map(|m| m.byte_len()).sum())
+        if let Some(live) = self.live.get() {
+            live.memories.iter().for_each(|record| f(record));
+        }
+        if let Some(realm) = &self.realm {
+            let realm = realm.lock().unwrap_or_else(PoisonError::into_inner);
+            realm.records().for_each(|record| f(record));
+        }
+    }
+
+    /// What the host has made in the store; `None` if it may not.
+    pub(crate) fn realm_cell(&self) -> Option<&Mutex<Realm>> {
+        self.realm.as_ref()
+    }
+
+    pub(crate) fn show_memory(&self, memory: &Arc<MemoryRecord>) {
+        if let Some(live) = self.live.get() {
+            let _ = live.main_memory.set(Arc::clone(memory));
+        }
+    }
+
+    /// The host makes instances in its store by itself.
+    pub fn is_realm(&self) -> bool {
+        self.realm.is_some()
+    }
+
+    /// Somebody has been inside.
+    pub(crate) fn touch(&self) {
+        self.pristine.store(0, Ordering::Relaxed);
     }
 
     #[inline]
@@ -449,7 +499,7 @@ impl Replica {
         let (instance, created) = with_plan_and_poll(
             plan,
             limits.memory_cap(),
-            move |page| interrupter.set_poll(page),
+            move |page| interrupter.add_poll(page),
             || Instance::new(&mut *store, &module.compiled, &externs),
         );
         let instance = instance.map_err(|e| self.start_failed(store, e))?;
@@ -459,7 +509,7 @@ impl Replica {
             Some(captured) => reach.put_rest_back(&mut *store, module, captured, None)?,
             None => {
                 reach.size_tables(&mut *store)?;
-                self.start(store, &instance)
+                self.start_in(&mut *store, module, &instance)
                     .map_err(|e| self.start_failed(store, e))?;
             }
         }
@@ -469,6 +519,7 @@ impl Replica {
                 .or(main_memory);
         }
         let main_memory = main_memory.or_else(|| memories.first().cloned());
+        let main_memory = main_memory.map_or_else(OnceLock::new, OnceLock::from);
         let mut functions = Vec::with_capacity(module.functions().len());
         for exported in module.functions() {
             if !exported.is_offered {
@@ -495,16 +546,24 @@ impl Replica {
 
     /// Does what belongs to instantiation, but is done on its own: copies the data segments, and runs the
     /// start function.
-    fn start(&self, store: &mut Store<Guest>, instance: &Instance) -> wasmtime::Result<()> {
-        let state = &self.module.state;
+    pub(crate) fn start_in(
+        &self,
+        mut store: impl AsContextMut<Data = Guest>,
+        module: &Module,
+        instance: &Instance,
+    ) -> wasmtime::Result<()> {
+        let state = &module.state;
         if let Some(init) = &state.init {
-            if let Some(fuel) = self.fuel {
+            if self.fuel.is_some() {
                 // Copying costs nothing.
-                store.set_fuel(u64::MAX)?;
-                self.call_hidden(store, instance, init)
-                    .and_then(|()| store.set_fuel(fuel))
+                let mut context = store.as_context_mut();
+                let left = context.get_fuel()?;
+                context.set_fuel(u64::MAX)?;
+                let done = call_hidden(&mut store, instance, init);
+                store.as_context_mut().set_fuel(left)?;
+                done
             } else {
-                self.call_hidden(store, instance, init)
+                call_hidden(&mut store, instance, init)
             }
             // Nor is it seen in the stack.
             .map_err(|error| match error.downcast_ref::<wasmtime::Trap>() {
@@ -513,22 +572,9 @@ impl Replica {
             })?;
         }
         match &state.start {
-            Some(start) => self.call_hidden(store, instance, start),
+            Some(start) => call_hidden(&mut store, instance, start),
             None => Ok(()),
         }
-    }
-
-    #[expect(clippy::unused_self, reason = "reads better beside its only caller")]
-    fn call_hidden(
-        &self,
-        store: &mut Store<Guest>,
-        instance: &Instance,
-        name: &str,
-    ) -> wasmtime::Result<()> {
-        instance
-            .get_func(&mut *store, name)
-            .ok_or_else(|| Error::internal("a hidden function is missing"))?
-            .call(&mut *store, &[], &mut [])
     }
 
     /// An exported memory is known by the address of its pages.
@@ -599,7 +645,10 @@ impl Replica {
     /// # Safety
     /// The calling thread holds the replica; if a host function of it runs, it runs on this thread.
     #[inline]
-    unsafe fn with_context<R>(&self, f: impl FnOnce(StoreContextMut<'_, Guest>) -> R) -> Option<R> {
+    pub(crate) unsafe fn with_context<R>(
+        &self,
+        f: impl FnOnce(StoreContextMut<'_, Guest>) -> R,
+    ) -> Option<R> {
         let active = self.active();
         if active.is_null() {
             // SAFETY: the thread holds the replica and no call runs, so this is the only reference.
@@ -630,19 +679,14 @@ impl Replica {
         let raw: *mut [ValRaw] =
             std::ptr::slice_from_raw_parts_mut(values.as_mut_ptr().cast::<ValRaw>(), len);
         let run = |mut context: StoreContextMut<'_, Guest>| {
-            if let Some(fuel) = self.fuel {
-                self.refuel(&mut context, fuel);
-            }
+            self.refuel(&mut context);
             self.pristine.store(0, Ordering::Relaxed);
             // SAFETY: contract of this function; `RawValue` is `ValRaw`.
-            unsafe { func.func.call_unchecked(context, raw) }
+            unsafe { func.func.call_unchecked(&mut context, raw) }
+                .map_err(|error| Box::new(self.call_failed(context, func, error)))
         };
         // SAFETY: contract of this function.
-        match unsafe { self.with_context(run) } {
-            Some(Ok(())) => Ok(()),
-            Some(Err(error)) => Err(Box::new(self.call_failed(func, error))),
-            None => Err(Box::new(self.stale())),
-        }
+        unsafe { self.with_context(run) }.unwrap_or_else(|| Err(Box::new(self.stale())))
     }
 
     /// Calls any function.
@@ -726,9 +770,7 @@ impl Replica {
                 types.join(", ")
             )));
         }
-        if let Some(fuel) = self.fuel {
-            self.refuel(&mut context, fuel);
-        }
+        self.refuel(&mut context);
         self.pristine.store(0, Ordering::Relaxed);
         let made = args
             .iter()
@@ -742,7 +784,7 @@ impl Replica {
         let mut results: Vec<Val> = ty.results().map(|t| default_val(&t)).collect();
         func.func
             .call(&mut scope, &params, &mut results)
-            .map_err(|error| self.call_failed(func, error))?;
+            .map_err(|error| self.call_failed(&mut scope, func, error))?;
         let mut values = Vec::with_capacity(results.len());
         for result in &results {
             let value = Value::from_val(result, self.id, &mut scope)?;
@@ -803,15 +845,23 @@ impl Replica {
     }
 
     /// Outermost calls start with a full tank; nested ones burn what is left.
-    fn refuel(&self, context: &mut StoreContextMut<'_, Guest>, fuel: u64) {
-        if self.active().is_null() {
+    #[inline]
+    pub(crate) fn refuel(&self, context: &mut StoreContextMut<'_, Guest>) {
+        if let Some(fuel) = self.fuel
+            && self.active().is_null()
+        {
             // Only fails where fuel is off, and then `self.fuel` is None.
             let _ = context.set_fuel(fuel);
         }
     }
 
     #[cold]
-    fn call_failed(&self, func: &FuncHandle, error: wasmtime::Error) -> Error {
+    fn call_failed(
+        &self,
+        context: impl AsContextMut<Data = Guest>,
+        func: &FuncHandle,
+        error: wasmtime::Error,
+    ) -> Error {
         let name = self.live.get().and_then(|live| {
             let index = live
                 .functions
@@ -820,13 +870,26 @@ impl Replica {
             self.module.functions().get(index).map(|f| f.name.as_str())
         });
         let what = name.map_or_else(|| "a function".to_owned(), |n| format!("'{n}'"));
-        self.triage(error, &what)
+        self.run_failed(context, error, &what)
     }
 
-    fn triage(&self, error: wasmtime::Error, what: &str) -> Error {
+    /// Why a run of the guest, in that context, has failed.
+    pub(crate) fn run_failed(
+        &self,
+        context: impl AsContextMut<Data = Guest>,
+        error: wasmtime::Error,
+        what: &str,
+    ) -> Error {
+        self.uncaught(context, &error)
+            .unwrap_or_else(|| self.triage(error, what))
+    }
+
+    pub(crate) fn triage(&self, error: wasmtime::Error, what: &str) -> Error {
         let what = format!("{}: {what}", self.module.name());
         let error = triage(error, &what, self.interrupter.pending(), self.fuel);
-        if error.poisons_instance() {
+        // Glue goes on after a trap, as it does on other engines; what to do about it is up to who owns it.
+        let is_ours = || error.code() == Some(ErrorCode::Internal);
+        if error.poisons_instance() && (!self.is_realm() || is_ours()) {
             self.poison_with(&error);
         }
         error
@@ -919,14 +982,19 @@ impl Replica {
             *stands_on = None;
         }
         let mut known = self.known_tables();
-        let read = |context: StoreContextMut<'_, Guest>| {
-            live.reach.capture(
+        let read = |mut context: StoreContextMut<'_, Guest>| {
+            let realm = self.capture_realm(context.as_context_mut(), bounds)?;
+            let captured = live.reach.capture(
                 context,
                 &self.module,
                 &live.memories,
                 known.as_deref(),
                 bounds,
-            )
+            );
+            captured.map(|captured| match realm {
+                Some((state, images)) => captured.with_realm(state, images),
+                None => captured,
+            })
         };
         // SAFETY: contract of this function.
         let captured = unsafe { self.with_context(read) }.unwrap_or_else(|| Err(self.stale()))?;
@@ -957,6 +1025,14 @@ impl Replica {
                 captured,
                 (known.as_deref(), counted),
             );
+            let outcome = outcome.and_then(|dirty| match &captured.realm {
+                Some(state) => {
+                    let images = self.realm_images(captured);
+                    let more = self.put_realm_back(context.as_context_mut(), state, images)?;
+                    Ok(dirty + more)
+                }
+                None => Ok(dirty),
+            });
             if counted && (captured.externs > 0 || had_externs) {
                 // What the host gave the guest since is let go of now, not some time.
                 let _ = context.gc(None);
@@ -989,14 +1065,21 @@ impl Replica {
         !self.is_poisoned() || self.last_trap().is_some_and(|error| !lost(&error))
     }
 
+    /// Those images of a snapshot that are of memories which the host has made in the store.
+    pub(crate) fn realm_images<'a>(&self, captured: &'a Captured) -> &'a [Arc<Image>] {
+        let own = self.live.get().map_or(0, |live| live.memories.len());
+        captured.memories.get(own..).unwrap_or_default()
+    }
+
     /// Whether nobody has been inside, or written to its memories, since it got the state of that snapshot.
     pub(crate) fn is_pristine(&self, snapshot: &Snapshot) -> bool {
         self.is_pristine_since(snapshot.id())
     }
 
     fn is_pristine_since(&self, snapshot: u64) -> bool {
-        let untouched = |live: &Live| live.memories.iter().all(|m| m.is_untouched());
-        self.pristine.load(Ordering::Relaxed) == snapshot && self.live.get().is_some_and(untouched)
+        let mut is_untouched = true;
+        self.each_memory(|record| is_untouched &= record.is_untouched());
+        self.pristine.load(Ordering::Relaxed) == snapshot && is_untouched && self.is_started()
     }
 
     /// Calls an export that takes no parameter, or one number, with bits that nobody can guess.
@@ -1035,13 +1118,7 @@ impl Replica {
     /// What its memories hold, over all of them.
     pub fn memory_usage(&self) -> MemoryUsage {
         let mut sum = MemoryUsage::default();
-        if let Some(live) = self.live.get()
-            && !self.is_released()
-        {
-            for record in &live.memories {
-                sum += record.usage();
-            }
-        }
+        self.each_memory(|record| sum += record.usage());
         sum
     }
 
@@ -1056,8 +1133,20 @@ impl Replica {
         drop(store);
         *self.stands_on() = None;
         *self.known_tables() = None;
+        self.forget_realm();
         self.interrupter.released();
     }
+}
+
+fn call_hidden(
+    mut store: impl AsContextMut<Data = Guest>,
+    instance: &Instance,
+    name: &str,
+) -> wasmtime::Result<()> {
+    instance
+        .get_func(&mut store, name)
+        .ok_or_else(|| Error::internal("a hidden function is missing"))?
+        .call(&mut store, &[], &mut [])
 }
 
 /// Has guests of this store look up where the poll page was taken away for that.

@@ -341,7 +341,18 @@ impl Swap<'_> {
             scope: self.scope.clone(),
         };
         (self.next, self.captured) = self.shared.make_replicas(making, self.old.len())?;
+        if self.options.strategy == Strategy::Rolling {
+            self.capture_realm();
+        }
         Ok(())
+    }
+
+    fn capture_realm(&mut self) {
+        if let Some(first) = self.next.first()
+            && let Some(captured) = self.shared.capture_next_realm(first, &self.blueprint)
+        {
+            self.captured = Some(captured);
+        }
     }
 
     fn change(&self, old: Vec<Arc<Replica>>) -> Replaced {
@@ -461,6 +472,7 @@ impl Backend for Swap<'_> {
         {
             self.captured = Some(self.shared.capture_of(first, &self.blueprint)?);
         }
+        self.capture_realm();
         Ok(())
     }
 

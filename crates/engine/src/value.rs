@@ -18,6 +18,11 @@ impl HostRef {
         Self(Arc::new(value))
     }
 
+    /// Whether the two are one value.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// The value, if it is a `T`.
     pub fn downcast_ref<T: Any>(&self) -> Option<&T> {
         self.0.downcast_ref()
@@ -102,6 +107,24 @@ impl fmt::Display for ValueType {
     }
 }
 
+/// What the JS API calls a type; `other` where it has no name for it.
+pub(crate) fn type_name(ty: &ValType) -> &'static str {
+    match ty {
+        ValType::I32 => "i32",
+        ValType::I64 => "i64",
+        ValType::F32 => "f32",
+        ValType::F64 => "f64",
+        ValType::V128 => "v128",
+        ValType::Ref(r) if r.is_nullable() => match r.heap_type() {
+            HeapType::Extern => "externref",
+            HeapType::Func => "funcref",
+            HeapType::Exn => "exnref",
+            _ => "other",
+        },
+        ValType::Ref(_) => "other",
+    }
+}
+
 /// Parameters and results of a function.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Signature {
@@ -128,6 +151,12 @@ impl Signature {
             )
         };
         self.params.iter().all(numeric) && self.results.iter().all(numeric)
+    }
+
+    /// Names of parameters' and results' types.
+    pub fn names(&self) -> (Vec<String>, Vec<String>) {
+        let names = |types: &[ValueType]| types.iter().map(ToString::to_string).collect();
+        (names(&self.params), names(&self.results))
     }
 
     /// No type in it is [`ValueType::Opaque`].

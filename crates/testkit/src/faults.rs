@@ -276,6 +276,18 @@ impl Host for Faults {
         self.inner.rewound(replicas);
     }
 
+    fn realm_captured(&self, replica: &Arc<Replica>, snapshot: u64) {
+        self.inner.realm_captured(replica, snapshot);
+    }
+
+    fn realm_shrinks(&self, replica: &Arc<Replica>, memories: &[u32]) {
+        self.inner.realm_shrinks(replica, memories);
+    }
+
+    fn realm_rewound(&self, replica: &Arc<Replica>, snapshot: u64) {
+        self.inner.realm_rewound(replica, snapshot);
+    }
+
     fn reseeds(&self) -> bool {
         self.inner.reseeds() || self.planned().iter().any(|p| p.point == Point::Reseed)
     }

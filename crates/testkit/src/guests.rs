@@ -5,8 +5,14 @@ use wasm_molt_engine::Source;
 /// The module of a text.
 #[track_caller]
 pub fn source(wat: &str) -> Source {
+    Source::Bytes(bytes(wat))
+}
+
+/// The same as bytes.
+#[track_caller]
+pub fn bytes(wat: &str) -> Vec<u8> {
     match wat::parse_str(wat) {
-        Ok(bytes) => Source::Bytes(bytes),
+        Ok(bytes) => bytes,
         Err(error) => panic!("a guest of the testkit does not assemble: {error}\n{wat}"),
     }
 }

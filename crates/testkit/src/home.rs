@@ -3,12 +3,15 @@
 use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::thread::{self, JoinHandle, ThreadId};
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
-use wasm_molt_engine::{Away, Error, ErrorCode, Home, HomeStep, Job, Manager, Result, Value};
+use wasm_molt_engine::{
+    Away, Error, ErrorCode, Home, HomeStep, Inside, Job, Manager, Replica, Result, Value,
+};
 
-use crate::inside;
+use crate::inside::{self, InRealm};
 use crate::wait::PATIENCE;
 
 enum Task {
@@ -49,8 +52,7 @@ impl Desk {
         &self.manager
     }
 
-    /// Calls an export in slot 0 on this thread, as `manager.exports` does in JS.
-    pub fn call(&self, name: &str, args: Vec<Value>) -> Result<Vec<Value>> {
+    fn enter(&self) -> Result<(Inside<'_, Job>, Arc<Replica>)> {
         let inside = match self.home.enter() {
             Some(inside) => inside,
             None => {
@@ -60,9 +62,27 @@ impl Desk {
                 self.home.enter().ok_or_else(|| self.refused())?
             }
         };
-        let Some(replica) = self.manager.replica(0) else {
-            return Err(self.refused());
-        };
+        match self.manager.replica(0) {
+            Some(replica) => Ok((inside, replica)),
+            None => Err(self.refused()),
+        }
+    }
+
+    /// Does something in the realm in slot 0 on this thread, as glue does in JS.
+    pub fn realm<R>(&self, f: impl FnOnce(&InRealm<'_>) -> R) -> Result<R> {
+        let (inside, replica) = self.enter()?;
+        let timeout_ms = self.manager.options().limits.timeout_ms;
+        let outcome = f(&InRealm::at_home(&inside, &replica, timeout_ms));
+        if replica.is_poisoned() {
+            inside.retire();
+            self.manager.retired_at_home();
+        }
+        Ok(outcome)
+    }
+
+    /// Calls an export in slot 0 on this thread, as `manager.exports` does in JS.
+    pub fn call(&self, name: &str, args: Vec<Value>) -> Result<Vec<Value>> {
+        let (inside, replica) = self.enter()?;
         let call = || inside::call_at_home(&inside, &replica, name, args);
         let outcome = match self.manager.options().limits.timeout_ms {
             Some(ms) => replica.with_deadline(ms, call).and_then(|outcome| outcome),
@@ -105,7 +125,7 @@ impl std::fmt::Debug for HomeMail {
 }
 
 impl HomeMail {
-    fn is_here(&self) -> bool {
+    pub(crate) fn is_here(&self) -> bool {
         thread::current().id() == self.thread
     }
 

@@ -21,11 +21,18 @@ where
     }
 }
 
+/// A closure as a function of the host.
+pub fn host_function(
+    f: impl Fn(&mut HostCall<'_>) -> Result<()> + Send + Sync + 'static,
+) -> Arc<dyn HostFunction> {
+    Arc::new(Function(f))
+}
+
 /// A closure as an import.
 pub fn function(
     f: impl Fn(&mut HostCall<'_>) -> Result<()> + Send + Sync + 'static,
 ) -> ImportValue {
-    ImportValue::Function(Arc::new(Function(f)))
+    ImportValue::Function(host_function(f))
 }
 
 type Imports = dyn Fn(&Arc<Replica>, &Module) -> Result<Vec<ImportValue>> + Send + Sync;
@@ -142,12 +149,24 @@ pub struct Change {
     pub generation: u64,
 }
 
+/// What a host is told of its realm.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RealmStep {
+    /// It was captured as that snapshot.
+    Captured(u64),
+    /// Views of these memories end.
+    Shrinks(Vec<u32>),
+    /// It has the state of that snapshot again.
+    Rewound(u64),
+}
+
 #[derive(Default)]
 struct Log {
     events: Vec<Event>,
     changes: Vec<Change>,
     released: usize,
     rewound: Vec<u64>,
+    realms: Vec<RealmStep>,
     leases: Vec<Weak<Lease>>,
 }
 
@@ -192,7 +211,18 @@ impl TestHost {
         self.log().rewound.clone()
     }
 
-    /// How many of those are meant by `is`.
+    /// What was told of realms, in order.
+    pub fn realm_steps(&self) -> Vec<RealmStep> {
+        self.log().realms.clone()
+    }
+
+    fn realm_step(&self, step: RealmStep) {
+        let is_home = self.home.as_ref().is_none_or(HomeMail::is_here);
+        assert!(is_home, "{step:?} was not told on the home thread");
+        self.log().realms.push(step);
+    }
+
+    /// How many of the events are meant by `is`.
     pub fn count(&self, is: impl Fn(&Event) -> bool) -> usize {
         self.log().events.iter().filter(|event| is(event)).count()
     }
@@ -347,6 +377,18 @@ impl Host for TestHost {
 
     fn rewound(&self, replicas: &[Arc<Replica>]) {
         self.log().rewound.extend(replicas.iter().map(|r| r.id()));
+    }
+
+    fn realm_captured(&self, _replica: &Arc<Replica>, snapshot: u64) {
+        self.realm_step(RealmStep::Captured(snapshot));
+    }
+
+    fn realm_shrinks(&self, _replica: &Arc<Replica>, memories: &[u32]) {
+        self.realm_step(RealmStep::Shrinks(memories.to_vec()));
+    }
+
+    fn realm_rewound(&self, _replica: &Arc<Replica>, snapshot: u64) {
+        self.realm_step(RealmStep::Rewound(snapshot));
     }
 
     fn reseeds(&self) -> bool {

@@ -5,15 +5,16 @@ use std::time::Duration;
 
 use wasm_molt_engine::{
     CacheChoice, CallControl, CallLimits, Error, ErrorCode, Event, Home, Host, Job, Lease,
-    LeaseInside, Manager, ManagerOptions, ManagerState, ManagerStats, Outcome, ReloadOptions,
-    ReloadReport, Replica, ResetOptions, ResetReport, Result, Snapshot, SnapshotControl, Source,
-    Value, WaitId, Work,
+    LeaseInside, Manager, ManagerOptions, ManagerState, ManagerStats, Module, Outcome,
+    ReloadOptions, ReloadReport, Replica, ResetOptions, ResetReport, Result, Snapshot,
+    SnapshotControl, Source, Value, WaitId, Work,
 };
 
 use crate::faults::Faults;
 use crate::guests;
 use crate::home::{Desk, HomeThread};
 use crate::host::{Script, TestHost};
+use crate::inside::InRealm;
 use crate::quiet::{Working, work};
 use crate::wait::{Answer, answer, hush_panics_on_purpose};
 
@@ -69,6 +70,12 @@ impl Setup {
     pub fn script(mut self, script: Script) -> Self {
         self.script = script;
         self
+    }
+
+    /// A realm: the host makes the instances, on its home thread.
+    pub fn realm() -> Self {
+        let setup = Self::new("(module $realm)").at_home();
+        setup.options(|options| options.is_realm = true)
     }
 
     /// With a home thread.
@@ -299,6 +306,27 @@ impl Rig {
         let (name, args) = (name.to_owned(), args.to_vec());
         self.home()
             .at_desk(move |desk: &Desk| desk.call(&name, args))
+    }
+
+    /// Does something in the realm.
+    #[track_caller]
+    pub fn realm<R: Send + 'static>(
+        &self,
+        f: impl FnOnce(&InRealm<'_>) -> R + Send + 'static,
+    ) -> R {
+        match self.home().at_desk(move |desk: &Desk| desk.realm(f)) {
+            Ok(outcome) => outcome,
+            Err(error) => panic!("the realm cannot be entered: {error}"),
+        }
+    }
+
+    /// Compiles a module for the realm.
+    #[track_caller]
+    pub fn compile(&self, wat: &str) -> Arc<Module> {
+        match self.manager.compile(guests::bytes(wat)) {
+            Ok(module) => module,
+            Err(error) => panic!("{error}"),
+        }
     }
 
     /// Asks for an instance.

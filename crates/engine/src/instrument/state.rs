@@ -49,6 +49,8 @@ pub(crate) struct StateMap {
     /// Every function that can become a funcref, by its index, if there is anywhere to keep one:
     /// sorted.
     pub(crate) functions: Vec<(u32, String)>,
+    /// Every imported function that is exported or can become a funcref, by its index.
+    pub(crate) imported_functions: Vec<(u32, String)>,
     /// The start function. Nobody has run it.
     pub(crate) start: Option<String>,
     /// Copies the data segments; to be called before the start function, and not in a fork.
@@ -189,6 +191,7 @@ pub(super) fn plan(seen: &Seen<'_>) -> Result<Plan> {
         planner.watch_tables();
         planner.watch_segments();
     }
+    planner.name_imported_functions();
     planner.edit();
     planner.start()?;
     planner.init();
@@ -257,6 +260,18 @@ impl Planner<'_, '_> {
                 let name = self.export(&format!("g{index}"), Global, index);
                 self.plan.map.globals.push(name);
             }
+        }
+    }
+
+    /// The same function has another address in each instance that imports it.
+    fn name_imported_functions(&mut self) {
+        use wasm_encoder::ExportKind::Func;
+        let imported = self.seen.imported_functions as u32;
+        let mentioned = self.seen.mentioned.iter().copied();
+        let functions: BTreeSet<u32> = mentioned.filter(|index| *index < imported).collect();
+        for index in functions {
+            let name = self.export(&format!("i{index}"), Func, index);
+            self.plan.map.imported_functions.push((index, name));
         }
     }
 

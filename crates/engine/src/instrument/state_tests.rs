@@ -691,6 +691,7 @@ fn everything_that_is_state_has_a_name() {
             },
         ],
         functions: [0, 1, 4].map(|i| (i, name(&format!("f{i}")))).into(),
+        imported_functions: vec![(0, name("i0"))],
         start: Some(name("start")),
         init: Some(name("init")),
         unsupported: None,

@@ -144,6 +144,7 @@ impl Shared {
             (replicas, serving.generation, Arc::clone(&serving.pool))
         };
         self.lock_snapshots().release_all();
+        self.compiled.clear();
         // The home may be gone (its environment ends): releasing does not depend on it.
         let _ = self.discard(replicas, generation);
         pool.end();

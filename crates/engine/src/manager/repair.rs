@@ -10,6 +10,7 @@ use super::start::Making;
 use super::{Control, ManagerState, Replaced, Shared, guarded};
 use crate::error::{Error, Result};
 use crate::replica::Replica;
+use crate::snapshot::Snapshot;
 use crate::swap::ReloadReport;
 
 impl Shared {
@@ -115,8 +116,9 @@ impl Shared {
         let shared = Arc::clone(self);
         let made = Arc::clone(&fresh);
         let poisoned = Arc::clone(&old);
+        let captured = self.capture_next_realm(&fresh, &blueprint);
         let at_home = self.host.at_home(Box::new(move |_| {
-            let _ = tell.send(shared.publish_repair(&poisoned, made));
+            let _ = tell.send(shared.publish_repair(&poisoned, made, captured));
         }));
         let generation = at_home.ok().and_then(|()| told.recv().ok()).flatten();
         let Some(generation) = generation else {
@@ -149,6 +151,7 @@ impl Shared {
         &self,
         old: &Arc<Replica>,
         fresh: Arc<Replica>,
+        captured: Option<Arc<Snapshot>>,
     ) -> Option<Generation> {
         let slot = old.slot();
         self.repairable(slot)?;
@@ -167,6 +170,9 @@ impl Shared {
                 generation: serving.generation,
             }
         };
+        if self.options.is_realm {
+            self.adopt(old.module(), captured);
+        }
         self.stats.reloaded("trap");
         self.host.replaced(&change);
         self.gate.reinstate(slot);

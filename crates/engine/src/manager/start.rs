@@ -7,7 +7,6 @@ use wasm_molt_lifecycle::{FailedPhase, Generation};
 
 use super::lending::HookScope;
 use super::{ManagerState, Replaced, Shared, guarded, parallelism};
-use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::module::Module;
 use crate::options::Source;
@@ -74,17 +73,13 @@ impl Shared {
             limits: options.limits.clone(),
             images: options.images,
             prepares_snapshots: self.prepares_snapshots(),
+            is_realm: options.is_realm,
         })
     }
 
     pub(super) fn load(&self, pool: &Pool, source: &Source, name: Option<&str>) -> Result<Module> {
-        let options = &self.options;
         pool.start()?;
-        let engine = Engine::shared(
-            &options.engine,
-            options.limits.stack_bytes(),
-            &options.cache,
-        )?;
+        let engine = self.engine()?;
         Module::load(&engine, pool, source, name)
     }
 

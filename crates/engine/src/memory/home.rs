@@ -149,15 +149,20 @@ impl Home {
         Ok(new)
     }
 
-    /// Contents and accessible size become the image's. Returns how many bytes were found to differ
-    /// from it where that is known anyway.
-    pub(super) fn reset(&mut self, image: &Arc<Image>, written: &Written) -> io::Result<usize> {
+    /// Contents and accessible size become the image's; with `keeps_size` a larger size stays. Returns how
+    /// many bytes were found to differ from it where that is known anyway.
+    pub(super) fn reset(
+        &mut self,
+        image: &Arc<Image>,
+        written: &Written,
+        keeps_size: bool,
+    ) -> io::Result<usize> {
         let is_known = matches!(&self.ground, Ground::Image(ground) if Arc::ptr_eq(ground, image));
         if !image.is_mapped() && self.is_on_file() {
             self.at.wipe();
             self.ground = Ground::Fresh;
         }
-        let differed = image.put_back(&self.at, is_known, written)?;
+        let differed = image.put_back(&self.at, is_known, written, keeps_size)?;
         self.ground = Ground::Image(Arc::clone(image));
         Ok(differed)
     }

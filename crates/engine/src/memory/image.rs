@@ -103,19 +103,24 @@ impl Image {
     }
 
     /// Makes contents and accessible size the image's again. `is_known`: nothing but this image
-    /// lies below what was written. Returns how many bytes differed if that came to light.
+    /// lies below what was written. `keeps_size`: the accessible size stays if it is larger, and what is
+    /// beyond the image becomes zeros; no page is out of reach meanwhile. Returns how many bytes differed
+    /// if that came to light.
     pub(super) fn put_back(
         &self,
         at: &Reservation,
         is_known: bool,
         written: &Written,
+        keeps_size: bool,
     ) -> io::Result<usize> {
         match &self.0 {
             #[cfg(target_os = "linux")]
-            Contents::Mapped(mapped) => mapped.put_back(at, is_known, written).map(|()| 0),
+            Contents::Mapped(mapped) => mapped
+                .put_back(at, is_known, written, keeps_size)
+                .map(|()| 0),
             Contents::Copied(copied) => {
                 let _ = (is_known, written);
-                copied.put_back(at)
+                copied.put_back(at, keeps_size)
             }
         }
     }
@@ -174,6 +179,16 @@ impl Image {
 #[cfg(target_os = "linux")]
 pub(super) fn total(runs: &[Range<usize>]) -> usize {
     runs.iter().map(ExactSizeIterator::len).sum()
+}
+
+/// The end of a reset: what is accessible beyond the image goes, or becomes zeros.
+fn finish(at: &Reservation, extent: usize, keeps_size: bool) -> io::Result<()> {
+    if !keeps_size {
+        return at.uncommit(extent);
+    }
+    // Not discarded: below what was written there may lie a later image, which is larger.
+    at.wipe_from(extent);
+    Ok(())
 }
 
 /// Refuses a capture that is not to take long.

@@ -310,6 +310,36 @@ impl MemoryRecord {
         self.put_back(image, false).map(drop)
     }
 
+    /// Contents become the image's, in the very place where they are and with no page out of reach
+    /// meanwhile, so that views stay attached; where the memory has grown since, it keeps its size, and
+    /// what is beyond the image becomes zeros. Returns the bytes that had been dirty. The caller sees to
+    /// it that nobody else looks.
+    pub(crate) fn reset_in_place(&self, image: &Arc<Image>) -> io::Result<usize> {
+        let mut slot = self.write_home();
+        let home = slot.as_mut().ok_or(io::ErrorKind::NotFound)?;
+        if extent(image.byte_len())? > home.capacity {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        let (dirty, written) = home.dirty(image);
+        let dirty = home.reset(image, &written, true)?.max(dirty);
+        self.resized(self.byte_len().max(image.byte_len()));
+        self.is_touched.store(false, Ordering::Release);
+        Ok(dirty)
+    }
+
+    /// Nobody will use it any more, though its instance lives: it has no bytes from now on. Its pages go
+    /// back; the address range stays.
+    pub(crate) fn vacate(&self) {
+        let mut slot = self.write_home();
+        let Some(home) = slot.as_mut() else { return };
+        if home.at.uncommit(0).is_err() {
+            // Somebody may read through a pin: zeros.
+            home.at.wipe();
+        }
+        self.resized(0);
+        self.is_touched.store(true, Ordering::Release);
+    }
+
     fn put_back(&self, image: &Arc<Image>, counts: bool) -> io::Result<usize> {
         let len = image.byte_len();
         self.admit(len)?;
@@ -337,7 +367,7 @@ impl MemoryRecord {
             Ok(new) => Some(self.settle(home, new, len)),
             Err(error) if must_move => return Err(error),
             Err(_) => {
-                dirty = home.reset(image, &written)?.max(dirty);
+                dirty = home.reset(image, &written, false)?.max(dirty);
                 self.resized(len);
                 None
             }

@@ -56,9 +56,9 @@ pub(super) unsafe trait Region: Send + Sync + Debug {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// Gives the pages of the first `len` bytes back; from then on they read as zero and writes go
-    /// nowhere that matters. Must not fail in a way that leaves a committed byte inaccessible.
-    fn wipe(&self, len: usize);
+    /// Gives the pages of `offset..offset + len` back; from then on they read as zero. Must not fail in
+    /// a way that leaves a committed byte inaccessible.
+    fn wipe(&self, offset: usize, len: usize);
 
     /// Gives the address space behind the first `len` bytes back. Nobody asks for it any more.
     fn trim(&self, _len: usize) {}

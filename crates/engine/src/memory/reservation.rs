@@ -127,7 +127,14 @@ impl Reservation {
 
     /// Gives all pages back; what was accessible stays so and reads as zeros.
     pub(super) fn wipe(&self) {
-        self.region.wipe(self.accessible_bytes());
+        self.wipe_from(0);
+    }
+
+    /// The same for what comes after the first `len` bytes, a multiple of [`super::GRANULE`].
+    pub(super) fn wipe_from(&self, len: usize) {
+        if let Some(beyond) = self.accessible_bytes().checked_sub(len) {
+            self.region.wipe(len, beyond);
+        }
     }
 
     /// The memory has gone, or moved away, and only pins are left: gives its pages back, and the address

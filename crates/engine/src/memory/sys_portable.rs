@@ -68,9 +68,11 @@ unsafe impl Region for Allocation {
         false
     }
 
-    fn wipe(&self, len: usize) {
-        // SAFETY: inside the block, which is ours.
-        unsafe { ptr::write_bytes(self.base.as_ptr(), 0, len.min(self.layout.size())) };
+    fn wipe(&self, offset: usize, len: usize) {
+        if self.commit(offset, len).is_ok() {
+            // SAFETY: `commit` found the range inside the block, which is ours.
+            unsafe { ptr::write_bytes(self.base.as_ptr().add(offset), 0, len) };
+        }
     }
 
     fn set_accessible(&self, _len: usize, _accessible: bool) -> io::Result<()> {

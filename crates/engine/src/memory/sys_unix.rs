@@ -164,8 +164,10 @@ unsafe impl Region for Mapping {
         Ok(())
     }
 
-    fn wipe(&self, len: usize) {
-        let Ok(start) = self.at(0, len) else { return };
+    fn wipe(&self, offset: usize, len: usize) {
+        let Ok(start) = self.at(offset, len) else {
+            return;
+        };
         if len == 0 {
             return;
         }

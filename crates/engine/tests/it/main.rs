@@ -25,6 +25,7 @@ mod lease;
 mod load;
 mod memory;
 mod pool;
+mod realm;
 mod reload;
 mod repair;
 mod rolling;

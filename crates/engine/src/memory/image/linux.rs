@@ -22,7 +22,7 @@ use super::super::home::Ground;
 use super::super::region::Platform;
 use super::super::reservation::Reservation;
 use super::super::{GRANULE, extent};
-use super::{CHUNK, Contents, Image, Written, admit, dirty, not_zero, total};
+use super::{CHUNK, Contents, Image, Written, admit, dirty, finish, not_zero, total};
 
 /// The smallest page there is.
 const PAGE: usize = 1 << 12;
@@ -250,13 +250,16 @@ impl Mapped {
         Ok(())
     }
 
+    /// * `keeps_size`: what is accessible beyond the image stays so, as zeros.
     pub(super) fn put_back(
         &self,
         at: &Reservation,
         is_known: bool,
         written: &Written,
+        keeps_size: bool,
     ) -> io::Result<()> {
         let extent = extent(self.len)?;
+        let finish = || finish(at, extent, keeps_size);
         let is_whole = is_known && at.accessible_bytes() >= extent;
         if is_whole
             && let Written::These(runs) = written
@@ -266,7 +269,7 @@ impl Mapped {
             let inside = runs.iter().map(|run| run.start..run.end.min(extent));
             let mut inside = inside.filter(|run| run.start < run.end);
             if inside.all(|run| at.discard(run.start, run.len()).is_ok()) {
-                return at.uncommit(extent);
+                return finish();
             }
         }
         if is_whole
@@ -275,7 +278,7 @@ impl Mapped {
             && let Ok(window) = self.window(extent)
         {
             overwrite(at, window, &runs)?;
-            return at.uncommit(extent);
+            return finish();
         }
         // Pages that are locked into memory cannot be discarded, but replaced.
         if !is_known
@@ -285,7 +288,7 @@ impl Mapped {
         {
             self.map(at)?;
         }
-        at.uncommit(extent)
+        finish()
     }
 
     fn window(&self, extent: usize) -> io::Result<&Reservation> {

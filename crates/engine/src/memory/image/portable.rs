@@ -6,7 +6,7 @@ use std::io;
 
 use super::super::reservation::Reservation;
 use super::super::{GRANULE, extent};
-use super::{UNIT, not_zero};
+use super::{UNIT, finish, not_zero};
 
 /// The bytes of a memory, without what is zero.
 #[derive(Debug)]
@@ -63,7 +63,7 @@ impl Copied {
     }
 
     /// Writes what differs and nothing else, so that untouched pages stay so.
-    pub(super) fn put_back(&self, at: &Reservation) -> io::Result<usize> {
+    pub(super) fn put_back(&self, at: &Reservation, keeps_size: bool) -> io::Result<usize> {
         let extent = extent(self.len)?;
         at.commit(extent)?;
         let beyond = at.accessible_bytes() - extent;
@@ -74,7 +74,7 @@ impl Copied {
             unsafe { at.copy_in(offset, expected) }?;
             Ok(true)
         })?;
-        at.uncommit(extent)?;
+        finish(at, extent, keeps_size)?;
         Ok(differed + beyond)
     }
 

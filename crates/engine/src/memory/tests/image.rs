@@ -165,6 +165,54 @@ fn a_reset_brings_contents_and_size_back() {
     }
 }
 
+/// What lies below what was written may be an image of a larger size.
+#[test]
+fn a_reset_in_place_leaves_zeros_beyond_the_image_and_moves_nothing() {
+    for case in CASES {
+        for options in LAYOUTS {
+            let engine = engine(case.platform, &options);
+            let mut guest = case.start(&engine, &accessors("3 200"), None);
+            guest.call::<_, ()>("poke", (70_000, 7)).unwrap();
+            let small = guest.memory().capture().unwrap();
+            guest.grow_to(100);
+            guest.memory().write(0, &vec![8; 100 * PAGE]).unwrap();
+            let large = guest.memory().capture().unwrap();
+            let view = guest.memory().view().unwrap();
+            let all = |guest: &Guest| {
+                let mut bytes = vec![0xee; 100 * PAGE];
+                guest.memory().read(0, &mut bytes).unwrap();
+                bytes
+            };
+            let mut expected = vec![0; 100 * PAGE];
+            expected[70_000] = 7;
+            for round in 0..3 {
+                // Standing on the large one first, on this very one then.
+                for _ in 0..2 {
+                    guest.memory().write(0, &vec![9; 100 * PAGE]).unwrap();
+                    guest.memory().reset_in_place(&small).unwrap();
+                    guest.refresh();
+                    guest.ends_at(100);
+                    assert!(all(&guest) == expected, "{case:?}, {options:?}, {round}");
+                }
+                guest.call::<_, ()>("poke", (99 * 65536, 9)).unwrap();
+                guest.memory().reset_in_place(&large).unwrap();
+                guest.refresh();
+                guest.ends_at(100);
+                assert!(all(&guest) == vec![8; 100 * PAGE], "{case:?}, {options:?}");
+            }
+            assert_eq!(guest.memory().base(), view.base, "{case:?}, {options:?}");
+            // One that has become smaller grows into the larger image again.
+            drop(view);
+            guest.reset(&small);
+            guest.ends_at(3);
+            guest.memory().reset_in_place(&large).unwrap();
+            guest.refresh();
+            guest.ends_at(100);
+            assert!(all(&guest) == vec![8; 100 * PAGE], "{case:?}, {options:?}");
+        }
+    }
+}
+
 #[test]
 fn memories_made_from_one_image_are_their_own() {
     for case in CASES {
