@@ -8,7 +8,7 @@
  *
  * Terms: a *replica* is one instance with a linear memory of its own; a *generation* is everything that one load or
  * reload made; a call or lease is *in flight* while it has a replica and *queued* while it waits for one; a *swap* is
- * what `reload` does inside.
+ * what `reload` does inside. *Glue* is the JavaScript that a toolchain puts around a module; a *realm* is a generation of it.
  */
 /// <reference types="node" />
 import { EventEmitter } from 'node:events'
@@ -812,6 +812,280 @@ export interface BufferAbi {
   deallocate?: string | null
   /** 'out-pointer': f(ptr, len, out_len_ptr) -> ptr. 'packed-i64': f(ptr, len) -> (ptr << 32 | len). 'multi-value': f(ptr, len) -> (ptr, len). Default 'out-pointer'. */
   returns?: 'out-pointer' | 'packed-i64' | 'multi-value'
+}
+
+// ---------------------------------------------------------------- JS glue
+
+/**
+ * The WebAssembly JavaScript API over this engine, for code that instantiates by itself and takes the namespace as a value.
+ *
+ * Also the module 'wasm-molt/webassembly', with a named export for each member. Nothing global is replaced.
+ * All that is made with it lives in one realm, which is made at the first use of a member and lives as long as the environment
+ * (the main thread or a worker): instances are not collected one by one. Where memory is to come back, use {@link loadGlue}.
+ * `CompileError`, `LinkError` and `RuntimeError` are Node's own classes, and carry a `code` of {@link WasmErrorCode} here.
+ * docs/glue.md has the differences from Node's own engine.
+ *
+ * Errors: as the API specifies them. A shared memory is a `TypeError`; sizes that cannot be had are a `RangeError`.
+ *
+ * Source: WebAssembly JavaScript Interface.
+ */
+export const WebAssembly: typeof globalThis.WebAssembly
+
+/**
+ * Loads the JavaScript that a toolchain has put around a WebAssembly module (its glue), unmodified, so that what it instantiates
+ * can be reloaded and reset.
+ *
+ * `(await loadGlue('x')).module` stands where `require('x')` or `import * as x from 'x'` stood.
+ * The glue's files are read and compiled once, and evaluated afresh for each generation, in which `WebAssembly` means this
+ * engine and `FinalizationRegistry` the generation's own. The glue's files are those of the package (or, outside any package, of
+ * the folder) that `specifier` leads to, and of the packages in `include`; all others are shared with the rest of the program.
+ * * `specifier`: a package or an entry of one, a path, or a file: URL, of CommonJS or of ES modules. It is looked for as `require`
+ *   does it, then as `import` does, then in the package's field `module`.
+ *
+ * Errors (there is no manager afterwards, and nothing is left behind):
+ * - ERR_WASM_INVALID_ARGUMENT: an option cannot be used; unknown options are refused by name.
+ * - ERR_WASM_RELOAD_FAILED with phase 'initialize': a file of the glue, `expose` or `initialize` threw, or its guest trapped;
+ *   `cause` is the very object.
+ * - What Node has for a file that is not there or cannot be parsed (ERR_MODULE_NOT_FOUND, `SyntaxError`, …), as it is.
+ *
+ * Cost: reading and parsing the files, once; then what evaluating them costs, in which compiling the module dominates. With the
+ * cache, a module that was compiled before is only read; a later generation finds the compiled module in the manager.
+ */
+// biome-ignore lint/suspicious/noExplicitAny: what glue exports, which only its own types can tell
+export function loadGlue<T = any>(specifier: string | URL, options?: GlueOptions): Promise<GlueManager<T>>
+
+/**
+ * How glue is loaded. Unknown names are refused (ERR_WASM_INVALID_ARGUMENT).
+ *
+ * There is one replica, and its imports are the glue's.
+ */
+export interface GlueOptions extends Pick<ManagerOptions, 'limits' | 'maxQueue' | 'cache' | 'engine' | 'snapshots'> {
+  /** In errors, events and thread names. Default: the package's name, for a path or URL the file's name without extension. */
+  name?: string
+  /**
+   * Where compiled code, and what the sources of the glue were turned into, are kept between processes. true: the user's cache
+   * folder (for the sources `wasm-molt/glue` in it); string: that folder (`glue` in it); false: nowhere. Default true.
+   *
+   * A kept source is used only if it is whole and nobody but the user can have written it.
+   */
+  cache?: boolean | string
+  /** Threads of the pool, which only compiles here. Default: the available parallelism. Range 1 to 4096. */
+  threads?: number
+  /**
+   * What {@link GlueManager.module} shows of a generation. Default: what the glue exports.
+   *
+   * For glue that exports a factory, such as Emscripten's, or that wants to be handed a module or a function that instantiates
+   * one: `shadows.WebAssembly` is the namespace for that.
+   * Runs once in each generation, after the glue was evaluated and before `initialize`. A promise or another thenable is
+   * awaited; it must be synchronous for `reloadSync`.
+   * * `glue`: what the glue exports, of this generation alone.
+   */
+  expose?: (
+    // biome-ignore lint/suspicious/noExplicitAny: see loadGlue
+    glue: any,
+    shadows: { WebAssembly: typeof globalThis.WebAssembly; FinalizationRegistry: FinalizationRegistryConstructor },
+  ) => unknown
+  /**
+   * Runs in each generation before it serves; for glue with an `init()` to await.
+   *
+   * A promise or another thenable is awaited; it must be synchronous for `reloadSync`.
+   * * `module`: what `expose` has returned, else what the glue exports; of this generation, not the stable face.
+   */
+  // biome-ignore lint/suspicious/noExplicitAny: see loadGlue
+  initialize?: (module: any) => unknown
+  /**
+   * Reads what must survive out of the OLD generation. Any JS value that does not belong to it: an object of the glue would be
+   * stale afterwards. A promise or another thenable is awaited by `reload`.
+   *
+   * Not called with `skipSave`. A rolling reload cannot hand state over.
+   */
+  // biome-ignore lint/suspicious/noExplicitAny: see loadGlue
+  saveState?: (module: any) => unknown
+  /** Puts it into the NEW generation before it serves, after `initialize`. Called only where `saveState` was. */
+  // biome-ignore lint/suspicious/noExplicitAny: see loadGlue
+  restoreState?: (module: any, state: any) => unknown
+  /**
+   * Names of further packages to evaluate with the glue, afresh for each generation and with the same shadows. Default: none.
+   *
+   * For packages that instantiate, or that keep objects of the glue in variables of their own.
+   */
+  include?: string[]
+  /**
+   * Where `specifier` is resolved from, if it is a package or a relative path: a URL or path of a file, or of a folder with a
+   * slash at its end. Default: the working directory. In a package of your own pass `import.meta.url` or `__filename`.
+   */
+  parentURL?: string | URL
+}
+
+/**
+ * Glue whose generations can be replaced while the program uses it.
+ *
+ * A generation is a *realm*: one store with all the instances, memories, tables, globals and tags that the glue made in it, and
+ * the glue's own JavaScript. They live together and go together.
+ * Everything runs on the JS thread, as with Node's own engine, so there is no `call`, `callSync`, `invoke` or `acquire`.
+ *
+ * It lives until it is closed: whoever holds an object of the glue needs it, and nothing tells who does.
+ * An idle one does not keep the process alive.
+ *
+ * docs/glue.md says what follows a reload and what does not.
+ */
+// biome-ignore lint/suspicious/noExplicitAny: see loadGlue
+export interface GlueManager<T = any> extends EventEmitter, AsyncDisposable {
+  /** In errors, events and thread names. See {@link GlueOptions.name}. */
+  readonly name: string
+
+  /** The number of the generation that serves. Counts from 1; goes up by one with every committed reload; never reused. */
+  readonly generation: number
+
+  /** As {@link WasmModuleManager.state}. A trap does not change it: a realm goes on after one. */
+  readonly state: WasmModuleManager['state']
+
+  /**
+   * What the glue exports (see {@link GlueOptions.expose}), as a stable face: always the same object, which always means the
+   * generation that serves.
+   *
+   * Functions, classes and plain objects that are read off it are faces as well, and may be kept for ever: `const { f } =
+   * manager.module` follows. Classes can be constructed and subclassed; their instances belong to the generation that made them,
+   * and `instanceof` holds for those of every generation. All other values are what they are at the moment. What a call returns
+   * is as the glue returned it.
+   *
+   * Errors, thrown by what is behind it (nothing was called):
+   * - ERR_WASM_STALE_HANDLE: an object of a generation that is gone, or, after a reset, one that is newer than the snapshot.
+   * - ERR_WASM_RELOADING: a call after `saveState` of an exclusive reload and before its commit, whose effect would be lost.
+   * - ERR_WASM_CLOSED: the manager is closed.
+   * And what the glue and its guest throw, as on Node's engine: a trap is a `WebAssembly.RuntimeError`, here with `code`
+   * ERR_WASM_TRAP, `trap`, `wasmStack`, `manager` and `generation`; a call that `limits` has stopped is one with the code that
+   * says so. The realm goes on after either. What an import threw is the same object.
+   *
+   * Cost: a function that was taken off costs one more call of a function; reading a property goes through a Proxy.
+   */
+  readonly module: T
+
+  /**
+   * The exports of the first instance with any, as a stable face: functions, and memories, tables, globals and tags of the
+   * generation that serves. Empty until there is one.
+   */
+  // biome-ignore lint/suspicious/noExplicitAny: functions, memories, tables, globals and tags
+  readonly exports: Record<string, any>
+
+  /** A live view of the first memory that an instance of the generation that serves has had or imported; 0 bytes until there is one. */
+  readonly memory: LinearMemory
+
+  /**
+   * Runs `fn` with the generation that serves held for it, and resolves with what it returns.
+   *
+   * The whole run counts as one operation in flight: a reload or reset waits for it, so what the glue made stays valid inside,
+   * over every `await`. Scopes share the generation: any number of them run at once, and beside synchronous calls.
+   * A scope that comes while a reload is under way waits, unless none runs and the gate is still open.
+   * Inside `fn`, do not await `reload`, `snapshot`, `reset` or `close` of this manager: they wait for this very scope.
+   * * `fn`: gets the module of the generation itself, not the stable face.
+   *
+   * Errors:
+   * - What `fn` throws or rejects with, as it is.
+   * - ERR_WASM_QUEUE_FULL, ERR_WASM_CLOSED, `signal.reason`: `fn` was not called.
+   * - ERR_WASM_RELOADING: inside a hook of this manager, and it could not begin at once; `fn` was not called.
+   * - ERR_WASM_INVALID_ARGUMENT: `fn` is no function, or an option is not known.
+   */
+  use<R>(fn: (module: T) => R | Promise<R>, options?: LeaseOptions): Promise<R>
+
+  /**
+   * Evaluates the glue afresh, and lets the generation before go with all that it made.
+   *
+   * As {@link WasmModuleManager.reload}, with the hooks of {@link GlueOptions}; there is no `source`: the files are those that
+   * were read at the start.
+   * Synchronous calls are served meanwhile: by the old generation until its state is saved, and by the new one from the commit on.
+   * In between they throw ERR_WASM_RELOADING; without `saveState`, and with 'rolling', they never do.
+   * If a snapshot was taken and not released, one of the new generation is taken by itself, after `restoreState`; older ones are
+   * stale from then on.
+   *
+   * Errors (the old generation serves on): as {@link WasmModuleManager.reload}. Whatever the glue, `expose` or `initialize` throws is
+   * the `cause` of ERR_WASM_RELOAD_FAILED with phase 'initialize'.
+   *
+   * Cost: both generations exist side by side until the commit, and each memory of them has its address space.
+   */
+  reload(options?: Omit<ReloadOptions, 'source'>): Promise<ReloadReport>
+
+  /**
+   * The same without leaving this thread: the glue, `expose` and the hooks must be synchronous, and nothing may be in flight.
+   *
+   * Errors, thrown: as {@link WasmModuleManager.reloadSync}; ERR_WASM_RELOAD_FAILED with ERR_WASM_ASYNC_IMPORT as `cause` also for
+   * glue with a top-level await.
+   */
+  reloadSync(options?: Omit<ReloadOptions, 'source'>): ReloadReport
+
+  /**
+   * Captures the realm: contents and size of every memory, mutable globals (hidden ones too), tables. What the glue holds in
+   * JavaScript is no part of it, so take it when the glue is warm; docs/glue.md says why.
+   *
+   * Drains as an exclusive reload does (30 seconds at most), captures, serves on. Only resets go back to it: a new generation
+   * always begins by evaluating the glue.
+   * * `signal`: gives up waiting; rejects with `signal.reason`.
+   *
+   * Errors (nothing was captured, the manager serves on): as {@link WasmModuleManager.snapshot}.
+   *
+   * Cost: the pages that were written since the last snapshot are copied once, on the JS thread.
+   */
+  snapshot(options?: { signal?: AbortSignal }): Promise<Snapshot>
+
+  /** The same without leaving this thread; nothing may be in flight. Errors: as {@link WasmModuleManager.snapshotSync}. */
+  snapshotSync(): Snapshot
+
+  /**
+   * Puts the realm back, in place: memories, mutable globals, tables. Not a new generation: objects of the glue that are older than
+   * the snapshot stay usable.
+   *
+   * A memory that its guest has grown since becomes smaller, and its views are detached. One that only the glue has grown keeps
+   * its size and its views; what lies beyond the snapshot becomes zeros, and its pages go back to the system. A memory that has
+   * not grown keeps its views in both cases. Memories that are newer than the snapshot have no pages afterwards.
+   * Objects of wasm-bindgen's that are newer throw ERR_WASM_STALE_HANDLE, and their finalizers do nothing.
+   * * `to`: a snapshot of this generation. Default: the newest that was not released.
+   *
+   * Errors (nothing was reset, and the manager serves on):
+   * - ERR_WASM_INVALID_ARGUMENT: there is no snapshot, or `to` is another manager's, or an option cannot be used.
+   * - ERR_WASM_STALE_HANDLE: `to` was released, or is of a generation that is gone.
+   * - ERR_WASM_DRAIN_TIMEOUT, ERR_WASM_CLOSED, and inside a hook ERR_WASM_RELOADING.
+   * - ERR_WASM_INTERNAL: the system refused; the realm is in an unknown state and is replaced.
+   *
+   * Cost: follows the dirty pages, and the elements of tables that have changed.
+   */
+  reset(options?: ResetOptions): Promise<ResetReport>
+
+  /** The same without leaving this thread; nothing may be in flight. Errors: as {@link WasmModuleManager.resetSync}. */
+  resetSync(options?: ResetOptions): ResetReport
+
+  /** Always rejects with ERR_WASM_SNAPSHOT_UNSUPPORTED: what glue holds in JavaScript cannot be copied. Call {@link loadGlue} once more. */
+  fork(options?: ForkOptions): Promise<never>
+
+  /** As {@link WasmModuleManager.stats}. Synchronous calls are counted in `calls`, not timed; `memoryBytes` is over all memories of the realm. */
+  stats(options?: { pages?: boolean }): ManagerStats
+
+  /** As {@link WasmModuleManager.close}: waits for scopes of `use`, then releases the realm and all that the glue made. */
+  close(options?: { drainTimeoutMs?: number }): Promise<void>
+
+  /** As {@link WasmModuleManager.destroy}: does not wait for scopes, whose calls throw ERR_WASM_CLOSED from then on. */
+  destroy(): Promise<void>
+
+  /** `close()`, for `await using`. */
+  [Symbol.asyncDispose](): Promise<void>
+
+  /** A new generation serves. Events are emitted from the event loop, after what they tell of. */
+  on(event: 'reload', listener: (report: ReloadReport) => void): this
+  /** A reload did not happen. */
+  on(event: 'reload:failed', listener: (error: WasmError) => void): this
+  /** A call trapped. The error is a {@link WasmError}; what the caller got is the `RuntimeError`. */
+  on(event: 'trap', listener: (error: WasmError) => void): this
+  /** Everything is released. */
+  on(event: 'close', listener: () => void): this
+
+  once(event: 'reload', listener: (report: ReloadReport) => void): this
+  once(event: 'reload:failed', listener: (error: WasmError) => void): this
+  once(event: 'trap', listener: (error: WasmError) => void): this
+  once(event: 'close', listener: () => void): this
+
+  off(event: 'reload', listener: (report: ReloadReport) => void): this
+  off(event: 'reload:failed', listener: (error: WasmError) => void): this
+  off(event: 'trap', listener: (error: WasmError) => void): this
+  off(event: 'close', listener: () => void): this
 }
 
 // ---------------------------------------------------------------- errors

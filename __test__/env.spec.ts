@@ -1,6 +1,6 @@
 // Environments: worker threads, exits inside imports, several copies of the addon. See guest.spec.ts and workers.spec.ts, too.
 import assert from 'node:assert/strict'
-import { copyFileSync, mkdirSync, symlinkSync } from 'node:fs'
+import { copyFileSync, cpSync, mkdirSync, symlinkSync } from 'node:fs'
 import { join } from 'node:path'
 import { test } from 'node:test'
 import { fileURLToPath } from 'node:url'
@@ -130,6 +130,7 @@ test('a second copy of the addon file lives beside the first', LIMIT, async () =
   const folder = join(temporaryFolder('copy'), 'molt')
   mkdirSync(folder)
   for (const file of ['index.js', 'binding.js', 'package.json']) copyFileSync(join(ROOT, file), join(folder, file))
+  cpSync(join(ROOT, 'lib'), join(folder, 'lib'), { recursive: true })
   const addon = `wasm-molt.${process.platform}-${process.arch}-gnu.node`
   copyFileSync(join(ROOT, addon), join(folder, addon))
   symlinkSync(join(ROOT, 'node_modules'), join(folder, 'node_modules'))

@@ -10,6 +10,8 @@ import {
   type EngineOptions,
   errorCodes,
   type ForkOptions,
+  type GlueManager,
+  type GlueOptions,
   type Histogram,
   type ImportDescriptor,
   type Imports,
@@ -18,6 +20,7 @@ import {
   type LeaseOptions,
   type Limits,
   type LinearMemory,
+  loadGlue,
   type ManagerOptions,
   type ManagerStats,
   type ModuleSource,
@@ -48,15 +51,13 @@ declare const signal: AbortSignal
 
 // A CommonJS module has a default as well: the module itself.
 expectTypeOf<Exclude<keyof typeof everything, 'default'>>().toEqualTypeOf<
-  'WasmModuleManager' | 'WasmError' | 'errorCodes' | 'version'
+  'WasmModuleManager' | 'WasmError' | 'WebAssembly' | 'loadGlue' | 'errorCodes' | 'version'
 >()
 expectTypeOf(errorCodes).toEqualTypeOf<readonly WasmErrorCode[]>()
 expectTypeOf(version).toEqualTypeOf<string>()
 // @ts-expect-error the list is frozen
 errorCodes.push('ERR_WASM_TRAP')
 // @ts-expect-error names of later capabilities are absent, not stubs
-everything.WebAssembly
-// @ts-expect-error
 everything.setMemoryBudget
 
 // ---------------------------------------------------------------- making one
@@ -380,6 +381,97 @@ expectTypeOf<ManagerStats['pauseTime']>().toEqualTypeOf<Histogram>()
 expectTypeOf<Histogram>().toEqualTypeOf<
   Record<'count' | 'min' | 'mean' | 'p50' | 'p90' | 'p99' | 'p999' | 'max', number>
 >()
+
+// ---------------------------------------------------------------- JS glue
+
+/** What some package exports. */
+interface Glue {
+  add(a: number, b: number): number
+  Cell: new (value: number) => { value: number }
+}
+declare const glue: GlueManager<Glue>
+
+expectTypeOf(everything.WebAssembly).toEqualTypeOf<typeof globalThis.WebAssembly>()
+new everything.WebAssembly.Memory({ initial: 1 }).buffer.byteLength
+
+expectTypeOf(loadGlue<Glue>).toEqualTypeOf<
+  (specifier: string | URL, options?: GlueOptions) => Promise<GlueManager<Glue>>
+>()
+expectTypeOf(loadGlue('x')).resolves.toEqualTypeOf<GlueManager>()
+expectTypeOf<GlueManager['module']>().toBeAny()
+expectTypeOf<keyof GlueOptions>().toEqualTypeOf<
+  | 'name'
+  | 'threads'
+  | 'limits'
+  | 'maxQueue'
+  | 'cache'
+  | 'engine'
+  | 'snapshots'
+  | 'initialize'
+  | 'saveState'
+  | 'restoreState'
+  | 'expose'
+  | 'include'
+  | 'parentURL'
+>()
+loadGlue<Glue>('x', {
+  expose: async (raw, shadows) => {
+    expectTypeOf(raw).toBeAny()
+    expectTypeOf(shadows.WebAssembly).toEqualTypeOf<typeof globalThis.WebAssembly>()
+    expectTypeOf(shadows.FinalizationRegistry).toEqualTypeOf<FinalizationRegistryConstructor>()
+    return raw.create()
+  },
+  initialize: async (module) => module.init(),
+  saveState: (module) => module.read(),
+  restoreState: (module, state) => module.write(state),
+  include: ['y'],
+  parentURL: import.meta.url,
+  limits: { memoryBytes: 1 },
+})
+loadGlue(new URL('file:///x.cjs'), { parentURL: new URL(import.meta.url) })
+// @ts-expect-error a realm is one replica
+loadGlue('x', { instances: 2 })
+// @ts-expect-error the imports are the glue's
+loadGlue('x', { imports: {} })
+// @ts-expect-error a misspelt option
+loadGlue('x', { includes: ['y'] })
+// @ts-expect-error bytes are no glue
+loadGlue(new Uint8Array())
+
+expectTypeOf(glue).toExtend<EventEmitter>()
+expectTypeOf(glue).toExtend<AsyncDisposable>()
+expectTypeOf(glue.module).toEqualTypeOf<Glue>()
+expectTypeOf(glue.memory).toEqualTypeOf<LinearMemory>()
+expectTypeOf(glue.state).toEqualTypeOf<WasmModuleManager['state']>()
+expectTypeOf(glue.exports.anything).toBeAny()
+expectTypeOf(glue.use((module) => new module.Cell(module.add(1, 2)).value)).toEqualTypeOf<Promise<number>>()
+expectTypeOf(glue.use(async () => 'text', { signal })).toEqualTypeOf<Promise<string>>()
+expectTypeOf(glue.reload).toEqualTypeOf<(options?: Omit<ReloadOptions, 'source'>) => Promise<ReloadReport>>()
+expectTypeOf(glue.reloadSync).toEqualTypeOf<(options?: Omit<ReloadOptions, 'source'>) => ReloadReport>()
+expectTypeOf(glue.fork()).toEqualTypeOf<Promise<never>>()
+expectTypeOf(glue.on('reload', (report) => expectTypeOf(report).toEqualTypeOf<ReloadReport>())).toEqualTypeOf<
+  GlueManager<Glue>
+>()
+// What both kinds of managers have, they have alike.
+type Shared = 'name' | 'generation' | 'state' | 'memory' | 'exports' | 'stats' | 'close' | 'destroy'
+type Snapshots = 'snapshot' | 'snapshotSync' | 'reset' | 'resetSync' | 'fork'
+expectTypeOf<GlueManager>().toExtend<Pick<WasmModuleManager, Shared | Snapshots>>()
+declare const reloadOptions: ReloadOptions
+glue.reload(reloadOptions)
+class Subclass extends glue.module.Cell {
+  twice() {
+    return this.value * 2
+  }
+}
+expectTypeOf(new Subclass(1).twice()).toEqualTypeOf<number>()
+// @ts-expect-error everything runs on this thread
+glue.call('add', [1, 2])
+// @ts-expect-error a scope of `use` is held by its function
+glue.acquire()
+// @ts-expect-error another build is another loadGlue()
+glue.reload({ source: 'x.wasm' })
+// @ts-expect-error read only
+glue.module = { add: (a, b) => a + b, Cell: Subclass }
 
 // ---------------------------------------------------------------- with the language
 

@@ -2,7 +2,7 @@
 import assert from 'node:assert/strict'
 import { describe, test } from 'node:test'
 import { binary, wat } from './guests.ts'
-import { assertEnded, deferred, env, type Point, POINTS, REJECT, SCENE, THROW } from './points.ts'
+import { assertEnded, deferred, env, POINTS, type Point, REJECT, SCENE, THROW } from './points.ts'
 import { child, INDEX_URL, LIMIT, reported } from './support.ts'
 
 const LAUNCH = `

@@ -4,6 +4,7 @@ import { buildAddon, ensureDependencies, node, root, step, tool } from './tools.
 
 buildAddon()
 ensureDependencies(join(root, 'benchmark'))
+ensureDependencies(join(root, 'compat'))
 step('types of the benchmarks')
 tool('typescript', 'tsc', ['-p', 'benchmark'])
 step('benchmarks')

@@ -36,10 +36,18 @@ try {
      const manager = await WasmModuleManager.create('add.wat', { cache: false })
      const sum = await manager.call('add', [40, 2])
      await manager.close()
-     if (sum !== 42) throw new Error('40 + 2 came out as ' + sum)`,
+     if (sum !== 42) throw new Error('40 + 2 came out as ' + sum)
+     const { loadGlue } = await import('wasm-molt')
+     const { default: WebAssembly, Memory } = await import('wasm-molt/webassembly')
+     if (WebAssembly.Memory !== Memory || new Memory({ initial: 1 }).buffer.byteLength !== 65536) throw new Error('wasm-molt/webassembly is another')
+     writeFileSync('glue.cjs', 'exports.page = () => new WebAssembly.Memory({ initial: 1 }).buffer.byteLength')
+     const glue = await loadGlue('./glue.cjs')
+     if (glue.module.page() !== 65536) throw new Error('glue does not run')
+     await glue.close()`,
   )
   node(['load.cjs'], { cwd: folder })
   node(['load.mjs'], { cwd: folder })
+  node(['node_modules/wasm-molt/bin/wasm-molt.js', 'check', './glue.cjs', '--json'], { cwd: folder })
 } finally {
   rmSync(folder, { recursive: true })
 }

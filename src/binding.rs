@@ -21,6 +21,7 @@ use crate::js::{Js, JsResult, Native, Pending, Val};
 use crate::js_only::JsOnly;
 use crate::lease::LeaseSide;
 use crate::memory::out_of_bounds;
+use crate::namespace;
 use crate::options::{self, Refused};
 use crate::report;
 use crate::side::{Handle, ManagerSide, ReplicaSide};
@@ -74,14 +75,25 @@ pub(crate) const FUNCTIONS: &[(&str, Native)] = &[
     ("memoryRead", memory_read),
     ("memoryReadString", memory_read_string),
     ("memoryWrite", memory_write),
+    ("leaseRealm", lease_realm),
+    ("managerRealm", manager_realm),
     // Measured against by the benchmarks: an empty Node-API function.
     ("__noop", noop),
     // The tests': a panic of ours must become ERR_WASM_INTERNAL.
     ("__panic", panic_on_purpose),
+    // The tests': text to bytes, for glue that wants bytes.
+    ("__assemble", assemble),
 ];
 
 fn noop(js: Js, _args: &[Val]) -> JsResult<Val> {
     Ok(js.undefined())
+}
+
+fn assemble(js: Js, args: &[Val]) -> JsResult<Val> {
+    let text = js.get_string(arg(args, 0))?;
+    let env = EnvState::of(js)?;
+    let bytes = wasm_molt_engine::assemble_text(&text);
+    js.uint8_array(&bytes.map_err(|e| env.throw(&e, &Place::default()))?)
 }
 
 #[expect(clippy::panic, reason = "that is what it is for")]
@@ -89,7 +101,7 @@ fn panic_on_purpose(_js: Js, _args: &[Val]) -> JsResult<Val> {
     panic!("on purpose")
 }
 
-fn arg(args: &[Val], index: usize) -> Val {
+pub(crate) fn arg(args: &[Val], index: usize) -> Val {
     args.get(index).copied().unwrap_or(std::ptr::null_mut())
 }
 
@@ -129,13 +141,14 @@ fn side(js: Js, args: &[Val]) -> JsResult<Rc<ManagerSide>> {
 
 // ---------------------------------------------------------------------- life
 
-/// `(options, onEvent) => handle`
+/// `(options, onEvent, isRealm) => handle`
 fn new_manager(js: Js, args: &[Val]) -> JsResult<Val> {
     static NEXT_ID: AtomicU64 = AtomicU64::new(1);
     let env = EnvState::of(js)?;
     let place = Place::default();
-    let (options, hooks) =
+    let (mut options, hooks) =
         options::manager(js, arg(args, 0)).map_err(|e| refused(&env, e, &place))?;
+    options.is_realm = js.get_bool(arg(args, 2)).unwrap_or(false);
     hooks.on_event.set(Some(js.reference(arg(args, 1))?));
     let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
     let timeout_ms = options.limits.timeout_ms;
@@ -221,8 +234,9 @@ fn reload(js: Js, args: &[Val]) -> JsResult<Val> {
     let promise = pending.promise;
     let report =
         |env: &Rc<EnvState>, _: &Rc<ManagerSide>, report: Arc<_>| report::reload(env.js(), &report);
-    // While a rolling swap prepares, the instance at home serves as ever.
-    let done = if options.strategy == Strategy::Rolling {
+    // While a rolling swap prepares, the instance at home serves as ever; and glue, which knows nothing of
+    // swaps, is refused only while the gate is closed.
+    let done = if options.strategy == Strategy::Rolling || side.manager.is_realm() {
         pending.done(report)
     } else {
         side.swap_begins();
@@ -437,22 +451,22 @@ fn ended(env: &Rc<EnvState>, _side: &Rc<ManagerSide>, (): ()) -> JsResult<Val> {
 // ---------------------------------------------------------------------- promises
 
 /// A promise that another thread will answer. While it is open the process stays alive.
-struct Deferred {
+pub(crate) struct Deferred {
     inside: JsOnly<Inside>,
-    promise: Val,
+    pub(crate) promise: Val,
 }
 
 /// Used on the JS thread, once.
-struct Inside {
+pub(crate) struct Inside {
     env: Rc<EnvState>,
     side: Rc<ManagerSide>,
     deferred: sys::napi_deferred,
 }
 
-type Done<T> = Box<dyn FnOnce(Result<T, Error>) + Send>;
+pub(crate) type Done<T> = Box<dyn FnOnce(Result<T, Error>) + Send>;
 
 impl Deferred {
-    fn new(env: &Rc<EnvState>, side: &Rc<ManagerSide>) -> JsResult<Self> {
+    pub(crate) fn new(env: &Rc<EnvState>, side: &Rc<ManagerSide>) -> JsResult<Self> {
         let (deferred, promise) = env.js().promise()?;
         env.begin();
         let inside = Inside {
@@ -466,7 +480,7 @@ impl Deferred {
         })
     }
 
-    fn done<T: Send + 'static>(
+    pub(crate) fn done<T: Send + 'static>(
         self,
         convert: impl FnOnce(&Rc<EnvState>, &Rc<ManagerSide>, T) -> JsResult<Val> + Send + 'static,
     ) -> Done<T> {
@@ -763,6 +777,20 @@ fn lease_call(js: Js, args: &[Val]) -> JsResult<Val> {
 fn lease_release(js: Js, args: &[Val]) -> JsResult<Val> {
     lease(js, args)?.expire();
     Ok(js.undefined())
+}
+
+/// `(lease) => realm`
+fn lease_realm(js: Js, args: &[Val]) -> JsResult<Val> {
+    let lease = lease(js, args)?;
+    namespace::handle(&lease.env, &lease.manager, &lease.side)
+}
+
+/// `(handle) => realm`: the one that serves.
+fn manager_realm(js: Js, args: &[Val]) -> JsResult<Val> {
+    let env = EnvState::of(js)?;
+    let side = side(js, args)?;
+    let current = side.current().map_err(|e| env.throw(&e, &side.place()))?;
+    namespace::handle(&env, &side, &current)
 }
 
 // ---------------------------------------------------------------------- contexts of imports

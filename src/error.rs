@@ -6,12 +6,15 @@ use wasm_molt_engine::{Error, ErrorCode};
 
 use crate::env::EnvState;
 use crate::js::{Js, JsResult, Pending, Val};
+use crate::side::ReplicaSide;
 
 /// What an error says beyond code and text.
 #[derive(Default)]
 pub(crate) struct Place<'a> {
     pub(crate) manager: Option<&'a str>,
     pub(crate) generation: Option<u64>,
+    /// The realm whose own errors are to be made.
+    pub(crate) realm: Option<&'a ReplicaSide>,
 }
 
 impl EnvState {
@@ -21,6 +24,12 @@ impl EnvState {
             return self.kept(value);
         }
         let js = self.js();
+        let realm = place
+            .realm
+            .and_then(|side| Some((side, side.realm.as_ref()?)));
+        if let (Error::Exception(exception), Some((side, realm))) = (error, realm) {
+            return realm.exception_value(self, side, exception);
+        }
         let code = error.code().unwrap_or(ErrorCode::Internal);
         let fields = js.object()?;
         if let Some(manager) = place.manager {
@@ -58,7 +67,8 @@ impl EnvState {
             fields,
             cause,
         ];
-        js.call(self.helper(self.helpers.error)?, &args)
+        let maker = realm.and_then(|(_, realm)| realm.error_maker());
+        js.call(self.helper(maker.unwrap_or(self.helpers.error))?, &args)
     }
 
     /// The text; where host code threw, with the words of what it threw.

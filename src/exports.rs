@@ -12,12 +12,14 @@ use std::sync::Arc;
 use napi::sys;
 use smallvec::{SmallVec, smallvec};
 use wasm_molt_engine::{
-    Away, Error, ErrorCode, FuncHandle, Inside, Job, LeaseInside, Module, RawValue, Replica,
-    Signature, Value, ValueType, has_stack, out_of_stack,
+    Away, Error, ErrorCode, FuncHandle, Inside, Job, Module, RawValue, Replica, Signature, Value,
+    ValueType, has_stack, out_of_stack,
 };
 
 use crate::convert::cannot_cross;
+use crate::entry::{Entry, busy, enter_realm, lease_on, refused};
 use crate::env::EnvState;
+use crate::error::Place;
 use crate::imports::JsEnd;
 use crate::js::{Js, JsResult, Val, callback_info, enter};
 use crate::lease::LeaseSide;
@@ -32,6 +34,8 @@ pub(crate) enum Target {
     Lease(Rc<LeaseSide>),
     /// One instance's, until it is replaced.
     Instance(Rc<ReplicaSide>),
+    /// A realm's, until it is replaced.
+    Realm(Rc<ReplicaSide>),
 }
 
 /// Which function.
@@ -244,6 +248,12 @@ pub(crate) fn function_value(
     handle: FuncHandle,
 ) -> JsResult<Val> {
     let js = env.js();
+    let is_realm = side.realm.is_some();
+    let handle = if is_realm {
+        side.replica.realm_original(handle)
+    } else {
+        handle
+    };
     let known = side.functions.borrow().get(&handle.address()).copied();
     if let Some(reference) = known {
         if let Some(function) = js.dereference(reference) {
@@ -260,14 +270,28 @@ pub(crate) fn function_value(
     let record = Record {
         env,
         manager,
-        target: Target::Instance(Rc::clone(side)),
+        target: if is_realm {
+            Target::Realm(Rc::clone(side))
+        } else {
+            Target::Instance(Rc::clone(side))
+        },
         which: Which::Handle(handle),
         is_numeric: signature.is_numeric(),
         crossing: Crossing::of(&signature),
         signature,
         cached: Cell::new((0, Some(handle))),
     };
-    let function = new_function(record, &handle.address().to_string())?;
+    // The JS API's name of an exported function is its index.
+    let index = side.replica.realm_function_index(&handle);
+    let name = index
+        .map_or(handle.address(), |index| index as usize)
+        .to_string();
+    let params = record.signature.params.len();
+    let has_length = record.crossing.is_some() || !is_realm;
+    let function = new_function(record, &name)?;
+    if !has_length {
+        js.define_hidden(function, c"length", js.number(params as f64)?)?;
+    }
     side.functions
         .borrow_mut()
         .insert(handle.address(), js.weak_reference(function)?);
@@ -285,8 +309,17 @@ pub(crate) fn function_of(js: Js, function: Val) -> Option<Value> {
         }
         (Target::Live(_), Which::Handle(handle)) => Some(Value::Func(Some(handle))),
         (Target::Lease(lease), which) => Some(Value::Func(resolve(&lease.side.replica, which))),
-        (Target::Instance(side), which) => Some(Value::Func(resolve(&side.replica, which))),
+        (Target::Instance(side) | Target::Realm(side), which) => {
+            Some(Value::Func(resolve(&side.replica, which)))
+        }
     }
+}
+
+/// The types of a function object of ours.
+pub(crate) fn signature_of(js: Js, function: Val) -> Option<Signature> {
+    // SAFETY: the tag is only ever put on functions with a `Record`.
+    let record = unsafe { js.tagged::<Record>(function, &TAG) }?;
+    Some(record.signature.clone())
 }
 
 fn resolve(replica: &Replica, which: Which) -> Option<FuncHandle> {
@@ -300,14 +333,6 @@ fn resolve(replica: &Replica, which: Which) -> Option<FuncHandle> {
         }
         Which::Handle(handle) => Some(handle),
     }
-}
-
-/// The right to be inside, by the way it was got.
-enum Entry<'a> {
-    Home(Inside<'a, Job>),
-    Leased(#[expect(dead_code, reason = "held for its drop")] LeaseInside),
-    /// A host call of the same instance is on this stack.
-    Again,
 }
 
 /// How the call gets to its guest.
@@ -443,12 +468,20 @@ impl Record {
     #[inline(always)]
     fn run(&self, raw: &mut [RawValue]) -> JsResult<()> {
         let manager = &*self.manager;
-        if matches!(self.target, Target::Live(_))
-            && manager.detours.get() == 0
-            && has_stack(manager.stack_floor)
-            && let Some(inside) = manager.home.enter()
-        {
-            return self.call_at_home(inside, raw);
+        if manager.detours.get() == 0 && has_stack(manager.stack_floor) {
+            match &self.target {
+                Target::Live(_) => {
+                    if let Some(inside) = manager.home.enter() {
+                        return self.call_at_home(inside, raw);
+                    }
+                }
+                Target::Realm(side) if manager.is_current(side) => {
+                    if let Some(inside) = manager.home.enter() {
+                        return self.call_in_realm(inside, side, raw);
+                    }
+                }
+                _ => {}
+            }
         }
         match self.calling() {
             Some(side) => self.run_again(&side, raw),
@@ -463,8 +496,10 @@ impl Record {
         let side = match &self.target {
             Target::Live(_) => self.manager.stack.borrow().last().map(Rc::clone)?,
             Target::Lease(lease) if !lease.lease.is_released() => Rc::clone(&lease.side),
-            Target::Instance(side) if !side.is_expired.get() => Rc::clone(side),
-            Target::Lease(_) | Target::Instance(_) => return None,
+            Target::Instance(side) | Target::Realm(side) if !side.is_expired.get() => {
+                Rc::clone(side)
+            }
+            Target::Lease(_) | Target::Instance(_) | Target::Realm(_) => return None,
         };
         let is_direct = matches!(side.frames.borrow().last(), Some(Frame::Direct));
         (is_direct && has_stack(self.manager.stack_floor)).then_some(side)
@@ -505,6 +540,31 @@ impl Record {
             return self.settle(Entry::Home(inside), &side, outcome.err());
         }
         drop(inside);
+        manager.completed.set(manager.completed.get() + 1);
+        side.before_js(self.env.js());
+        Ok(())
+    }
+
+    /// The same for a function of the realm at home, which `side` shows.
+    #[inline(always)]
+    fn call_in_realm(
+        &self,
+        inside: Inside<'_, Job>,
+        side: &Rc<ReplicaSide>,
+        raw: &mut [RawValue],
+    ) -> JsResult<()> {
+        let Which::Handle(func) = self.which else {
+            drop(inside);
+            return Err(self.throw(&Error::internal("a realm's function without a handle")));
+        };
+        // SAFETY: `inside` is the right to be in slot 0, whose realm `side` shows; the function is that
+        // realm's, and `raw` was filled after its signature.
+        let outcome = unsafe { side.replica.call_raw(&func, raw) };
+        if outcome.is_err() || side.replica.is_poisoned() {
+            return self.settle(Entry::Home(inside), side, outcome.err());
+        }
+        drop(inside);
+        let manager = &*self.manager;
         manager.completed.set(manager.completed.get() + 1);
         side.before_js(self.env.js());
         Ok(())
@@ -563,7 +623,15 @@ impl Record {
 
     #[cold]
     fn throw(&self, error: &Error) -> crate::js::Pending {
-        self.env.throw(error, &self.manager.place())
+        let realm = match &self.target {
+            Target::Realm(side) => Some(&**side),
+            _ => None,
+        };
+        let place = Place {
+            realm,
+            ..self.manager.place()
+        };
+        self.env.throw(error, &place)
     }
 
     // ------------------------------------------------------------------ everything but the fast path
@@ -616,7 +684,7 @@ impl Record {
         call: impl FnOnce() -> Result<T, Box<Error>>,
     ) -> Result<T, Box<Error>> {
         match (self.manager.timeout_ms, entry) {
-            (Some(ms), Entry::Home(_) | Entry::Leased(_)) => {
+            (Some(ms), Entry::Home(_) | Entry::Leased(_) | Entry::Shared) => {
                 side.replica.with_deadline(ms, call).map_err(Box::new)?
             }
             _ => call(),
@@ -624,7 +692,7 @@ impl Record {
     }
 
     fn count(&self, entry: &Entry<'_>) {
-        if matches!(entry, Entry::Home(_) | Entry::Leased(_)) {
+        if !matches!(entry, Entry::Again) {
             self.manager.completed.set(self.manager.completed.get() + 1);
         }
     }
@@ -747,6 +815,10 @@ impl Record {
                 let inside = lease.lease.enter()?;
                 Ok(Path::Here(Entry::Leased(inside), Rc::clone(&lease.side)))
             }
+            Target::Realm(side) => {
+                let entry = enter_realm(&self.manager, side)?;
+                Ok(Path::Here(entry, Rc::clone(side)))
+            }
             Target::Instance(side) => {
                 if side.is_expired.get() {
                     return Err(side.replica.stale().into());
@@ -757,7 +829,7 @@ impl Record {
                 if side.replica.is_poisoned() {
                     return Err(side.replica.stale().into());
                 }
-                if let Some(lease) = self.lease_on(side) {
+                if let Some(lease) = lease_on(&self.manager, side) {
                     let inside = lease.lease.enter()?;
                     return Ok(Path::Here(Entry::Leased(inside), Rc::clone(side)));
                 }
@@ -779,16 +851,6 @@ impl Record {
         }
     }
 
-    /// A function of an instance that its holder has leased may be used through the lease.
-    fn lease_on(&self, side: &Rc<ReplicaSide>) -> Option<Rc<LeaseSide>> {
-        self.manager
-            .leases
-            .borrow()
-            .iter()
-            .filter_map(std::rc::Weak::upgrade)
-            .find(|lease| Rc::ptr_eq(&lease.side, side) && !lease.lease.is_released())
-    }
-
     fn path_home(&self) -> Result<Path<'_>, Box<Error>> {
         let manager = &*self.manager;
         if manager.swapping.get() > 0 && !matches!(manager.home.refusal(), Away::Shut) {
@@ -808,30 +870,7 @@ impl Record {
         // Once more: the instance may have come home meanwhile.
         match manager.home.enter() {
             Some(inside) => Ok(Path::Here(Entry::Home(inside), manager.current()?)),
-            None => Err(self.refused().into()),
-        }
-    }
-
-    #[cold]
-    fn refused(&self) -> Error {
-        let manager = &*self.manager;
-        let name = manager.manager.name();
-        match manager.home.refusal() {
-            Away::Busy => busy(
-                manager,
-                "a pool thread is inside the instance, or a lease holds it",
-            ),
-            Away::Closed | Away::Retired => Error::new(
-                ErrorCode::Reloading,
-                format!("a swap of {name} is under way; use call(), which waits its turn"),
-            ),
-            Away::Shut => Error::new(
-                ErrorCode::Closed,
-                format!(
-                    "{name} is {}; create a new manager",
-                    manager.manager.state().as_str()
-                ),
-            ),
+            None => Err(refused(&self.manager).into()),
         }
     }
 }
@@ -867,14 +906,4 @@ fn through_host_call<'a>(side: &Rc<ReplicaSide>) -> Option<Path<'a>> {
     }
     let awaiting = side.awaiting.borrow().clone()?;
     Some(Path::There(awaiting, Rc::clone(side)))
-}
-
-fn busy(manager: &ManagerSide, why: &str) -> Error {
-    Error::new(
-        ErrorCode::Busy,
-        format!(
-            "{}: {why}; use call(), which waits its turn",
-            manager.manager.name()
-        ),
-    )
 }

@@ -18,6 +18,7 @@ use crate::imports;
 use crate::inbox::Inbox;
 use crate::js::{JsResult, Kind, Pending, Val};
 use crate::lease::LeaseSide;
+use crate::realm::RealmSide;
 use crate::report;
 use crate::side::{Hooks, ManagerSide, ReplicaSide};
 
@@ -113,6 +114,21 @@ impl JsHost {
         told.recv().map_err(|_| no_environment())
     }
 
+    /// On the JS thread.
+    fn in_realm(
+        &self,
+        replica: &Arc<Replica>,
+        f: impl FnOnce(&Rc<EnvState>, &ReplicaSide, &RealmSide),
+    ) {
+        let Ok((env, _)) = self.here() else { return };
+        let side = env.replicas.borrow().get(&replica.id()).map(Rc::clone);
+        if let Some(side) = &side
+            && let Some(realm) = &side.realm
+        {
+            env.js().scoped(|| f(&env, side, realm));
+        }
+    }
+
     fn hook(&self, lease: &Arc<Lease>, hook: Hook) -> HookResult {
         if self.inbox.is_js_thread() {
             let (env, side) = self.here()?;
@@ -187,6 +203,26 @@ impl Host for JsHost {
         if let Ok((env, _)) = self.here() {
             env.end_views(replicas);
         }
+    }
+
+    fn realm_captured(&self, replica: &Arc<Replica>, snapshot: u64) {
+        self.in_realm(replica, |env, _, realm| realm.captured(env, snapshot));
+    }
+
+    fn realm_shrinks(&self, replica: &Arc<Replica>, memories: &[u32]) {
+        if memories.is_empty() {
+            return;
+        }
+        self.in_realm(replica, |env, side, realm| {
+            realm.end_views(env.js(), memories);
+            // It may be of one of them.
+            side.view.detach(env.js());
+            env.scratch().next_epoch();
+        });
+    }
+
+    fn realm_rewound(&self, replica: &Arc<Replica>, snapshot: u64) {
+        self.in_realm(replica, |env, _, realm| realm.rewound(env, snapshot));
     }
 
     fn reseeds(&self) -> bool {
@@ -329,6 +365,7 @@ fn run_sync(
     let lease = LeaseSide::new(env, manager, Arc::clone(lease))?;
     // Taken before the lease ends: nothing can be detached while an exception is pending.
     let returned = call_hook(env, manager, &lease, hook).map_err(|Pending| env.take_thrown());
+    lease.side.is_saved.set(matches!(hook, Hook::SaveState(_)));
     lease.expire();
     let Some(value) = returned? else {
         return Ok(None);
@@ -365,7 +402,9 @@ fn run_async(
         }
     };
     // The handle ends before the answer is given: whoever gets it may touch the instance.
-    let end = |lease: &LeaseSide, outcome: HookResult, tell: &Sender<HookResult>| {
+    let saves = matches!(hook, Hook::SaveState(_));
+    let end = move |lease: &LeaseSide, outcome: HookResult, tell: &Sender<HookResult>| {
+        lease.side.is_saved.set(saves);
         lease.expire();
         let _ = tell.send(outcome);
     };

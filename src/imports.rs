@@ -60,6 +60,8 @@ impl Drop for Bound {
 struct JsImport {
     bound: JsOnly<Bound>,
     name: String,
+    /// Its instance is in a realm: promises are values like any other, as in the JS API.
+    is_plain: bool,
 }
 
 /// What the engine holds of it.
@@ -126,6 +128,14 @@ impl HostFunction for Handle {
         }
     }
 
+    fn cannot_cross(&self) -> Error {
+        let Some(bound) = self.0.bound.get() else {
+            return gone();
+        };
+        let Pending = crate::convert::cannot_cross(bound.env.js());
+        bound.env.take_thrown()
+    }
+
     #[inline]
     fn call_numbers(
         &self,
@@ -152,12 +162,12 @@ impl JsImport {
             bound.begin(Frame::Direct);
             let returned = Self::call_js(bound, &call.args);
             bound.end();
-            let returned = returned.map_err(|Pending| bound.env.take_thrown())?;
-            if must_wait(&bound.env, returned, call.signature)? {
+            let returned = returned.map_err(|Pending| *thrown(bound))?;
+            if !self.is_plain && must_wait(&bound.env, returned, call.signature)? {
                 bound.env.ignore(returned);
                 return Err(self.async_import());
             }
-            convert(&bound.env, returned, call.signature, &mut call.results)
+            convert(bound, returned, call.signature, &mut call.results)
         })
     }
 
@@ -174,7 +184,7 @@ impl JsImport {
         let returned = Self::call_js_with_numbers(bound, &signature.params, values);
         bound.end();
         let Ok(returned) = returned else {
-            return Err(thrown(&bound.env));
+            return Err(thrown(bound));
         };
         match (&*signature.results, &mut *values) {
             ([], _) if js.is_undefined(returned) => Ok(()),
@@ -228,11 +238,11 @@ impl JsImport {
         signature: &Signature,
         values: &mut [RawValue],
     ) -> Result<(), Box<Error>> {
-        if must_wait(&bound.env, returned, signature)? {
+        if !self.is_plain && must_wait(&bound.env, returned, signature)? {
             bound.env.ignore(returned);
             return Err(Box::new(self.async_import()));
         }
-        let converted = converted(&bound.env, returned, signature)?;
+        let converted = converted(bound, returned, signature)?;
         for (slot, value) in values.iter_mut().zip(&converted) {
             *slot = RawValue::from_number(value);
         }
@@ -399,7 +409,7 @@ fn answer(request: &Arc<Request>, end: JsEnd) {
     };
     match must_wait(&bound.env, returned, &request.signature) {
         Ok(true) => {}
-        Ok(false) => return end.reply(converted(&bound.env, returned, &request.signature)),
+        Ok(false) => return end.reply(converted(bound, returned, &request.signature)),
         Err(error) => return end.reply(Err(error)),
     }
     *bound.side.awaiting.borrow_mut() = Some(Rc::clone(&end));
@@ -416,7 +426,7 @@ fn answer(request: &Arc<Request>, end: JsEnd) {
             *side.awaiting.borrow_mut() = None;
         }
         replier.reply(match outcome {
-            Ok(value) => converted(env, value, &signature),
+            Ok(value) => converted_in(env, value, &signature),
             Err(reason) => Err(env.thrown(reason)),
         });
     };
@@ -430,7 +440,7 @@ fn run_request(bound: &Bound, request: &Request, end: &Rc<JsEnd>) -> Result<Val,
     bound.begin(Frame::Remote(Rc::clone(end)));
     let returned = JsImport::call_js(bound, &request.args);
     bound.end();
-    returned.map_err(|Pending| thrown(&bound.env))
+    returned.map_err(|Pending| thrown(bound))
 }
 
 impl JsEnd {
@@ -501,7 +511,7 @@ impl JsEnd {
             bound.env.ignore(returned);
             return self.reply(Err(request.import.async_import()));
         }
-        self.reply(converted(&bound.env, returned, &request.signature));
+        self.reply(converted(bound, returned, &request.signature));
     }
 }
 
@@ -521,8 +531,12 @@ fn stopped(side: &ReplicaSide) -> Error {
     clippy::unnecessary_box_returns,
     reason = "boxed errors keep frames small where guests re-enter"
 )]
-fn thrown(env: &EnvState) -> Box<Error> {
-    Box::new(env.take_thrown())
+fn thrown(bound: &Bound) -> Box<Error> {
+    let value = bound.env.js().take_exception();
+    Box::new(match &bound.side.realm {
+        Some(realm) => realm.thrown(&bound.env, &bound.side, value),
+        None => bound.env.thrown(value),
+    })
 }
 
 /// The value if it needs no coercion.
@@ -557,37 +571,47 @@ fn must_wait(env: &EnvState, value: Val, signature: &Signature) -> Result<bool> 
     js.is_thenable(value).map_err(|Pending| env.take_thrown())
 }
 
-fn converted(env: &EnvState, value: Val, signature: &Signature) -> Result<SmallVec<[Value; 2]>> {
+fn converted(bound: &Bound, value: Val, signature: &Signature) -> Result<SmallVec<[Value; 2]>> {
     let mut results = SmallVec::new();
     results.extend(signature.results.iter().map(|ty| Value::default_of(*ty)));
-    convert(env, value, signature, &mut results)?;
+    convert(bound, value, signature, &mut results)?;
+    Ok(results)
+}
+
+/// The same where what the conversion throws is no matter of a realm.
+fn converted_in(env: &EnvState, value: Val, signature: &Signature) -> Result<SmallVec<[Value; 2]>> {
+    let mut results = SmallVec::new();
+    results.extend(signature.results.iter().map(|ty| Value::default_of(*ty)));
+    fill(env, value, signature, &mut results).map_err(|Pending| env.take_thrown())?;
     Ok(results)
 }
 
 fn convert(
-    env: &EnvState,
+    bound: &Bound,
     value: Val,
     signature: &Signature,
     results: &mut SmallVec<[Value; 2]>,
 ) -> Result<()> {
+    fill(&bound.env, value, signature, results).map_err(|Pending| *thrown(bound))
+}
+
+fn fill(
+    env: &EnvState,
+    value: Val,
+    signature: &Signature,
+    results: &mut SmallVec<[Value; 2]>,
+) -> JsResult<()> {
     match (&*signature.results, &mut **results) {
-        ([], _) => Ok(()),
-        ([ty], [slot]) => {
-            *slot = env
-                .to_wasm(value, *ty)
-                .map_err(|Pending| env.take_thrown())?;
-            Ok(())
-        }
+        ([], _) => {}
+        ([ty], [slot]) => *slot = env.to_wasm(value, *ty)?,
         (types, slots) => {
-            let values = env
-                .import_results(value, types)
-                .map_err(|Pending| env.take_thrown())?;
+            let values = env.import_results(value, types)?;
             for (slot, value) in slots.iter_mut().zip(values) {
                 *slot = value;
             }
-            Ok(())
         }
     }
+    Ok(())
 }
 
 // ---------------------------------------------------------------------- what the user gave
@@ -667,21 +691,9 @@ impl Given<'_> {
     }
 
     fn function(&self, value: Val, import: &Import) -> Result<ImportValue> {
-        let js = self.env.js();
-        let function = js
-            .reference(value)
-            .map_err(|Pending| self.env.take_thrown())?;
-        let bound = Bound {
-            env: Rc::clone(self.env),
-            manager: Rc::clone(self.manager),
-            side: Rc::clone(self.side),
-            function,
-        };
-        let import = JsImport {
-            bound: JsOnly::new(&self.env.inbox, bound),
-            name: format!("{}.{}", import.module, import.name),
-        };
-        Ok(ImportValue::Function(Arc::new(Handle(Arc::new(import)))))
+        let function = host_function(self.env, self.manager, self.side, value, import);
+        let function = function.map_err(|Pending| self.env.take_thrown())?;
+        Ok(ImportValue::Function(function))
     }
 
     /// The JS API takes numbers for number globals, bigints for i64, anything for externref.
@@ -734,6 +746,28 @@ impl Given<'_> {
         let initial = read(c"initial")?.ok_or_else(foreign)?;
         Ok((initial, read(c"maximum")?))
     }
+}
+
+/// A JavaScript function as an import of that instance.
+pub(crate) fn host_function(
+    env: &Rc<EnvState>,
+    manager: &Rc<ManagerSide>,
+    side: &Rc<ReplicaSide>,
+    function: Val,
+    import: &Import,
+) -> JsResult<Arc<dyn HostFunction>> {
+    let bound = Bound {
+        function: env.js().reference(function)?,
+        env: Rc::clone(env),
+        manager: Rc::clone(manager),
+        side: Rc::clone(side),
+    };
+    let import = JsImport {
+        bound: JsOnly::new(&env.inbox, bound),
+        name: format!("{}.{}", import.module, import.name),
+        is_plain: side.realm.is_some(),
+    };
+    Ok(Arc::new(Handle(Arc::new(import))))
 }
 
 fn missing(module: &Module, import: &Import) -> Error {

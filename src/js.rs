@@ -614,6 +614,22 @@ impl Js {
         napi!(self, napi_define_properties(object, 1, &raw const property))
     }
 
+    /// A property that cannot be written, but configured, and is not listed: as `name` and `length` of
+    /// functions are.
+    pub(crate) fn define_hidden(self, object: Val, name: &CStr, value: Val) -> JsResult<()> {
+        let property = sys::napi_property_descriptor {
+            utf8name: name.as_ptr(),
+            name: ptr::null_mut(),
+            method: None,
+            getter: None,
+            setter: None,
+            value,
+            attributes: sys::PropertyAttributes::configurable,
+            data: ptr::null_mut(),
+        };
+        napi!(self, napi_define_properties(object, 1, &raw const property))
+    }
+
     pub(crate) fn delete(self, object: Val, name: &str) -> JsResult<()> {
         let key = self.string(name)?;
         napi!(self, napi_delete_property(object, key, ptr::null_mut()))

@@ -4,6 +4,7 @@
 
 mod binding;
 mod convert;
+mod entry;
 mod env;
 mod error;
 mod exports;
@@ -14,7 +15,9 @@ mod js;
 mod js_only;
 mod lease;
 mod memory;
+mod namespace;
 mod options;
+mod realm;
 mod report;
 mod side;
 mod wake;
@@ -42,7 +45,7 @@ pub fn init(exports: Object, env: Env) -> Result<()> {
     // SAFETY: the environment of this very callback.
     let js = unsafe { js::Js::new(env.raw()) };
     let object = exports.raw();
-    for (name, body) in binding::FUNCTIONS {
+    for (name, body) in binding::FUNCTIONS.iter().chain(namespace::FUNCTIONS) {
         let made = js
             .native(name, *body)
             .and_then(|function| js.define(object, name, function));

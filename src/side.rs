@@ -18,6 +18,7 @@ use crate::imports::JsEnd;
 use crate::js::Js;
 use crate::lease::LeaseSide;
 use crate::memory::View;
+use crate::realm::RealmSide;
 
 /// A host call of an instance that JavaScript is answering right now.
 pub(crate) enum Frame {
@@ -32,20 +33,26 @@ pub(crate) struct ReplicaSide {
     pub(crate) replica: Arc<Replica>,
     pub(crate) manager: Weak<ManagerSide>,
     pub(crate) is_expired: Cell<bool>,
+    /// A reload has saved its state: what happened in it now would be lost.
+    pub(crate) is_saved: Cell<bool>,
     pub(crate) view: View,
     pub(crate) frames: RefCell<Vec<Frame>>,
     /// The pool thread that waits for a promise of an import.
     pub(crate) awaiting: RefCell<Option<Rc<JsEnd>>>,
     /// Function objects by guest function, weakly, so that identity holds.
     pub(crate) functions: RefCell<HashMap<usize, sys::napi_ref>>,
+    /// What JavaScript has made in its store, if it may.
+    pub(crate) realm: Option<RealmSide>,
 }
 
 impl ReplicaSide {
     pub(crate) fn new(replica: Arc<Replica>, manager: &Rc<ManagerSide>) -> Rc<Self> {
         Rc::new(Self {
+            realm: replica.is_realm().then(RealmSide::default),
             replica,
             manager: Rc::downgrade(manager),
             is_expired: Cell::new(false),
+            is_saved: Cell::new(false),
             view: View::default(),
             frames: RefCell::default(),
             awaiting: RefCell::default(),
@@ -61,12 +68,18 @@ impl ReplicaSide {
         {
             self.view.check(js, memory);
         }
+        if let Some(realm) = &self.realm {
+            realm.check_views(js);
+        }
     }
 
     /// The instance is gone for JavaScript.
     pub(crate) fn expire(&self, js: Js) {
         self.is_expired.set(true);
         self.view.detach(js);
+        if let Some(realm) = &self.realm {
+            realm.expire(js);
+        }
         for (_, reference) in self.functions.borrow_mut().drain() {
             js.unreference(reference);
         }
@@ -155,6 +168,7 @@ impl ManagerSide {
         Place {
             manager: Some(self.manager.name()),
             generation: Some(self.manager.generation().get()),
+            realm: None,
         }
     }
 
@@ -187,6 +201,14 @@ impl ManagerSide {
     pub(crate) fn current_quickly(&self) -> Option<Rc<ReplicaSide>> {
         // SAFETY: the borrow ends here, with nothing run in between.
         unsafe { self.current.try_borrow_unguarded() }.ok()?.clone()
+    }
+
+    /// Whether that is the instance at home.
+    #[inline(always)]
+    pub(crate) fn is_current(&self, side: &Rc<ReplicaSide>) -> bool {
+        // SAFETY: the borrow ends here, with nothing run in between.
+        let current = unsafe { self.current.try_borrow_unguarded() };
+        matches!(current, Ok(Some(current)) if Rc::ptr_eq(current, side))
     }
 
     /// The instance at home, or why there is none.
@@ -226,13 +248,39 @@ impl ManagerSide {
         if let Some(home) = change.new.iter().find(|r| r.slot() == 0) {
             *current = env.replicas.borrow().get(&home.id()).map(Rc::clone);
         }
+        if let Some(side) = &*current
+            && change.new.is_empty()
+        {
+            // Rolled back.
+            side.is_saved.set(false);
+        }
         self.stamp.set(self.stamp.get() + 1);
         env.scratch().next_epoch();
         drop(current);
+        if self.manager.is_realm() && !change.new.is_empty() {
+            self.tell_replaced(env, change);
+        }
         if !change.new.is_empty() && refresh_live_exports(env, self).is_err() {
             // Only while the environment ends: nobody will look.
             js.take_exception();
         }
+    }
+
+    /// `index.js` shows another generation from now on, before any other JavaScript runs.
+    fn tell_replaced(&self, env: &EnvState, change: &Replaced) {
+        let js = env.js();
+        let Some(listener) = self.hooks.on_event.get() else {
+            return;
+        };
+        js.scoped(|| {
+            let tell = || {
+                let generation = js.number(change.generation.get() as f64)?;
+                js.call(env.helper(listener)?, &[js.string("replaced")?, generation])
+            };
+            if tell().is_err() && js.is_exception_pending() {
+                js.report_uncaught();
+            }
+        });
     }
 
     pub(crate) fn expire_leases(&self, is_meant: impl Fn(&ReplicaSide) -> bool) {

@@ -1,0 +1,9 @@
+#!/usr/bin/env node
+
+'use strict'
+
+const { main } = require('./check.js')
+
+main(process.argv.slice(2)).then((code) => {
+  process.exitCode = code
+})

@@ -1,0 +1,305 @@
+'use strict'
+
+// Glue behind a manager: each generation is a realm in which the glue was evaluated afresh.
+
+const { setImmediate } = require('node:timers/promises')
+
+const binding = require('../../binding.js')
+const { WasmError } = require('../errors.js')
+const { leaseOf } = require('../instances.js')
+const { Managed, LEASE_OPTIONS, handleOf, mayWait } = require('../manager.js')
+const { EMPTY, makeError } = require('../namespace.js')
+const { checkKeys, deferred, withSignal } = require('../options.js')
+const { makeNamespace } = require('../webassembly.js')
+const { makeFace } = require('./face.js')
+const { makeFinalizers } = require('./finalizers.js')
+const { prepare } = require('./load.js')
+const { makeTimers } = require('./timers.js')
+
+const GLUE_OPTIONS = [
+  ...['initialize', 'saveState', 'restoreState', 'expose', 'include', 'parentURL'],
+  ...['name', 'threads', 'limits', 'maxQueue', 'cache', 'engine', 'snapshots'],
+]
+
+// Another build of a module is no matter of glue, which brings its own.
+const RELOAD_OPTIONS = ['reason', 'strategy', 'skipSave', 'drainTimeoutMs', 'onDrainTimeout']
+
+// Marks of snapshots that are kept; the oldest go.
+const MOST_MARKS = 4096
+
+/** What one evaluation of the glue has made. */
+class GlueGeneration {
+  number
+  /** What `manager.module` shows of it. */
+  module
+  /** The exports of the first instance with anything in it. */
+  exports
+  #finalizers
+  #marks = new Map()
+  #begun = new Set()
+  #gone = deferred()
+
+  constructor(lease, name) {
+    this.number = lease.generation
+    const realm = binding.leaseRealm(leaseOf(lease))
+    const isOpen = () => binding.realmIsOpen(realm)
+    const timers = makeTimers(isOpen)
+    this.#finalizers = makeFinalizers(isOpen)
+    this.#finalizers.stale = () =>
+      new WasmError(
+        'ERR_WASM_STALE_HANDLE',
+        `this object is newer than the snapshot that ${name} was reset to, and what it pointed to is gone; make it anew`,
+        { manager: name, generation: this.number },
+      )
+    const observer = {
+      captured: (snapshot) => {
+        this.#marks.set(snapshot, this.#finalizers.mark())
+        if (this.#marks.size > MOST_MARKS) this.#marks.delete(this.#marks.keys().next().value)
+      },
+      rewound: (snapshot) => this.#finalizers.rewind(this.#marks.get(snapshot) ?? 0),
+      // Finalizers that are late do nothing, and neither do timers.
+      expired: () => {
+        this.#finalizers.expire()
+        timers.expire()
+        this.#gone.resolve(true)
+      },
+      instantiated: (exports) => {
+        if (this.exports === undefined && Object.keys(exports).length > 0) this.exports = exports
+      },
+      began: (promise) => {
+        const over = () => this.#begun.delete(promise)
+        this.#begun.add(promise)
+        promise.then(over, over)
+      },
+    }
+    this.shadows = {
+      WebAssembly: makeNamespace(binding, realm, makeError, observer),
+      FinalizationRegistry: this.#finalizers.FinalizationRegistry,
+      ...timers.shadows,
+    }
+  }
+
+  /**
+   * Glue may begin to instantiate while it is evaluated, or a few promises later, and leave it at that. Nobody waits
+   * for it once more after a reload, so it has to be over when the generation begins to serve.
+   */
+  async settle() {
+    await setImmediate()
+    while (this.#begun.size > 0) {
+      // What became of it is for the glue to say. Of a generation that is gone, nothing becomes of it.
+      const isGone = await Promise.race([Promise.allSettled(this.#begun).then(() => false), this.#gone.promise])
+      if (isGone) return
+      // And what the glue does then, which may be more of the same.
+      await setImmediate()
+    }
+  }
+}
+
+/** Runs `f` on what a step made, at once or when that is there. */
+const then = (value, f) => (typeof value?.then === 'function' ? value.then(f) : f(value))
+
+let construct
+
+class GlueManager extends Managed {
+  static {
+    construct = (...args) => {
+      // Only from here.
+      const manager = new GlueManager(args)
+      return manager
+    }
+  }
+
+  #generations
+  #module
+  #exports
+  /** Scopes of `use` share a lease, for as long as its generation serves. */
+  #held
+  #pending
+
+  constructor([program, options, name]) {
+    if (!(program && options)) throw new TypeError('use loadGlue()')
+    const generations = { manager: undefined, current: undefined, next: undefined, isSync: false }
+    const { initialize, saveState, restoreState, expose } = options
+    const hooks = {
+      initialize: (lease) => {
+        const made = new GlueGeneration(lease, name)
+        generations.next = made
+        const { shadows } = made
+        const evaluated = generations.isSync ? program.evaluateSync(shadows) : program.evaluate(shadows)
+        return then(evaluated, (glue) =>
+          then(expose === undefined ? glue : expose(glue, shadows), (module) => {
+            made.module = module
+            return then(initialize?.(module), () => (generations.isSync ? undefined : made.settle()))
+          }),
+        )
+      },
+    }
+    if (saveState !== undefined) hooks.saveState = () => saveState(generations.current.module)
+    if (restoreState !== undefined) {
+      hooks.restoreState = (_, state) => restoreState(generations.next.module, state)
+    }
+    super({ ...pick(options), name, ...hooks }, true, () => {
+      generations.current = generations.next
+      generations.next = undefined
+    })
+    this.#generations = generations
+    // Somebody may hold nothing but what the glue has made, so the manager lives until it is closed. (The hooks hold
+    // the generations, and the native side the hooks.)
+    generations.manager = this
+  }
+
+  get module() {
+    this.#module ??= makeFace(() => this.#generations.current.module)
+    return this.#module
+  }
+
+  get exports() {
+    this.#exports ??= makeFace(() => this.#generations.current.exports ?? {})
+    return this.#exports
+  }
+
+  async use(fn, options) {
+    if (typeof fn !== 'function') {
+      throw new WasmError('ERR_WASM_INVALID_ARGUMENT', 'use() needs a function that takes the module')
+    }
+    checkKeys(options, LEASE_OPTIONS)
+    const held = await this.#join(options?.signal)
+    try {
+      return await fn(held.module)
+    } finally {
+      this.#leave(held)
+    }
+  }
+
+  async reload(options) {
+    checkKeys(options, RELOAD_OPTIONS)
+    return super.reload(options)
+  }
+
+  reloadSync(options) {
+    checkKeys(options, RELOAD_OPTIONS)
+    this.#generations.isSync = true
+    try {
+      return super.reloadSync(options)
+    } finally {
+      this.#generations.isSync = false
+    }
+  }
+
+  async fork() {
+    throw new WasmError(
+      'ERR_WASM_SNAPSHOT_UNSUPPORTED',
+      `${this.name} cannot be forked: what its glue holds in JavaScript cannot be copied; call loadGlue() once more`,
+      { manager: this.name, generation: this.generation },
+    )
+  }
+
+  /** One more scope on the generation that serves. */
+  #join(signal) {
+    const held = this.#held
+    // Whoever would have to wait must not: those who wait for these scopes to end come first.
+    if (held !== undefined && held.generation === this.generation && this.state === 'ready') {
+      held.scopes += 1
+      return held
+    }
+    mayWait(this)
+    this.#pending ??= this.#hold()
+    const pending = this.#pending
+    return withSignal(
+      signal,
+      (canAbort) => {
+        pending.scopes += 1
+        if (!canAbort) return pending.promise
+        const { promise, resolve, reject } = deferred()
+        const asked = { isOver: false, reject }
+        pending.promise.then((held) => asked.isOver || resolve(held), reject)
+        return [promise, asked]
+      },
+      (asked, reason) => {
+        asked.isOver = true
+        asked.reject(reason)
+        pending.leave(reason)
+      },
+    )
+  }
+
+  #leave(held) {
+    held.scopes -= 1
+    if (held.scopes > 0) return
+    if (this.#held === held) this.#held = undefined
+    binding.leaseRelease(held.lease)
+  }
+
+  /** Waits for a lease, for all that come until it is there. */
+  #hold() {
+    const handle = handleOf(this)
+    const [acquired, id] = binding.acquire(handle)
+    const pending = { scopes: 0, held: undefined }
+    pending.leave = (reason) => {
+      if (pending.held !== undefined) return this.#leave(pending.held)
+      pending.scopes -= 1
+      if (pending.scopes === 0) binding.cancelAcquire(handle, id, reason)
+    }
+    const settled = () => {
+      if (this.#pending === pending) this.#pending = undefined
+    }
+    pending.promise = acquired.then(
+      (instance) => {
+        settled()
+        const lease = leaseOf(instance)
+        if (pending.scopes === 0) {
+          binding.leaseRelease(lease)
+          return undefined
+        }
+        const held = { lease, instance, scopes: pending.scopes, generation: instance.generation }
+        held.module = this.#generations.current.module
+        pending.held = held
+        this.#held = held
+        return held
+      },
+      (error) => {
+        settled()
+        throw error
+      },
+    )
+    // Nobody may be left to hear of it.
+    pending.promise.catch(() => {})
+    return pending
+  }
+}
+
+/** What the native side takes. */
+function pick(options) {
+  const picked = {}
+  for (const key of ['threads', 'limits', 'maxQueue', 'cache', 'engine', 'snapshots']) {
+    if (options[key] !== undefined) picked[key] = options[key]
+  }
+  return picked
+}
+
+function checkHooks(options) {
+  for (const name of ['initialize', 'saveState', 'restoreState', 'expose']) {
+    if (options[name] === undefined || typeof options[name] === 'function') continue
+    throw new WasmError('ERR_WASM_INVALID_ARGUMENT', `options.${name} must be a function`)
+  }
+}
+
+const nameOf = (specifier) => {
+  const text = specifier instanceof URL ? specifier.href : `${specifier}`
+  const parts = text.split(/[\\/]/)
+  return text.startsWith('.') || text.startsWith('/') || text.includes(':')
+    ? parts.at(-1).replace(/\.[cm]?js$/, '')
+    : parts.slice(0, text.startsWith('@') ? 2 : 1).join('/')
+}
+
+async function loadGlue(specifier, options = {}) {
+  checkKeys(options, GLUE_OPTIONS)
+  checkHooks(options)
+  const { include, parentURL, cache, name = nameOf(specifier) } = options
+  const program = await prepare(specifier, { parentURL, include, cache: cache ?? true })
+  const manager = construct(program, options, name)
+  await binding.start(handleOf(manager), EMPTY)
+  return manager
+}
+
+module.exports = { loadGlue }

@@ -1,0 +1,147 @@
+'use strict'
+
+// Hands the native side, once, what must be JavaScript.
+
+const { AsyncLocalStorage } = require('node:async_hooks')
+const { isMainThread } = require('node:worker_threads')
+const binding = require('../binding.js')
+const { WasmError } = require('./errors.js')
+const { InstanceContext, LeasedInstance, Snapshot } = require('./instances.js')
+const { f64, i32, scratch } = require('./scratch.js')
+
+// Taken now: a test's fake timers must not get between a call and its answer.
+const { setImmediate } = globalThis
+const look = () => {
+  if (binding.look()) setImmediate(look)
+}
+const lookNext = () => setImmediate(look)
+// Whatever a look brings (imports, events) belongs to nobody's asynchronous context, least of all to that of a hook
+// which happened to hand a call over.
+const outside = AsyncLocalStorage.snapshot()
+
+const result = (kind) => (kind === 1 ? i32[2] : kind === 0 ? undefined : f64[1])
+
+// By the number of parameters. All arguments are numbers before the first is stored: coercion may run JavaScript,
+// which may call an export. The function passes itself on, so that it outlives the call.
+const exportMakers = [
+  (at, kind) => {
+    const f = () => {
+      f64[0] = at
+      callExport(f)
+      return result(kind)
+    }
+    return f
+  },
+  (at, kind) => {
+    const f = (a) => {
+      a = +a
+      f64[0] = at
+      f64[1] = a
+      callExport(f)
+      return result(kind)
+    }
+    return f
+  },
+  (at, kind) => {
+    const f = (a, b) => {
+      a = +a
+      b = +b
+      f64[0] = at
+      f64[1] = a
+      f64[2] = b
+      callExport(f)
+      return result(kind)
+    }
+    return f
+  },
+  (at, kind) => {
+    const f = (a, b, c) => {
+      a = +a
+      b = +b
+      c = +c
+      f64[0] = at
+      f64[1] = a
+      f64[2] = b
+      f64[3] = c
+      callExport(f)
+      return result(kind)
+    }
+    return f
+  },
+  (at, kind) => {
+    const f = (a, b, c, d) => {
+      a = +a
+      b = +b
+      c = +c
+      d = +d
+      f64[0] = at
+      f64[1] = a
+      f64[2] = b
+      f64[3] = c
+      f64[4] = d
+      callExport(f)
+      return result(kind)
+    }
+    return f
+  },
+  (at, kind) => {
+    const f = (a, b, c, d, e) => {
+      a = +a
+      b = +b
+      c = +c
+      d = +d
+      e = +e
+      f64[0] = at
+      f64[1] = a
+      f64[2] = b
+      f64[3] = c
+      f64[4] = d
+      f64[5] = e
+      callExport(f)
+      return result(kind)
+    }
+    return f
+  },
+  (at, kind) => {
+    const f = (a, b, c, d, e, g) => {
+      a = +a
+      b = +b
+      c = +c
+      d = +d
+      e = +e
+      g = +g
+      f64[0] = at
+      f64[1] = a
+      f64[2] = b
+      f64[3] = c
+      f64[4] = d
+      f64[5] = e
+      f64[6] = g
+      callExport(f)
+      return result(kind)
+    }
+    return f
+  },
+]
+
+const callExport = binding.setup({
+  scratch,
+  makeExport: (name, params, kind, at) =>
+    Object.defineProperty(exportMakers[params](at, kind), 'name', { value: name, configurable: true }),
+  isMainThread,
+  lookSoon: () => {
+    outside(lookNext)
+  },
+  error: (code, message, fields, cause) => new WasmError(code, message, fields, cause),
+  toBigInt64: (value) => BigInt.asIntN(64, value),
+  toArray: (iterable) => [...iterable],
+  follow: (thenable, id) => {
+    Promise.resolve(thenable).then(
+      (value) => binding.settleHost(id, true, value),
+      (reason) => binding.settleHost(id, false, reason),
+    )
+  },
+  makeLease: (lease) => new LeasedInstance(lease),
+  makeContext: (context) => new InstanceContext(context),
+  makeSnapshot: (snapshot) => new Snapshot(snapshot),
+})
