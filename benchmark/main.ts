@@ -1,6 +1,6 @@
 // npm run bench [-- GROUP… --smoke --rounds N --strict --save]
 //   GROUP     exports, calls, imports, create, throughput, interruptible, pause, reloads,
-//             forks, snapshots, isolation, warm; default all
+//             forks, snapshots, isolation, warm, glue; default all
 //   --smoke   one short round, to see that everything runs
 //   --rounds  how often each contestant has its turn (default 9)
 //   --strict  exit 1 when a goal is missed
@@ -14,6 +14,7 @@ import calls from './groups/calls.ts'
 import create from './groups/create.ts'
 import exportCalls from './groups/exports.ts'
 import forks from './groups/forks.ts'
+import glue from './groups/glue.ts'
 import importCalls from './groups/imports.ts'
 import interruptible from './groups/interruptible.ts'
 import isolation from './groups/isolation.ts'
@@ -37,6 +38,7 @@ const groups: Record<string, (effort: Effort) => Promise<Group>> = {
   snapshots,
   isolation,
   warm,
+  glue,
 }
 
 const { values: flags, positionals } = readFlags()
