@@ -822,6 +822,7 @@ export interface BufferAbi {
  * Also the module 'wasm-molt/webassembly', with a named export for each member. Nothing global is replaced.
  * All that is made with it lives in one realm, which is made at the first use of a member and lives as long as the environment
  * (the main thread or a worker): instances are not collected one by one. Where memory is to come back, use {@link loadGlue}.
+ * In the hooks of a glue manager it means the generation of the hook instead, so that it can be handed to glue that takes one.
  * `CompileError`, `LinkError` and `RuntimeError` are Node's own classes, and carry a `code` of {@link WasmErrorCode} here.
  * docs/glue.md has the differences from Node's own engine.
  *

@@ -5,7 +5,7 @@ import { createRequire } from 'node:module'
 import { join } from 'node:path'
 import { type TestContext, test } from 'node:test'
 import { pathToFileURL } from 'node:url'
-import { type GlueManager, type GlueOptions, loadGlue } from '../index.js'
+import { type GlueManager, type GlueOptions, loadGlue, WebAssembly as molt } from '../index.js'
 import { temporaryFolder } from './guests.ts'
 import { barrier, failure, hasCode, LIMIT } from './support.ts'
 
@@ -75,6 +75,8 @@ function glueFile(text = source(), name = 'glue.cjs'): string {
 
 // biome-ignore lint/suspicious/noExplicitAny: glue has no types.
 type Any = any
+
+const ours = molt as Any
 
 async function load(t: TestContext, options: GlueOptions = {}, file = glueFile()): Promise<GlueManager<Any>> {
   const manager = await loadGlue<Any>(file, { cache: false, ...options })
@@ -211,6 +213,36 @@ test('initialize, saveState and restoreState get the module of their generation'
   manager.module.cell.value = 43
   await manager.reload()
   assert.equal(manager.module.cell.value, 43)
+})
+
+test('the exported WebAssembly means the generation in its hooks, and its own realm elsewhere', LIMIT, async (t) => {
+  // Glue with an injection hook, as tiktoken/init and vscode-oniguruma have it.
+  const file = glueFile(`
+    let wasm
+    exports.init = async (instantiator) => { wasm = (await instantiator({ env: { note: (n) => n } })).instance.exports }
+    exports.add = (a, b) => wasm.add(a, b)
+    exports.wasm = () => wasm`)
+  const bytes = Buffer.from(base64(guest), 'base64')
+  for (const initialize of [
+    (glue: Any) => glue.init((imports: Any) => ours.instantiate(bytes, imports)),
+    (glue: Any) =>
+      glue.init(async (imports: Any) =>
+        ours.instantiate(await ours.compile(bytes), imports).then((instance: Any) => ({ instance })),
+      ),
+    (glue: Any) =>
+      glue.init(async (imports: Any) => ({ instance: new ours.Instance(new ours.Module(bytes), imports) })),
+  ]) {
+    const manager = await load(t, { initialize }, file)
+    assert.equal(manager.module.add(1, 2), 3)
+    assert.equal(manager.stats().memoryBytes, 65536)
+    const before = await manager.use((glue) => glue.wasm())
+    await manager.reload()
+    assert.equal(manager.module.add(2, 2), 4)
+    assert.throws(() => before.add(1, 1), hasCode('ERR_WASM_STALE_HANDLE'))
+    await manager.close()
+  }
+  const elsewhere = new ours.Instance(new ours.Module(bytes), { env: { note: (n: number) => n } }).exports
+  assert.equal(elsewhere.add(1, 1), 2)
 })
 
 test('expose decides what the module shows', LIMIT, async (t) => {

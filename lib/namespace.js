@@ -6,6 +6,7 @@
 const binding = require('../binding.js')
 const { WasmError } = require('./errors.js')
 const { Managed, handleOf } = require('./manager.js')
+const { namespaceHere } = require('./scopes.js')
 const { makeNamespace } = require('./webassembly.js')
 
 /** A module with nothing in it: a realm's own. */
@@ -22,7 +23,10 @@ const WebAssembly = {}
 const settle = () => {
   const manager = new Managed({ name: 'WebAssembly' }, true)
   binding.startSync(handleOf(manager), EMPTY)
-  const namespace = makeNamespace(binding, binding.managerRealm(handleOf(manager)), makeError)
+  // Glue that has a hook for it is handed this one by those who have no other: in a hook of a glue manager it means the
+  // generation that is being made.
+  const observer = { elsewhere: namespaceHere }
+  const namespace = makeNamespace(binding, binding.managerRealm(handleOf(manager)), makeError, observer)
   Object.defineProperties(WebAssembly, Object.getOwnPropertyDescriptors(namespace))
   keep.add(manager)
 }

@@ -59,6 +59,21 @@ function isInHook(token) {
   return false
 }
 
+/** From here on, and as long as the hook runs, that is what WebAssembly means in it. */
+function giveNamespace(namespace) {
+  const scope = hookScope.getStore()
+  if (scope !== undefined) scope.namespace = namespace
+}
+
+/** What the hook that runs was given as WebAssembly, if it is one of glue's. */
+function namespaceHere() {
+  if (hooksRunning === 0) return undefined
+  for (let scope = hookScope.getStore(); scope !== undefined; scope = scope.outer) {
+    if (!scope.isOver && scope.namespace !== undefined) return scope.namespace
+  }
+  return undefined
+}
+
 /** The same options, with each hook in its scope; what is no function is for the native side to refuse. */
 function withScopes(token, options) {
   if (typeof options !== 'object' || options === null) return options
@@ -70,4 +85,4 @@ function withScopes(token, options) {
   return Object.create(options, hooks)
 }
 
-module.exports = { isInHook, withScopes }
+module.exports = { giveNamespace, isInHook, namespaceHere, withScopes }

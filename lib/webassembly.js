@@ -548,6 +548,8 @@ exports.makeNamespace = (binding, realm, makeError, observer = {}) => {
     isGone: false,
   }
 
+  const elsewhere = observer.elsewhere ?? (() => undefined)
+
   // What imports throw that is no Exception is one of this tag, so that the guest's `catch_all` sees it.
   let jsTag
   const getJsTag = () => {
@@ -595,6 +597,8 @@ exports.makeNamespace = (binding, realm, makeError, observer = {}) => {
 
   function Module(bytes) {
     needNew(new.target, 'Module')
+    const other = elsewhere()
+    if (other !== undefined) return Reflect.construct(other.Module, arguments, new.target)
     need(arguments.length, 1, 'WebAssembly.Module()')
     return Reflect.construct(
       Interfaces.Module,
@@ -605,6 +609,8 @@ exports.makeNamespace = (binding, realm, makeError, observer = {}) => {
 
   function Instance(module, importObject = undefined) {
     needNew(new.target, 'Instance')
+    const other = elsewhere()
+    if (other !== undefined) return Reflect.construct(other.Instance, arguments, new.target)
     need(arguments.length, 1, 'WebAssembly.Instance()')
     const from = moduleOf(module)
     const imports = readImports(space, from, toImportObject(importObject))
@@ -613,6 +619,8 @@ exports.makeNamespace = (binding, realm, makeError, observer = {}) => {
 
   function Memory(descriptor) {
     needNew(new.target, 'Memory')
+    const other = elsewhere()
+    if (other !== undefined) return Reflect.construct(other.Memory, arguments, new.target)
     need(arguments.length, 1, 'WebAssembly.Memory()')
     const given = toDictionary(descriptor, "the memory's descriptor")
     const is64 = toIs64(given, "the memory's descriptor")
@@ -626,6 +634,8 @@ exports.makeNamespace = (binding, realm, makeError, observer = {}) => {
 
   function Table(descriptor, value = undefined) {
     needNew(new.target, 'Table')
+    const other = elsewhere()
+    if (other !== undefined) return Reflect.construct(other.Table, arguments, new.target)
     need(arguments.length, 1, 'WebAssembly.Table()')
     const given = toDictionary(descriptor, "the table's descriptor")
     const named = toEnum(given.element, ['externref', 'anyfunc'], "the table's element type")
@@ -641,6 +651,8 @@ exports.makeNamespace = (binding, realm, makeError, observer = {}) => {
 
   function Global(descriptor, v = undefined) {
     needNew(new.target, 'Global')
+    const other = elsewhere()
+    if (other !== undefined) return Reflect.construct(other.Global, arguments, new.target)
     need(arguments.length, 1, 'WebAssembly.Global()')
     const given = toDictionary(descriptor, "the global's descriptor")
     const isMutable = Boolean(given.mutable)
@@ -652,6 +664,8 @@ exports.makeNamespace = (binding, realm, makeError, observer = {}) => {
 
   function Tag(type) {
     needNew(new.target, 'Tag')
+    const other = elsewhere()
+    if (other !== undefined) return Reflect.construct(other.Tag, arguments, new.target)
     need(arguments.length, 1, 'WebAssembly.Tag()')
     const { parameters } = toDictionary(type, "the tag's type")
     const types = toSequence(parameters, "the tag's parameters").map((one) => toValueType(one, "a tag's parameter"))
@@ -700,22 +714,30 @@ exports.makeNamespace = (binding, realm, makeError, observer = {}) => {
 
     async compile(bytes) {
       need(arguments.length, 1, 'WebAssembly.compile()')
+      const other = elsewhere()
+      if (other !== undefined) return other.compile(bytes)
       return compile(toBytes(bytes))
     },
 
     async instantiate(bytes, importObject = undefined) {
       need(arguments.length, 1, 'WebAssembly.instantiate()')
+      const other = elsewhere()
+      if (other !== undefined) return other.instantiate(bytes, importObject)
       if (isModule(bytes)) return instantiate(bytes, toImportObject(importObject))
       return instantiateBytes(toBytes(bytes), toImportObject(importObject))
     },
 
     async compileStreaming(source) {
       need(arguments.length, 1, 'WebAssembly.compileStreaming()')
+      const other = elsewhere()
+      if (other !== undefined) return other.compileStreaming(source)
       return compile(await bytesOf(source))
     },
 
     async instantiateStreaming(source, importObject = undefined) {
       need(arguments.length, 1, 'WebAssembly.instantiateStreaming()')
+      const other = elsewhere()
+      if (other !== undefined) return other.instantiateStreaming(source, importObject)
       const imports = toImportObject(importObject)
       return instantiateBytes(await bytesOf(source), imports)
     },

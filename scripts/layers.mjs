@@ -112,7 +112,7 @@ const mayLoad = {
   'lib/manager.js': ['../binding.js', './errors.js', './instances.js', './memory.js', './options.js', './scopes.js'],
   // What glue gets as WebAssembly: is given the binding, so that it can be given another.
   'lib/webassembly.js': [],
-  'lib/namespace.js': ['../binding.js', './errors.js', './manager.js', './webassembly.js'],
+  'lib/namespace.js': ['../binding.js', './errors.js', './manager.js', './scopes.js', './webassembly.js'],
   // Pure: they know neither the engine nor a manager.
   'lib/glue/load.js': ['acorn', 'acorn-import-phases', 'import-meta-resolve', './conversions.js'],
   'lib/glue/conversions.js': [],
@@ -120,7 +120,15 @@ const mayLoad = {
   'lib/glue/finalizers.js': [],
   'lib/glue/timers.js': [],
   'lib/glue/manager.js': [
-    ...['../../binding.js', '../errors.js', '../instances.js', '../manager.js', '../namespace.js', '../options.js'],
+    ...[
+      '../../binding.js',
+      '../errors.js',
+      '../instances.js',
+      '../manager.js',
+      '../namespace.js',
+      '../options.js',
+      '../scopes.js',
+    ],
     ...['../webassembly.js', './face.js', './finalizers.js', './load.js', './timers.js'],
   ],
 }

@@ -10,6 +10,7 @@ const { leaseOf } = require('../instances.js')
 const { Managed, LEASE_OPTIONS, handleOf, mayWait } = require('../manager.js')
 const { EMPTY, makeError } = require('../namespace.js')
 const { checkKeys, deferred, withSignal } = require('../options.js')
+const { giveNamespace } = require('../scopes.js')
 const { makeNamespace } = require('../webassembly.js')
 const { makeFace } = require('./face.js')
 const { makeFinalizers } = require('./finalizers.js')
@@ -125,6 +126,7 @@ class GlueManager extends Managed {
         const made = new GlueGeneration(lease, name)
         generations.next = made
         const { shadows } = made
+        giveNamespace(shadows.WebAssembly)
         const evaluated = generations.isSync ? program.evaluateSync(shadows) : program.evaluate(shadows)
         return then(evaluated, (glue) =>
           then(expose === undefined ? glue : expose(glue, shadows), (module) => {
@@ -134,9 +136,13 @@ class GlueManager extends Managed {
         )
       },
     }
-    if (saveState !== undefined) hooks.saveState = () => saveState(generations.current.module)
+    const inHook = (generation) => {
+      giveNamespace(generation.shadows.WebAssembly)
+      return generation.module
+    }
+    if (saveState !== undefined) hooks.saveState = () => saveState(inHook(generations.current))
     if (restoreState !== undefined) {
-      hooks.restoreState = (_, state) => restoreState(generations.next.module, state)
+      hooks.restoreState = (_, state) => restoreState(inHook(generations.next), state)
     }
     super({ ...pick(options), name, ...hooks }, true, () => {
       generations.current = generations.next
