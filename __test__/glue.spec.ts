@@ -121,6 +121,25 @@ test('paths, file URLs and package names load alike', LIMIT, async (t) => {
   assert.equal(byName.name, 'some-glue')
 })
 
+test('a package that the working directory does not know is looked for where loadGlue was called', LIMIT, async (t) => {
+  const folder = temporaryFolder('caller')
+  const home = join(folder, 'node_modules', 'glue-beside-the-caller')
+  mkdirSync(home, { recursive: true })
+  writeFileSync(join(home, 'package.json'), JSON.stringify({ name: 'glue-beside-the-caller', main: 'index.js' }))
+  writeFileSync(join(home, 'index.js'), source())
+  const text = 'exports.load = (loadGlue, name) => loadGlue(name, { cache: false })'
+  writeFileSync(join(folder, 'caller.cjs'), text)
+  const caller = createRequire(import.meta.url)(join(folder, 'caller.cjs'))
+  const manager = await caller.load(loadGlue, 'glue-beside-the-caller')
+  t.after(() => manager.destroy())
+  assert.equal(manager.module.add(1, 1), 2)
+  await assert.rejects(caller.load(loadGlue, 'glue-that-is-nowhere'), {
+    code: 'ERR_MODULE_NOT_FOUND',
+    message: /glue-that-is-nowhere/,
+  })
+  await assert.rejects(loadGlue('glue-beside-the-caller'), { code: 'ERR_MODULE_NOT_FOUND' })
+})
+
 test('functions that were taken off the module follow reloads, also after the tenth', LIMIT, async (t) => {
   const manager = await load(t)
   const { add, Cell, nested } = manager.module

@@ -298,11 +298,41 @@ const nameOf = (specifier) => {
     : parts.slice(0, text.startsWith('@') ? 2 : 1).join('/')
 }
 
+/** Where the function was called from: a path or a URL; undefined where nobody can tell. */
+function callerOf(called) {
+  const { prepareStackTrace, stackTraceLimit } = Error
+  try {
+    const holder = {}
+    Error.stackTraceLimit = 1
+    Error.prepareStackTrace = (_, sites) => sites
+    Error.captureStackTrace(holder, called)
+    return holder.stack?.[0]?.getFileName?.() ?? undefined
+  } finally {
+    Object.assign(Error, { prepareStackTrace, stackTraceLimit })
+  }
+}
+
+/** The program of a package that nobody said where to look for: from the working directory, else from who asks. */
+async function prepareFor(specifier, options, caller) {
+  try {
+    return await prepare(specifier, options)
+  } catch (error) {
+    const isPackage = typeof specifier === 'string' && !/^(?:\.{0,2}[\\/]|[a-z][a-z\d+.-]*:)/i.test(specifier)
+    if (!isPackage || error?.code !== 'ERR_MODULE_NOT_FOUND' || caller === undefined) throw error
+    try {
+      return await prepare(specifier, { ...options, parentURL: caller })
+    } catch {
+      throw error
+    }
+  }
+}
+
 async function loadGlue(specifier, options = {}) {
   checkKeys(options, GLUE_OPTIONS)
   checkHooks(options)
-  const { include, parentURL, cache, name = nameOf(specifier) } = options
-  const program = await prepare(specifier, { parentURL, include, cache: cache ?? true })
+  const { include, parentURL, cache = true, name = nameOf(specifier) } = options
+  const caller = parentURL === undefined ? callerOf(loadGlue) : undefined
+  const program = await prepareFor(specifier, { parentURL, include, cache }, caller)
   const manager = construct(program, options, name)
   await binding.start(handleOf(manager), EMPTY)
   return manager
