@@ -912,8 +912,9 @@ export interface GlueOptions extends Pick<ManagerOptions, 'limits' | 'maxQueue' 
    */
   include?: string[]
   /**
-   * Where packages and relative paths are looked for. Default: the working directory; and for a package that is not found from
-   * there, the file that calls loadGlue.
+   * Where `specifier` is resolved from, if it is a package or a relative path: a URL or path of a file, or of a folder with a
+   * slash at its end. Default: the working directory; and, for a package that is not found from there, the file that calls
+   * loadGlue. In a package of your own pass `import.meta.url` or `__filename`.
    */
   parentURL?: string | URL
 }
