@@ -41,11 +41,11 @@ pub(crate) fn enter_realm<'a>(
     if !side.frames.borrow().is_empty() {
         return Ok(Entry::Again);
     }
-    if let Some(lease) = lease_on(manager, side).filter(|_| side.is_saved.get()) {
-        return Ok(Entry::Leased(lease.lease.enter()?));
-    }
     if side.is_saved.get() {
-        return Err(refused(manager).into());
+        return match lease_on(manager, side) {
+            Some(lease) => Ok(Entry::Leased(lease.lease.enter()?)),
+            None => Err(refused(manager).into()),
+        };
     }
     if manager.is_current(side)
         && let Some(inside) = manager.home.enter()

@@ -484,7 +484,7 @@ impl Reach {
     }
 }
 
-fn set_size(mut store: impl AsContextMut, size: &Global, to: u64) -> Result<()> {
+pub(crate) fn set_size(mut store: impl AsContextMut, size: &Global, to: u64) -> Result<()> {
     let value = match size.get(&mut store) {
         Val::I64(_) => Val::I64(to as i64),
         _ => Val::I32(to as i32),

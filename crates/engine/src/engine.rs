@@ -21,6 +21,23 @@ struct Key {
     atomics: bool,
 }
 
+impl Key {
+    fn new(
+        options: &EngineOptions,
+        stack_bytes: usize,
+        cache: &CacheChoice,
+        atomics: bool,
+    ) -> Self {
+        Self {
+            options: options.clone(),
+            stack_bytes,
+            cache: cache.clone(),
+            inlining: false,
+            atomics,
+        }
+    }
+}
+
 type Slot = Arc<OnceCell<Engine>>;
 
 static ENGINES: Lazy<Mutex<HashMap<Key, Slot>>> = Lazy::new(Mutex::default);
@@ -40,13 +57,7 @@ impl Engine {
         stack_bytes: usize,
         cache: &CacheChoice,
     ) -> Result<Self> {
-        Self::of(Key {
-            options: options.clone(),
-            stack_bytes,
-            cache: cache.clone(),
-            inlining: false,
-            atomics: options.threads,
-        })
+        Self::of(Key::new(options, stack_bytes, cache, options.threads))
     }
 
     /// The engine of realms, whose glue brings what it was built as.
@@ -55,13 +66,7 @@ impl Engine {
         stack_bytes: usize,
         cache: &CacheChoice,
     ) -> Result<Self> {
-        Self::of(Key {
-            options: options.clone(),
-            stack_bytes,
-            cache: cache.clone(),
-            inlining: false,
-            atomics: true,
-        })
+        Self::of(Key::new(options, stack_bytes, cache, true))
     }
 
     /// The engine for the same options that inlines: only for modules that `instrument` has

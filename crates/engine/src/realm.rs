@@ -17,6 +17,7 @@ use wasmtime::{
     Mutability, OwnedRooted, RefType, StoreContextMut, Table, Tag, Val, ValType,
 };
 
+use crate::capture::set_size;
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::{HostFunction, host_function};
 use crate::instrument::Place;
@@ -260,11 +261,7 @@ impl RealmTable {
 
     fn set_len(&mut self, mut context: impl AsContextMut, len: u64) -> Result<()> {
         for size in self.watches.iter().filter_map(|watch| watch.size) {
-            let value = match size.get(&mut context) {
-                Val::I64(_) => Val::I64(len as i64),
-                _ => Val::I32(len as i32),
-            };
-            size.set(&mut context, value).map_err(Error::internal)?;
+            set_size(&mut context, &size, len)?;
         }
         self.len = Some((len, self.table.size(&context)));
         Ok(())
