@@ -513,6 +513,7 @@ const badResponse = (why) =>
  * A namespace over a realm.
  *
  * `observer` may have `captured(snapshot)` and `rewound(snapshot)`, called when the realm is captured or reset,
+ * `exitThreads()`, called before it is captured while it has threads and true if these will end now,
  * `expired()`, called when it is gone, `instantiated(exports)`, called with the exports of each new instance, and
  * `began(promise)`, called when something is compiled or instantiated asynchronously.
  */
@@ -561,6 +562,7 @@ exports.makeNamespace = (binding, realm, makeError, observer = {}) => {
     error,
     captured: observer.captured,
     rewound: observer.rewound,
+    exitThreads: observer.exitThreads,
     expired() {
       space.isGone = true
       observer.expired?.()

@@ -35,6 +35,9 @@ pub(crate) fn enter_realm<'a>(
     manager: &'a ManagerSide,
     side: &Rc<ReplicaSide>,
 ) -> Result<Entry<'a>, Box<Error>> {
+    if !side.is_expired.get() && side.replica.awaits_rescue() {
+        return Err(broken_realm(manager, side).into());
+    }
     if side.is_expired.get() || side.replica.is_poisoned() {
         return Err(stale_realm(manager, side).into());
     }
@@ -53,6 +56,21 @@ pub(crate) fn enter_realm<'a>(
         return Ok(Entry::Home(inside));
     }
     Ok(Entry::Shared)
+}
+
+/// The error of something in a realm whose threads have left it in an unknown state.
+#[cold]
+fn broken_realm(manager: &ManagerSide, side: &ReplicaSide) -> Error {
+    match side.replica.broken() {
+        Error::Trap { what, info } => Error::Trap {
+            what: format!(
+                "{} cannot be used before a reset() or reload(), because it has threads and {what}",
+                manager.manager.name()
+            ),
+            info,
+        },
+        other => other,
+    }
 }
 
 /// The error of something that JavaScript has from glue whose generation is gone.

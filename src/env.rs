@@ -422,13 +422,40 @@ impl EnvState {
         let js = self.js();
         self.sweep();
         let tasks = self.inbox.take();
-        let was_any = !tasks.is_empty();
+        let was_any = self.attend() || !tasks.is_empty();
         if was_any {
             self.check_views();
         }
         for task in tasks {
             // A worker that is being terminated: what is left is dropped, and whoever waits for it sees
             // its channel close.
+            let may_run = js.scoped(|| {
+                let may_run = self.can_run();
+                if may_run {
+                    self.run_task(task);
+                }
+                may_run
+            });
+            if !may_run {
+                break;
+            }
+        }
+        was_any
+    }
+
+    /// Does what threads of guests want; tells whether there was anything. This thread may be inside a
+    /// guest that waits.
+    pub(crate) fn attend(&self) -> bool {
+        let mut was_any = false;
+        while self.inbox.is_urgent() {
+            let Some(task) = self.inbox.take_urgent() else {
+                break;
+            };
+            if !was_any {
+                self.check_views();
+            }
+            was_any = true;
+            let js = self.js();
             let may_run = js.scoped(|| {
                 let may_run = self.can_run();
                 if may_run {

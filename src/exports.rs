@@ -23,6 +23,7 @@ use crate::error::Place;
 use crate::imports::JsEnd;
 use crate::js::{Js, JsResult, Val, callback_info, enter};
 use crate::lease::LeaseSide;
+use crate::namespace;
 use crate::side::{Frame, Handle, LiveExports, ManagerSide, ReplicaSide};
 
 /// Whose function it is.
@@ -315,6 +316,20 @@ pub(crate) fn function_of(js: Js, function: Val) -> Option<Value> {
     }
 }
 
+/// The realm that a function object of ours belongs to.
+pub(crate) fn realm_of(js: Js, function: Val) -> Option<namespace::Handle> {
+    // SAFETY: the tag is only ever put on functions with a `Record`.
+    let record = unsafe { js.tagged::<Record>(function, &TAG) }?;
+    let Target::Realm(side) = &record.target else {
+        return None;
+    };
+    Some(namespace::Handle {
+        env: Rc::clone(&record.env),
+        manager: Rc::clone(&record.manager),
+        side: Rc::clone(side),
+    })
+}
+
 /// The types of a function object of ours.
 pub(crate) fn signature_of(js: Js, function: Val) -> Option<Signature> {
     // SAFETY: the tag is only ever put on functions with a `Record`.
@@ -475,7 +490,9 @@ impl Record {
                         return self.call_at_home(inside, raw);
                     }
                 }
-                Target::Realm(side) if manager.is_current(side) => {
+                Target::Realm(side)
+                    if manager.is_current(side) && !side.replica.is_poisoned() =>
+                {
                     if let Some(inside) = manager.home.enter() {
                         return self.call_in_realm(inside, side, raw);
                     }
@@ -776,7 +793,7 @@ impl Record {
 
     fn leave(&self, entry: Entry<'_>, side: &ReplicaSide) {
         match entry {
-            Entry::Home(inside) if side.replica.is_poisoned() => {
+            Entry::Home(inside) if side.replica.must_be_replaced() => {
                 inside.retire();
                 self.manager.manager.retired_at_home();
             }
@@ -817,6 +834,10 @@ impl Record {
             }
             Target::Realm(side) => {
                 let entry = enter_realm(&self.manager, side)?;
+                // A thread of the guest has asked: its own instance is meant.
+                if let Some(Frame::Remote(thread)) = side.frames.borrow().last() {
+                    return Ok(Path::There(Rc::clone(thread), Rc::clone(side)));
+                }
                 Ok(Path::Here(entry, Rc::clone(side)))
             }
             Target::Instance(side) => {

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crossbeam_channel::{RecvError, Sender, bounded, never, select};
 use wasm_molt_engine::{
-    Error, ErrorCode, Event, HomeStep, Host, HostRef, ImportValue, Lease, Module, Replaced,
+    Attendant, Error, ErrorCode, Event, HomeStep, Host, HostRef, ImportValue, Lease, Module, Replaced,
     Replica, Result, Watch,
 };
 
@@ -39,6 +39,25 @@ pub(crate) struct JsHost {
 
 /// A synchronous loop of traps never comes by the inbox; beyond these its events are not kept.
 const MOST_TRAPS_DUE: usize = 256;
+
+/// What the JS thread does while it waits inside a guest.
+struct Desk {
+    inbox: Arc<Inbox>,
+    env: usize,
+}
+
+impl Attendant for Desk {
+    #[inline]
+    fn is_wanted(&self) -> bool {
+        self.inbox.is_urgent()
+    }
+
+    fn attend(&self) {
+        if let Some(env) = EnvState::at(self.env) {
+            env.attend();
+        }
+    }
+}
 
 /// Which hook of the user.
 #[derive(Clone)]
@@ -205,6 +224,17 @@ impl Host for JsHost {
         }
     }
 
+    fn realm_capturing(&self, replica: &Arc<Replica>) -> Result<()> {
+        if replica.guest_threads().threads == 0 {
+            return Ok(());
+        }
+        let mut outcome = Ok(());
+        self.in_realm(replica, |env, side, realm| {
+            outcome = replica.exit_threads(|| realm.exit_threads(env, side));
+        });
+        outcome
+    }
+
     fn realm_captured(&self, replica: &Arc<Replica>, snapshot: u64) {
         self.in_realm(replica, |env, _, realm| realm.captured(env, snapshot));
     }
@@ -253,6 +283,13 @@ impl Host for JsHost {
 
     fn watch(&self) -> Option<Arc<Watch>> {
         self.watch.clone()
+    }
+
+    fn attendant(&self) -> Option<Arc<dyn Attendant>> {
+        Some(Arc::new(Desk {
+            inbox: Arc::clone(&self.inbox),
+            env: self.env,
+        }))
     }
 
     fn event(&self, event: Event) {

@@ -11,7 +11,9 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use crossbeam_channel::{Receiver, Sender, bounded, select};
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select};
 use napi::sys;
 use smallvec::SmallVec;
 use wasm_molt_engine::{
@@ -20,9 +22,16 @@ use wasm_molt_engine::{
 };
 
 use crate::env::EnvState;
+use crate::inbox::Task;
 use crate::js::{Js, JsResult, Kind, Pending, Val};
 use crate::js_only::JsOnly;
 use crate::side::{Frame, ManagerSide, ReplicaSide};
+
+/// A JS thread that spins until another thread has done something, which needs the JS thread, does so for
+/// ever.
+const LONGEST_SILENCE: Duration = Duration::from_secs(60);
+/// Between two looks of the JS thread at what others want, while it waits for one of them.
+const LOOK_AROUND: Duration = Duration::from_millis(1);
 
 /// Arguments that most imports do not exceed; the frame is on the stack at each level of re-entrance.
 const FEW: usize = 6;
@@ -76,11 +85,16 @@ enum ToPool {
 /// In a box, as all that is on the stack while a nested call runs.
 type Reply = Box<SmallVec<[Value; 2]>>;
 
-/// A call back into the guest.
-struct Nested {
-    func: FuncHandle,
-    signature: Signature,
-    args: Vec<Value>,
+/// What the waiting thread is to do inside its guest.
+enum Nested {
+    /// A call back into it.
+    Call {
+        func: FuncHandle,
+        signature: Signature,
+        args: Vec<Value>,
+    },
+    /// Something else in its store; who wants it hears of it by other ways.
+    Act(Box<dyn FnOnce(&Replica) + Send>),
 }
 
 /// What the JS thread hears.
@@ -121,7 +135,7 @@ impl HostFunction for Handle {
             Some(bound) => self.0.call_here(bound, call),
             None => {
                 let args = std::mem::take(&mut call.args);
-                let pool = self.0.ask(call.signature, args)?;
+                let pool = self.0.ask(call.replica, call.signature, args)?;
                 call.results = *pool.converse(call.replica)?;
                 Ok(())
             }
@@ -280,7 +294,7 @@ impl JsImport {
         signature: &Signature,
         values: &mut [RawValue],
     ) -> Result<(), Box<Error>> {
-        let pool = self.ask_with_numbers(signature, values)?;
+        let pool = self.ask_with_numbers(replica, signature, values)?;
         let reply = pool.converse(replica)?;
         for (slot, value) in values.iter_mut().zip(&*reply) {
             *slot = RawValue::from_number(value);
@@ -294,6 +308,7 @@ impl JsImport {
     #[inline(never)]
     fn ask_with_numbers(
         self: &Arc<Self>,
+        replica: &Replica,
         signature: &Signature,
         values: &[RawValue],
     ) -> Result<PoolEnd, Box<Error>> {
@@ -302,12 +317,13 @@ impl JsImport {
             .zip(&*signature.params)
             .map(|(value, ty)| value.to_value(*ty))
             .collect();
-        self.ask(signature, args)
+        self.ask(replica, signature, args)
     }
 
     #[inline(never)]
     fn ask(
         self: &Arc<Self>,
+        replica: &Replica,
         signature: &Signature,
         args: SmallVec<[Value; 6]>,
     ) -> Result<PoolEnd, Box<Error>> {
@@ -328,10 +344,14 @@ impl JsImport {
         let (to_js, from_pool) = bounded(1);
         let (to_pool, from_js) = bounded(1);
         let end = JsEnd { to_pool, from_pool };
-        let posted = self
-            .bound
-            .inbox()
-            .post(Box::new(move |_| answer(&request, end)));
+        let inbox = self.bound.inbox();
+        let task: Task = Box::new(move |_| answer(&request, end));
+        // Whom the JS thread may be waiting for must not wait for the JS thread.
+        let posted = if replica.is_twin() {
+            inbox.post_urgent(task)
+        } else {
+            inbox.post(task)
+        };
         posted.map_err(|_| gone())?;
         Ok(PoolEnd { to_js, from_js })
     }
@@ -356,9 +376,24 @@ impl PoolEnd {
         if replica.interrupter().is_stopped() {
             return Err(replica.interrupted().into());
         }
+        if replica.is_twin() {
+            return self.hear_at_twin(replica);
+        }
         select! {
             recv(self.from_js) -> message => message.map_err(|_| gone().into()),
             recv(cancelled) -> _ => Err(replica.interrupted().into()),
+        }
+    }
+
+    /// The JS thread may be waiting inside the guest, for this thread even.
+    #[inline(never)]
+    fn hear_at_twin(&self, replica: &Replica) -> Result<ToPool, Box<Error>> {
+        let cancelled = replica.interrupter().cancelled();
+        replica.ring_for_home();
+        select! {
+            recv(self.from_js) -> message => message.map_err(|_| gone().into()),
+            recv(cancelled) -> _ => Err(replica.interrupted().into()),
+            default(LONGEST_SILENCE) => Err(unanswered(replica).into()),
         }
     }
 
@@ -370,14 +405,25 @@ impl PoolEnd {
     fn run_nested(&self, replica: &Replica, nested: Box<Nested>) -> Result<(), Box<Error>> {
         NESTED.with_borrow_mut(|n| n.push(self.to_js.clone()));
         REPLIES.with_borrow_mut(|r| r.push(self.from_js.clone()));
-        let Nested {
-            func,
-            signature,
-            args,
-        } = *nested;
-        // SAFETY: this thread holds the replica: it is inside a host call of it. The signature came
-        // with the function.
-        let outcome = unsafe { replica.call_typed(&func, &signature, args) };
+        let outcome = match *nested {
+            Nested::Call {
+                func,
+                signature,
+                args,
+            } => replica.own_function(func).and_then(|func| {
+                // SAFETY: this thread holds the replica: it is inside a host call of it. The signature
+                // came with the function.
+                unsafe { replica.call_typed(&func, &signature, args) }
+            }),
+            Nested::Act(act) => {
+                act(replica);
+                Ok(Vec::new())
+            }
+        };
+        let outcome = outcome.map(|values| {
+            let values = values.into_iter();
+            values.map(|value| replica.home_value(value)).collect()
+        });
         NESTED.with_borrow_mut(Vec::pop);
         REPLIES.with_borrow_mut(Vec::pop);
         self.tell(ToJs::Done(outcome))
@@ -459,12 +505,36 @@ impl JsEnd {
         signature: &Signature,
         args: Vec<Value>,
     ) -> Result<Vec<Value>> {
-        let nested = Box::new(Nested {
+        let nested = Nested::Call {
             func,
             signature: signature.clone(),
             args,
+        };
+        self.have_done(env, side, nested)
+    }
+
+    /// Has the waiting thread do something else in its store.
+    pub(crate) fn act<T: Send + 'static>(
+        self: &Rc<Self>,
+        env: &EnvState,
+        side: &ReplicaSide,
+        act: impl FnOnce(&Replica) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let (tell, told) = bounded(1);
+        let act = Box::new(move |replica: &Replica| {
+            let _ = tell.send(act(replica));
         });
-        let sent = self.to_pool.send(ToPool::Call(nested));
+        self.have_done(env, side, Nested::Act(act))?;
+        told.recv().unwrap_or_else(|_| Err(stopped(side)))
+    }
+
+    fn have_done(
+        self: &Rc<Self>,
+        env: &EnvState,
+        side: &ReplicaSide,
+        nested: Nested,
+    ) -> Result<Vec<Value>> {
+        let sent = self.to_pool.send(ToPool::Call(Box::new(nested)));
         sent.map_err(|_| stopped(side))?;
         loop {
             match self.hear(env, side)? {
@@ -480,11 +550,36 @@ impl JsEnd {
             let why = Stop::Interrupted("its worker is ending".into());
             side.replica.interrupter().stop_current(why);
         };
+        if side.realm.is_some() {
+            return self.hear_beside_others(env, side, stop);
+        }
         let message = match &env.watch {
             Some(watch) => watch.wait_for(&self.from_pool, stop),
             None => self.from_pool.recv(),
         };
         message.map_err(|_| stopped(side))
+    }
+
+    /// Another thread of the guest may want something before this one can go on.
+    #[inline(never)]
+    fn hear_beside_others(
+        &self,
+        env: &EnvState,
+        side: &ReplicaSide,
+        stop: impl Fn(),
+    ) -> Result<ToJs> {
+        loop {
+            match self.from_pool.recv_timeout(LOOK_AROUND) {
+                Ok(message) => return Ok(message),
+                Err(RecvTimeoutError::Disconnected) => return Err(stopped(side)),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            env.attend();
+            if env.watch.is_some() && env.js().is_ending() {
+                stop();
+                return Err(stopped(side));
+            }
+        }
     }
 
     /// An import of a nested call: this thread waits, so it must be synchronous.
@@ -513,6 +608,19 @@ impl JsEnd {
         }
         self.reply(converted(bound, returned, &request.signature));
     }
+}
+
+#[cold]
+fn unanswered(replica: &Replica) -> Error {
+    Error::new(
+        ErrorCode::Busy,
+        format!(
+            "a thread of {} needs the JavaScript thread, which has neither come to its event loop nor \
+             waited in the guest for {} seconds; have it wait instead of spin, or leave imports to it",
+            replica.module().name(),
+            LONGEST_SILENCE.as_secs()
+        ),
+    )
 }
 
 #[cold]

@@ -16,6 +16,8 @@ pub(crate) type Task = Box<dyn FnOnce(&EnvState) + Send>;
 
 struct Queue {
     tasks: VecDeque<Task>,
+    /// What threads of guests want, also while the JS thread waits for them.
+    urgent: VecDeque<Task>,
     /// JavaScript values on their way to be dropped while the environment goes.
     graves: Vec<Task>,
     is_open: bool,
@@ -29,6 +31,7 @@ pub(crate) struct Inbox {
     /// to empty the queue: else whoever wakes it would still hold what it needs first.
     wake: Mutex<Option<Wake>>,
     is_woken: AtomicBool,
+    urgent_count: AtomicUsize,
     thread: usize,
     /// Slab indices whose last holder is gone.
     released: Mutex<Vec<u32>>,
@@ -49,12 +52,14 @@ impl Inbox {
         Arc::new(Self {
             queue: Mutex::new(Queue {
                 tasks: VecDeque::new(),
+                urgent: VecDeque::new(),
                 graves: Vec::new(),
                 is_open: true,
                 is_gone: false,
             }),
             wake: Mutex::new(Some(wake)),
             is_woken: AtomicBool::new(false),
+            urgent_count: AtomicUsize::new(0),
             thread: thread_token(),
             released: Mutex::default(),
             released_count: AtomicUsize::new(0),
@@ -81,6 +86,32 @@ impl Inbox {
         drop(queue);
         self.wake();
         Ok(())
+    }
+
+    /// The same for what the JS thread does even inside a guest that waits.
+    pub(crate) fn post_urgent(&self, task: Task) -> Result<(), Task> {
+        let mut queue = self.lock();
+        if !queue.is_open {
+            return Err(task);
+        }
+        queue.urgent.push_back(task);
+        self.urgent_count.fetch_add(1, Ordering::Release);
+        drop(queue);
+        self.wake();
+        Ok(())
+    }
+
+    /// Whether there is something of that kind.
+    #[inline]
+    pub(crate) fn is_urgent(&self) -> bool {
+        self.urgent_count.load(Ordering::Acquire) > 0
+    }
+
+    /// The first of it. JS thread.
+    pub(crate) fn take_urgent(&self) -> Option<Task> {
+        let task = self.lock().urgent.pop_front()?;
+        self.urgent_count.fetch_sub(1, Ordering::Release);
+        Some(task)
     }
 
     /// Gives `task`, which only drops something, to the JS thread, also while the environment goes.
@@ -126,7 +157,10 @@ impl Inbox {
         *self.wake.lock().unwrap_or_else(PoisonError::into_inner) = None;
         let mut queue = self.lock();
         queue.is_open = false;
-        std::mem::take(&mut queue.tasks)
+        let mut left = std::mem::take(&mut queue.tasks);
+        left.append(&mut queue.urgent);
+        self.urgent_count.store(0, Ordering::Release);
+        left
     }
 
     pub(crate) fn release_slot(&self, index: u32) {

@@ -112,6 +112,36 @@ impl View {
         });
     }
 
+    /// Whether the memory has become larger since, in the same place.
+    pub(crate) fn is_outgrown(&self, memory: &MemoryRecord) -> bool {
+        self.is_live()
+            && memory.byte_len() > self.len.get()
+            && memory.base() == self.base.get()
+    }
+
+    /// Goes on showing what it shows, beside a larger one, for as long as JavaScript holds the buffer. For
+    /// shared memories, whose old buffers stay as they are.
+    pub(crate) fn retire(&self, js: Js) -> JsResult<Option<Self>> {
+        let reference = self.buffer.replace(ptr::null_mut());
+        let weak = match js.dereference(reference) {
+            Some(buffer) => Some(js.weak_reference(buffer)?),
+            None => None,
+        };
+        js.unreference(reference);
+        Ok(weak.map(|weak| Self {
+            buffer: Cell::new(weak),
+            base: Cell::new(self.base.get()),
+            len: Cell::new(self.len.get()),
+            pin: RefCell::new(self.pin.take()),
+            is_moved: RefCell::new(self.is_moved.take()),
+        }))
+    }
+
+    /// Whether JavaScript has let go of a retired one.
+    pub(crate) fn is_collected(&self, js: Js) -> bool {
+        js.scoped(|| js.dereference(self.buffer.get()).is_none())
+    }
+
     pub(crate) fn detach(&self, js: Js) {
         self.look_whether_moved(js);
         // Tried again later if it cannot be done now; the pin keeps a view harmless meanwhile.

@@ -20,7 +20,7 @@ use crate::exports::{function_of, function_value, signature_of};
 use crate::imports::host_function;
 use crate::js::{Js, JsResult, Kind, Native, Pending, Val};
 use crate::realm::RealmSide;
-use crate::side::{ManagerSide, ReplicaSide};
+use crate::side::{Frame, ManagerSide, ReplicaSide};
 
 /// Every function, by the name that `lib/webassembly.js` uses.
 pub(crate) const FUNCTIONS: &[(&str, Native)] = &[
@@ -53,10 +53,10 @@ pub(crate) const FUNCTIONS: &[(&str, Native)] = &[
 ];
 
 /// What JavaScript has of a realm.
-struct Handle {
-    env: Rc<EnvState>,
-    manager: Rc<ManagerSide>,
-    side: Rc<ReplicaSide>,
+pub(crate) struct Handle {
+    pub(crate) env: Rc<EnvState>,
+    pub(crate) manager: Rc<ManagerSide>,
+    pub(crate) side: Rc<ReplicaSide>,
 }
 
 /// What JavaScript is given of a realm.
@@ -72,7 +72,7 @@ pub(crate) fn handle(
     })
 }
 
-fn realm<'a>(js: Js, args: &[Val]) -> JsResult<&'a Handle> {
+pub(crate) fn realm<'a>(js: Js, args: &[Val]) -> JsResult<&'a Handle> {
     // SAFETY: `lib/webassembly.js` passes what `leaseRealm` or `managerRealm` returned, and holds it.
     unsafe { js.external_ref::<Handle>(arg(args, 0)) }
 }
@@ -93,7 +93,7 @@ impl Handle {
     }
 
     #[cold]
-    fn throw(&self, error: &Error) -> Pending {
+    pub(crate) fn throw(&self, error: &Error) -> Pending {
         let place = Place {
             realm: Some(&*self.side),
             ..self.manager.place()
@@ -124,13 +124,35 @@ impl Handle {
     }
 
     /// Runs `f` inside the realm.
-    fn enter<T>(&self, f: impl FnOnce(&Replica) -> Result<T>) -> JsResult<Result<T>> {
+    pub(crate) fn enter<T>(&self, f: impl FnOnce(&Replica) -> Result<T>) -> JsResult<Result<T>> {
         let entry = enter_realm(&self.manager, &self.side).map_err(|e| self.throw(&e))?;
         let outcome = f(&self.side.replica);
         if let Entry::Home(inside) = entry {
             drop(inside);
         }
         Ok(outcome)
+    }
+
+    /// The same in the store of the guest's thread whose host call JavaScript is answering, if so.
+    fn enter_there<T: Send + 'static>(
+        &self,
+        f: impl FnOnce(&Replica) -> Result<T> + Send + 'static,
+    ) -> JsResult<Result<T>> {
+        let there = match self.side.frames.borrow().last() {
+            Some(Frame::Remote(end)) => Some(Rc::clone(end)),
+            _ => None,
+        };
+        match there {
+            Some(end) => Ok(end.act(&self.env, &self.side, f)),
+            None => self.enter(f),
+        }
+    }
+
+    fn run_there<T: Send + 'static>(
+        &self,
+        f: impl FnOnce(&Replica) -> Result<T> + Send + 'static,
+    ) -> JsResult<T> {
+        self.enter_there(f)?.map_err(|e| self.throw(&e))
     }
 
     fn run<T>(&self, f: impl FnOnce(&Replica) -> Result<T>) -> JsResult<T> {
@@ -370,15 +392,13 @@ fn instantiate(js: Js, args: &[Val]) -> JsResult<Val> {
 fn memory_new(js: Js, args: &[Val]) -> JsResult<Val> {
     let realm = realm(js, args)?;
     let (initial, maximum) = (realm.count(args, 1), realm.maximum(args, 2));
-    if realm.flag(args, 3) {
-        return Err(
-            js.throw_type_error("this engine does not offer shared memories to JavaScript yet; use a build without threads")
-        );
-    }
-    let is_64 = realm.flag(args, 4);
+    let kind = (realm.flag(args, 3), realm.flag(args, 4));
     // SAFETY: `enter` has got the right to be inside.
-    let made = realm.enter(|it| unsafe { it.realm_memory_new(initial, maximum, is_64) })?;
-    js.number(f64::from(made.map_err(|e| realm.throw_range(&e))?))
+    let made = realm.enter(|it| unsafe { it.realm_memory_new(initial, maximum, kind) })?;
+    js.number(f64::from(made.map_err(|e| match e.code() {
+        Some(ErrorCode::Link) => js.throw_type_error(&e.to_string()),
+        _ => realm.throw_range(&e),
+    })?))
 }
 
 /// `(realm, id) => ArrayBuffer`
@@ -400,7 +420,7 @@ fn memory_grow(js: Js, args: &[Val]) -> JsResult<Val> {
     let (id, delta) = (realm.id(args, 1), realm.count(args, 2));
     // SAFETY: `run` has got the right to be inside.
     let grown = realm.run(|it| unsafe { it.realm_memory_grow(id, delta) })?;
-    if grown.is_some() {
+    if grown.is_some() && !realm.side.replica.realm_memory_is_shared(id) {
         // Also where it has not become larger: the JS API says so.
         realm.side()?.end_views(js, &[id]);
     }
@@ -437,7 +457,8 @@ fn table_length(js: Js, args: &[Val]) -> JsResult<Val> {
     let realm = realm(js, args)?;
     let id = realm.id(args, 1);
     // SAFETY: `run` has got the right to be inside.
-    js.number(realm.run(|it| unsafe { it.realm_table_len(id) })? as f64)
+    let len = realm.run_there(move |it| unsafe { it.realm_table_len(it.own_table(id)?) })?;
+    js.number(len as f64)
 }
 
 #[cold]
@@ -450,7 +471,10 @@ fn table_get(js: Js, args: &[Val]) -> JsResult<Val> {
     let realm = realm(js, args)?;
     let (id, index) = (realm.id(args, 1), realm.count(args, 2));
     // SAFETY: `enter` has got the right to be inside.
-    let got = realm.enter(|it| unsafe { it.realm_table_get(id, index) })?;
+    let got = realm.enter_there(move |it| {
+        let got = unsafe { it.realm_table_get(it.own_table(id)?, index) }?;
+        Ok(got.map(|value| it.home_value(value)))
+    })?;
     match got.map_err(|e| realm.throw_type(&e))? {
         Some(value) => realm.env.to_js(&value, Some(&realm.side)),
         None => Err(no_element(js, index)),
@@ -469,7 +493,9 @@ fn table_set(js: Js, args: &[Val]) -> JsResult<Val> {
     let (id, index) = (realm.id(args, 1), realm.count(args, 2));
     let value = element(realm, id, arg(args, 3))?;
     // SAFETY: `enter` has got the right to be inside.
-    let set = realm.enter(|it| unsafe { it.realm_table_set(id, index, value) })?;
+    let set = realm.enter_there(move |it| unsafe {
+        it.realm_table_set(it.own_table(id)?, index, it.own_value(value)?)
+    })?;
     if set.map_err(|e| realm.throw_type(&e))? {
         Ok(js.undefined())
     } else {
@@ -483,7 +509,9 @@ fn table_grow(js: Js, args: &[Val]) -> JsResult<Val> {
     let (id, delta) = (realm.id(args, 1), realm.count(args, 2));
     let value = element(realm, id, arg(args, 3))?;
     // SAFETY: `enter` has got the right to be inside.
-    let grown = realm.enter(|it| unsafe { it.realm_table_grow(id, delta, value) })?;
+    let grown = realm.enter_there(move |it| unsafe {
+        it.realm_table_grow(it.own_table(id)?, delta, it.own_value(value)?)
+    })?;
     let grown = grown.map_err(|e| realm.throw_type(&e))?;
     js.number(grown.map_or(-1.0, |len| len as f64))
 }
@@ -525,7 +553,11 @@ fn global_get(js: Js, args: &[Val]) -> JsResult<Val> {
     let realm = realm(js, args)?;
     let id = realm.id(args, 1);
     // SAFETY: `run` has got the right to be inside.
-    match realm.run(|it| unsafe { it.realm_global_get(id) })? {
+    let get = move |it: &Replica| {
+        let got = unsafe { it.realm_global_get(it.own_global(id)?) }?;
+        Ok(got.map(|value| it.home_value(value)))
+    };
+    match realm.run_there(get)? {
         Some(value) => realm.env.to_js(&value, Some(&realm.side)),
         None => Err(cannot_cross(js)),
     }
@@ -539,7 +571,9 @@ fn global_set(js: Js, args: &[Val]) -> JsResult<Val> {
     let (ty, _) = ty.map_err(|e| realm.throw(&e))?;
     let value = realm.env.to_wasm(arg(args, 2), ty)?;
     // SAFETY: `enter` has got the right to be inside.
-    let set = realm.enter(|it| unsafe { it.realm_global_set(id, value) })?;
+    let set = realm.enter_there(move |it| unsafe {
+        it.realm_global_set(it.own_global(id)?, it.own_value(value)?)
+    })?;
     set.map_err(|e| realm.throw_type(&e))?;
     Ok(js.undefined())
 }

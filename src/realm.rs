@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use napi::sys;
-use wasm_molt_engine::{Error, Exception, MemoryRecord, Replica, Result};
+use wasm_molt_engine::{Error, ErrorCode, Exception, MemoryRecord, Replica, Result};
 
 use crate::env::EnvState;
 use crate::js::{Js, JsResult, Kind, Pending, Val};
@@ -33,6 +33,8 @@ struct Hooks {
     captured: Option<sys::napi_ref>,
     /// Likewise.
     rewound: Option<sys::napi_ref>,
+    /// `() => boolean`: has the guest's threads end in good order, if it can.
+    exit_threads: Option<sys::napi_ref>,
     /// `() => void`: the realm is gone.
     expired: Option<sys::napi_ref>,
 }
@@ -42,16 +44,41 @@ struct RealmView {
     memory: Arc<MemoryRecord>,
     /// The buffer of a memory without pages.
     empty: Cell<sys::napi_ref>,
+    is_shared: bool,
+    /// Shorter buffers of a shared memory.
+    retired: RefCell<Vec<View>>,
 }
+
+/// Retired views beyond which those that nobody holds any more are looked for.
+const MANY_RETIRED: usize = 64;
 
 impl RealmView {
     fn check(&self, js: Js) {
+        if self.is_shared && self.view.is_outgrown(&self.memory) {
+            self.retire(js);
+        }
         if self.view.is_live() {
             self.view.check(js, &self.memory);
         }
         if !self.empty.get().is_null() && self.memory.byte_len() > 0 {
             self.drop_empty(js);
         }
+    }
+
+    /// The buffer of a shared memory stays as it is when the memory grows.
+    fn retire(&self, js: Js) {
+        let retired = js.scoped(|| self.view.retire(js));
+        let mut all = self.retired.borrow_mut();
+        if all.len() >= MANY_RETIRED {
+            all.retain(|view| {
+                let is_held = !view.is_collected(js);
+                if !is_held {
+                    view.detach(js);
+                }
+                is_held
+            });
+        }
+        all.extend(retired.ok().flatten());
     }
 
     fn drop_empty(&self, js: Js) {
@@ -70,6 +97,9 @@ impl RealmView {
     }
 
     fn detach(&self, js: Js) {
+        for view in self.retired.borrow_mut().drain(..) {
+            view.detach(js);
+        }
         self.view.detach(js);
         self.drop_empty(js);
     }
@@ -112,6 +142,7 @@ impl RealmSide {
             exception_parts: get(c"exceptionParts")?,
             captured: maybe(c"captured")?,
             rewound: maybe(c"rewound")?,
+            exit_threads: maybe(c"exitThreads")?,
             expired: maybe(c"expired")?,
         };
         self.hooks.borrow_mut().push(hooks);
@@ -123,11 +154,14 @@ impl RealmSide {
         let id = id as usize;
         let mut views = self.views.borrow_mut();
         while views.len() <= id {
-            let memory = replica.realm_memory(views.len() as u32)?;
+            let next = views.len() as u32;
+            let memory = replica.realm_memory(next)?;
             views.push(RealmView {
                 view: View::default(),
                 memory,
                 empty: Cell::new(ptr::null_mut()),
+                is_shared: replica.realm_memory_is_shared(next),
+                retired: RefCell::default(),
             });
         }
         Ok(match views.get(id) {
@@ -165,7 +199,12 @@ impl RealmSide {
                 js.scoped(|| tell(js, expired, &[]));
             }
             let own = [hooks.error, hooks.make_exception, hooks.exception_parts];
-            let more = [hooks.captured, hooks.rewound, hooks.expired];
+            let more = [
+                hooks.captured,
+                hooks.rewound,
+                hooks.exit_threads,
+                hooks.expired,
+            ];
             for reference in own.into_iter().chain(more.into_iter().flatten()) {
                 js.unreference(reference);
             }
@@ -250,6 +289,28 @@ impl RealmSide {
     /// It was captured as that snapshot.
     pub(crate) fn captured(&self, env: &EnvState, snapshot: u64) {
         self.tell(env, snapshot, |hooks| hooks.captured);
+    }
+
+    /// Has the guest's threads asked to end in good order.
+    ///
+    /// # Errors
+    /// What was thrown, or that nobody knows how.
+    pub(crate) fn exit_threads(&self, env: &EnvState, side: &ReplicaSide) -> Result<()> {
+        let asks = self.hooks.borrow().first().and_then(|it| it.exit_threads);
+        let asked = asks.map(|asks| env.helper(asks).and_then(|asks| env.js().call(asks, &[])));
+        match asked {
+            Some(Ok(asked)) if env.js().get_bool(asked) == Some(true) => Ok(()),
+            Some(Err(Pending)) => Err(env.take_thrown()),
+            _ => Err(Error::new(
+                ErrorCode::SnapshotUnsupported,
+                format!(
+                    "{} cannot be captured: {} of its threads run, and options.threadPool does not say how \
+                     they end in good order; capture it before it starts threads, or give that option",
+                    side.replica.module().name(),
+                    side.replica.guest_threads().threads
+                ),
+            )),
+        }
     }
 
     /// It is as that snapshot again.

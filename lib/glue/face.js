@@ -348,4 +348,4 @@ function isInstanceOfSubclass(value, subclass) {
   return false
 }
 
-module.exports = { makeFace }
+module.exports = { makeFace, unwrapped }

@@ -29,6 +29,8 @@ function parse(text, sourceType) {
 const SHADOWS = [
   ...['WebAssembly', 'FinalizationRegistry'],
   ...['setTimeout', 'setInterval', 'setImmediate', 'clearTimeout', 'clearInterval', 'clearImmediate'],
+  // Undefined where the platform has none and the guest no threads.
+  'Worker',
 ]
 // By another way than the plain name: a property of some object, or destructured from one.
 const BY_PROPERTY = new RegExp(`(?:\\.|\\[\\s*['"\`])\\s*(?:${SHADOWS.join('|')})\\b`)
@@ -802,7 +804,7 @@ class Generation {
   #globalProxy() {
     const shadows = this.#shadows
     this.#global ??= new Proxy(globalThis, {
-      has: (real, key) => key in shadows || key in real,
+      has: (real, key) => (key in shadows && shadows[key] !== undefined) || key in real,
       get: (real, key) => {
         const value = key in shadows ? shadows[key] : real[key]
         return value === real ? this.#global : value

@@ -12,14 +12,15 @@ const { EMPTY, makeError } = require('../namespace.js')
 const { checkKeys, deferred, withSignal } = require('../options.js')
 const { giveNamespace } = require('../scopes.js')
 const { makeNamespace } = require('../webassembly.js')
-const { makeFace } = require('./face.js')
+const { makeFace, unwrapped } = require('./face.js')
 const { makeFinalizers } = require('./finalizers.js')
 const { prepare } = require('./load.js')
+const { ThreadGroup } = require('./threads.js')
 const { makeTimers } = require('./timers.js')
 
 const GLUE_OPTIONS = [
   ...['initialize', 'saveState', 'restoreState', 'expose', 'include', 'parentURL'],
-  ...['name', 'threads', 'limits', 'maxQueue', 'cache', 'engine', 'snapshots'],
+  ...['name', 'threads', 'limits', 'maxQueue', 'cache', 'engine', 'snapshots', 'threadPool'],
 ]
 
 // Another build of a module is no matter of glue, which brings its own.
@@ -35,14 +36,18 @@ class GlueGeneration {
   module
   /** The exports of the first instance with anything in it. */
   exports
+  threads = new ThreadGroup()
   #finalizers
   #marks = new Map()
   #begun = new Set()
   #gone = deferred()
+  #hadThreads = false
+  poolStart
 
-  constructor(lease, name) {
+  constructor(lease, name, { threadPool, engine }) {
     this.number = lease.generation
     const realm = binding.leaseRealm(leaseOf(lease))
+    this.realm = realm
     const isOpen = () => binding.realmIsOpen(realm)
     const timers = makeTimers(isOpen)
     this.#finalizers = makeFinalizers(isOpen)
@@ -53,11 +58,23 @@ class GlueGeneration {
         { manager: name, generation: this.number },
       )
     const observer = {
+      exitThreads: () => {
+        if (threadPool === undefined) return false
+        threadPool.exit(this.module)
+        this.#hadThreads = true
+        return true
+      },
       captured: (snapshot) => {
         this.#marks.set(snapshot, this.#finalizers.mark())
         if (this.#marks.size > MOST_MARKS) this.#marks.delete(this.#marks.keys().next().value)
+        this.#startThreads(threadPool)
       },
-      rewound: (snapshot) => this.#finalizers.rewind(this.#marks.get(snapshot) ?? 0),
+      rewound: (snapshot) => {
+        this.#finalizers.rewind(this.#marks.get(snapshot) ?? 0)
+        // They have been ended, and nobody has heard of it yet.
+        this.#hadThreads = this.threads.size > 0
+        this.#startThreads(threadPool)
+      },
       // Finalizers that are late do nothing, and neither do timers.
       expired: () => {
         this.#finalizers.expire()
@@ -65,6 +82,7 @@ class GlueGeneration {
         this.#gone.resolve(true)
       },
       instantiated: (exports) => {
+        this.threads.instantiated(exports)
         if (this.exports === undefined && Object.keys(exports).length > 0) this.exports = exports
       },
       began: (promise) => {
@@ -78,6 +96,17 @@ class GlueGeneration {
       FinalizationRegistry: this.#finalizers.FinalizationRegistry,
       ...timers.shadows,
     }
+    if (engine?.threads) this.shadows.Worker = this.threads.makeWorker()
+  }
+
+  /** The pool that was there before the realm was captured or reset is there again afterwards. */
+  #startThreads(threadPool) {
+    if (!this.#hadThreads || threadPool === undefined) return
+    this.#hadThreads = false
+    this.threads.forget()
+    // What fails is found out by whoever needs the pool; here it would go to nobody.
+    this.poolStart = (async () => threadPool.start(this.module))()
+    this.poolStart.catch(() => {})
   }
 
   /**
@@ -116,14 +145,16 @@ class GlueManager extends Managed {
   /** Scopes of `use` share a lease, for as long as its generation serves. */
   #held
   #pending
+  #threadPool
 
   constructor([program, options, name]) {
     if (!(program && options)) throw new TypeError('use loadGlue()')
     const generations = { manager: undefined, current: undefined, next: undefined, isSync: false }
-    const { initialize, saveState, restoreState, expose } = options
+    const { initialize, saveState, restoreState, expose, threadPool } = options
     const hooks = {
       initialize: (lease) => {
-        const made = new GlueGeneration(lease, name)
+        const made = new GlueGeneration(lease, name, options)
+        const hadThreads = threadPool !== undefined && (generations.current?.threads.size ?? 0) > 0
         generations.next = made
         const { shadows } = made
         giveNamespace(shadows.WebAssembly)
@@ -131,7 +162,11 @@ class GlueManager extends Managed {
         return then(evaluated, (glue) =>
           then(expose === undefined ? glue : expose(glue, shadows), (module) => {
             made.module = module
-            return then(initialize?.(module), () => (generations.isSync ? undefined : made.settle()))
+            return then(initialize?.(module), () =>
+              then(hadThreads && made.threads.size === 0 ? threadPool.start(module) : undefined, () =>
+                generations.isSync ? undefined : made.settle(),
+              ),
+            )
           }),
         )
       },
@@ -149,6 +184,7 @@ class GlueManager extends Managed {
       generations.next = undefined
     })
     this.#generations = generations
+    this.#threadPool = threadPool
     // Somebody may hold nothing but what the glue has made, so the manager lives until it is closed. (The hooks hold
     // the generations, and the native side the hooks.)
     generations.manager = this
@@ -172,6 +208,61 @@ class GlueManager extends Managed {
     const held = await this.#join(options?.signal)
     try {
       return await fn(held.module)
+    } finally {
+      this.#leave(held)
+    }
+  }
+
+  get guestThreads() {
+    const { realm } = this.#generations.current
+    const [state, total] = binding.threadCounts(realm)
+    return { state, total }
+  }
+
+  spawn(calls) {
+    if (!Array.isArray(calls) || !calls.every((call) => Array.isArray(call) && typeof call[0] === 'function')) {
+      throw new WasmError(
+        'ERR_WASM_INVALID_ARGUMENT',
+        'spawn() takes a list of [function, ...arguments], which are called one after the other',
+      )
+    }
+    const plain = calls.map(([fn, ...args]) => [unwrapped(fn), ...args])
+    const { current, next } = this.#generations
+    // A generation that is being made may start threads, too.
+    const owner = next !== undefined && binding.threadRealm(plain[0][0]) === next.number ? next : current
+    return owner.threads.spawn(plain)
+  }
+
+  async recycleThreads(options) {
+    checkKeys(options, LEASE_OPTIONS)
+    const { threadPool, generations } = { threadPool: this.#threadPool, generations: this.#generations }
+    if (threadPool === undefined) {
+      throw new WasmError(
+        'ERR_WASM_INVALID_ARGUMENT',
+        `recycleThreads() of ${this.name} needs options.threadPool, which says how its threads end and begin`,
+        { manager: this.name },
+      )
+    }
+    mayWait(this)
+    // Everybody's scopes end first, and new ones wait.
+    const pending = this.#hold(true)
+    if (options?.signal !== undefined) options.signal.throwIfAborted()
+    const held = await pending.promise
+    const started = performance.now()
+    try {
+      const { current } = generations
+      const before = current.threads.size
+      let begun
+      binding.threadsRecycle(
+        current.realm,
+        () => threadPool.exit(current.module),
+        () => {
+          current.threads.forget()
+          begun = threadPool.start(current.module)
+        },
+      )
+      await begun
+      return { threadsBefore: before, threadsAfter: current.threads.size, durationMs: performance.now() - started }
     } finally {
       this.#leave(held)
     }
@@ -236,11 +327,11 @@ class GlueManager extends Managed {
     binding.leaseRelease(held.lease)
   }
 
-  /** Waits for a lease, for all that come until it is there. */
-  #hold() {
+  /** Waits for a lease, for all that come until it is there; or for one that nobody shares. */
+  #hold(isAlone = false) {
     const handle = handleOf(this)
     const [acquired, id] = binding.acquire(handle)
-    const pending = { scopes: 0, held: undefined }
+    const pending = { scopes: isAlone ? 1 : 0, held: undefined }
     pending.leave = (reason) => {
       if (pending.held !== undefined) return this.#leave(pending.held)
       pending.scopes -= 1
@@ -260,7 +351,7 @@ class GlueManager extends Managed {
         const held = { lease, instance, scopes: pending.scopes, generation: instance.generation }
         held.module = this.#generations.current.module
         pending.held = held
-        this.#held = held
+        if (!isAlone) this.#held = held
         return held
       },
       (error) => {
@@ -284,8 +375,17 @@ function pick(options) {
 }
 
 function checkHooks(options) {
-  for (const name of ['initialize', 'saveState', 'restoreState', 'expose']) {
-    if (options[name] === undefined || typeof options[name] === 'function') continue
+  const { threadPool } = options
+  if (threadPool !== undefined && (typeof threadPool !== 'object' || threadPool === null)) {
+    throw new WasmError('ERR_WASM_INVALID_ARGUMENT', 'options.threadPool must be { exit(module), start(module) }')
+  }
+  checkKeys(threadPool, ['exit', 'start'])
+  const given = ['initialize', 'saveState', 'restoreState', 'expose'].map((name) => [name, options[name]])
+  if (threadPool !== undefined) {
+    for (const name of ['exit', 'start']) given.push([`threadPool.${name}`, threadPool[name] ?? null])
+  }
+  for (const [name, hook] of given) {
+    if (hook === undefined || typeof hook === 'function') continue
     throw new WasmError('ERR_WASM_INVALID_ARGUMENT', `options.${name} must be a function`)
   }
 }

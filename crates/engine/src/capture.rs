@@ -10,14 +10,15 @@ use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
 use wasmtime::{
-    AsContextMut, Extern, ExternRef, Func, Global, Instance, Memory, Ref, RootScope, Table, Val,
+    AsContextMut, Extern, ExternRef, Func, Global, Instance, Ref, RootScope, Table, Val,
 };
 
 use crate::error::{Error, ErrorCode, Result};
 use crate::instrument::StateMap;
-use crate::memory::{Image, MemoryRecord};
+use crate::memory::{AnyMemory, Image, MemoryRecord};
 use crate::module::Module;
 use crate::realm::RealmState;
+use crate::replica::all_memories;
 use crate::value::HostRef;
 
 /// The state of one instance at one moment.
@@ -134,7 +135,7 @@ struct Functions {
 #[derive(Debug)]
 pub(crate) struct Reach {
     instance: Instance,
-    memories: Vec<Memory>,
+    memories: Vec<AnyMemory>,
     globals: Vec<Global>,
     tables: Vec<ReachTable>,
     functions: OnceLock<Functions>,
@@ -182,10 +183,7 @@ impl Reach {
         if map.unsupported.is_some() {
             return Ok(reach);
         }
-        for name in &map.memories {
-            let memory = export(&mut store, &instance, name)?.into_memory();
-            reach.memories.push(memory.ok_or_else(|| lost(name))?);
-        }
+        reach.memories = all_memories(&mut store, &instance, map)?;
         for name in &map.globals {
             reach.globals.push(global(&mut store, &instance, name)?);
         }

@@ -18,6 +18,7 @@ use crate::manager::{Event, Job, Replaced};
 use crate::module::Module;
 use crate::replica::{Guest, RawValue, Replica};
 use crate::value::{HostRef, Signature, Value, ValueType};
+use crate::wait::Attendant;
 use crate::watch::Watch;
 
 /// A function that the guest imports.
@@ -154,6 +155,15 @@ pub trait Host: Send + Sync + 'static {
     /// inside a step at home. Views of their memories must be detached now; their handles stay.
     fn rewound(&self, replicas: &[Arc<Replica>]);
 
+    /// A realm is about to be captured, and nobody is inside: its threads have to end in good order. Called
+    /// on the home thread.
+    ///
+    /// # Errors
+    /// Whatever kept them; it is not captured then.
+    fn realm_capturing(&self, _replica: &Arc<Replica>) -> Result<()> {
+        Ok(())
+    }
+
     /// A realm was captured: what JavaScript makes from now on is newer than that snapshot. Called on the
     /// home thread.
     fn realm_captured(&self, _replica: &Arc<Replica>, _snapshot: u64) {}
@@ -189,6 +199,11 @@ pub trait Host: Send + Sync + 'static {
     /// Something happened; called on any thread, must not block.
     fn event(&self, event: Event);
 
+    /// What the home thread does while its guest waits for other threads of that guest.
+    fn attendant(&self) -> Option<Arc<dyn Attendant>> {
+        None
+    }
+
     /// Who tells guests that their thread must end, where that can happen.
     fn watch(&self) -> Option<Arc<Watch>> {
         None
@@ -196,9 +211,15 @@ pub trait Host: Send + Sync + 'static {
 }
 
 /// Restores the previous context however the host function ends.
-struct Active<'a> {
+pub(crate) struct Active<'a> {
     replica: &'a Replica,
     previous: *mut (),
+}
+
+impl<'a> Active<'a> {
+    pub(crate) fn replica(&self) -> &'a Replica {
+        self.replica
+    }
 }
 
 impl Drop for Active<'_> {
@@ -207,7 +228,7 @@ impl Drop for Active<'_> {
     }
 }
 
-fn enter<'a>(caller: &mut Caller<'_, Guest>) -> Active<'a> {
+pub(crate) fn enter<'a>(caller: &mut Caller<'_, Guest>) -> Active<'a> {
     let context = std::ptr::from_mut(caller).cast::<()>();
     // SAFETY: the replica owns the store in which this call runs, so it outlives the call, and
     // `Replica::create` stored its address before anything could call out.
@@ -285,7 +306,7 @@ pub(crate) fn host_function(
 /// What a failed host function ends its guest with.
 #[cold]
 #[inline(never)]
-fn unwind(caller: &mut Caller<'_, Guest>, error: Error) -> wasmtime::Error {
+pub(crate) fn unwind(caller: &mut Caller<'_, Guest>, error: Error) -> wasmtime::Error {
     // SAFETY: as in `enter`.
     let replica = unsafe { &*caller.data().replica() };
     replica.unwind(caller.as_context_mut(), error)

@@ -19,6 +19,7 @@ use crate::deadline::Deadline;
 use crate::error::{Error, ErrorCode};
 use crate::memory::PollPage;
 use crate::value::HostRef;
+use crate::wait::Waits;
 use crate::watch::Watch;
 
 /// Why a run was stopped.
@@ -30,6 +31,8 @@ pub enum Stop {
     Interrupted(String),
     /// A signal was aborted, with this reason.
     Aborted(HostRef),
+    /// Another thread of the guest has failed so.
+    Failed(Box<Error>),
 }
 
 impl Stop {
@@ -45,6 +48,7 @@ impl Stop {
                 format!("{what} was interrupted: {why}"),
             ),
             Self::Aborted(reason) => Error::Aborted(reason),
+            Self::Failed(error) => *error,
         }
     }
 }
@@ -129,6 +133,8 @@ pub struct Interrupter {
     /// One for each instance in the store that has polls: nearly always one.
     polls: Mutex<Vec<PollPage>>,
     epochs: Option<Arc<Epochs>>,
+    /// Where the guest's thread waits, if it does.
+    waits: Arc<Waits>,
     cancel: (Sender<()>, Receiver<()>),
 }
 
@@ -144,6 +150,7 @@ impl Interrupter {
                     is_repeating: AtomicBool::new(false),
                 })
             }),
+            waits: Arc::default(),
             cancel: bounded(1),
         }
     }
@@ -213,8 +220,36 @@ impl Interrupter {
         }
         // Failing to map a page back leaves an instance that stops at once: it is poisoned anyway.
         self.grant();
+        self.waits.resume();
         while self.cancel.1.try_recv().is_ok() {}
         Some(stop)
+    }
+
+    /// What was stopped for good may run once more: its memory is as it was at some better time. Nobody
+    /// is inside.
+    pub(crate) fn revive(&self) {
+        let mut state = self.lock();
+        if !state.is_for_good || state.is_released {
+            return;
+        }
+        state.is_for_good = false;
+        state.stop = None;
+        state.is_called = false;
+        if let Some(epochs) = &self.epochs {
+            epochs.is_struck.store(false, Ordering::SeqCst);
+        }
+        self.grant();
+        self.waits.resume();
+        while self.cancel.1.try_recv().is_ok() {}
+    }
+
+    pub(crate) fn waits(&self) -> &Arc<Waits> {
+        &self.waits
+    }
+
+    /// Its thread must end: it has asked, where it waits.
+    pub(crate) fn end_with_thread(&self) {
+        self.stop_for_good(Stop::Interrupted("its thread is ending".into()));
     }
 
     /// Stops `run` if it is still under way. The first stop wins. Any thread.
@@ -279,6 +314,7 @@ impl Interrupter {
         if let Some(epochs) = &self.epochs {
             epochs.strike();
         }
+        self.waits.stop();
         let _ = self.cancel.0.try_send(());
     }
 
@@ -314,7 +350,7 @@ impl Interrupter {
         if is_granted && !watch.ask() {
             return true;
         }
-        self.stop_for_good(Stop::Interrupted("its thread is ending".into()));
+        self.end_with_thread();
         false
     }
 

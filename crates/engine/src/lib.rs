@@ -37,9 +37,11 @@ mod snapshot;
 mod stack;
 mod stats;
 mod swap;
+mod threads;
 mod trace;
 mod trap;
 mod value;
+mod wait;
 mod watch;
 
 pub use call::{CallControl, CallLimits, Outcome, Settle, Work};
@@ -63,8 +65,10 @@ pub use snapshot::Snapshot;
 pub use stack::{has_stack, out_of_stack, stack_floor};
 pub use stats::{CallCounts, Histogram, Times};
 pub use swap::{ReloadOptions, ReloadReport, ReloadStep, Strategy};
+pub use threads::{GuestThread, ThreadCall};
 pub use value::{FuncHandle, HostRef, Signature, Value, ValueType};
+pub use wait::Attendant;
 pub use wasm_molt_lifecycle::{
-    Away, FailedPhase, Generation, Home, Inside, OnDrainTimeout, Step, WaitId,
+    Away, FailedPhase, Generation, Home, Inside, OnDrainTimeout, PoolCounts, PoolState, Step, WaitId,
 };
 pub use watch::Watch;

@@ -830,7 +830,7 @@ impl Shared {
         let serves = self
             .replica(slot)
             .is_some_and(|now| now.id() == replica.id());
-        if serves && replica.is_poisoned() {
+        if serves && replica.must_be_replaced() {
             ticket.retire();
             return Some(slot);
         }

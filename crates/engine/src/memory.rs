@@ -12,6 +12,7 @@
 //! - [`PollPage`]: the page that instrumented code touches at every safepoint; taking it away stops
 //!   the code.
 
+mod any;
 mod guest;
 mod home;
 mod host;
@@ -28,6 +29,7 @@ mod sys_unix;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use any::AnyMemory;
 pub(crate) use host::{
     MemoryOptions, MemoryPlan, configure, new_memory, with_plan, with_plan_and_poll,
 };

@@ -313,6 +313,9 @@ impl Shared {
             self.repair_home(&terms.scope)?;
             let capture = || {
                 let replica = self.replica(0).ok_or_else(|| self.closed())?;
+                if replica.awaits_rescue() {
+                    return Err(replica.broken());
+                }
                 if replica.is_poisoned() {
                     // Whoever was drained has left it so.
                     return Ok(None);
@@ -397,6 +400,9 @@ impl Shared {
         bounds: (usize, bool),
     ) -> Result<Arc<Snapshot>> {
         let id = Snapshot::next_id();
+        if self.options.is_realm {
+            self.host.realm_capturing(replica)?;
+        }
         // SAFETY: the gate is closed and drained, or the instance is not published yet: nobody is inside,
         // and nobody else may enter.
         let captured = unsafe { replica.capture(id, bounds) }?;

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use wasmparser::ExternalKind;
 use wasmtime::{
-    AsContext, AsContextMut, ExnRef, Extern, ExternType, Global, HeapType, Instance, Memory,
+    AsContext, AsContextMut, ExnRef, Extern, ExternType, Global, HeapType, Instance,
     Mutability, OwnedRooted, RefType, StoreContextMut, Table, Tag, Val, ValType,
 };
 
@@ -22,23 +22,31 @@ use crate::error::{Error, ErrorCode, Result};
 use crate::host::{HostFunction, host_function};
 use crate::instrument::Place;
 use crate::limits::Limits;
-use crate::memory::{ImageKind, MemoryPlan, MemoryRecord, with_plan_and_poll};
+use crate::memory::{AnyMemory, ImageKind, MemoryPlan, MemoryRecord, with_plan_and_poll};
 use crate::module::{Import, ImportKind, Module};
 use crate::replica::{Guest, Replica};
 use crate::value::{FuncHandle, HostRef, Value, ValueType};
+use crate::wait::provide;
 
 mod exceptions;
 mod globals;
 mod memories;
 mod state;
 mod tables;
+mod twins;
 
 pub(crate) use state::RealmState;
+pub(crate) use twins::{Sketch, Twin};
+
+/// Why there is no shared memory.
+const NO_THREADS: &str =
+    "shared memories are offered with engine: { threads: true }; set it, or use a build without threads";
 
 /// Thrown exceptions whose objects are kept: glue catches and throws again at once, if at all.
 const MOST_THROWN: usize = 16;
 
 /// What is given for one import of an instance in a realm.
+#[derive(Clone)]
 pub enum RealmImport {
     /// A function of the host.
     Function(Arc<dyn HostFunction>),
@@ -91,7 +99,7 @@ enum GrownBy {
 
 #[derive(Debug)]
 struct RealmMemory {
-    memory: Memory,
+    memory: AnyMemory,
     record: Arc<MemoryRecord>,
     maximum: Option<u64>,
     is_64: bool,
@@ -154,6 +162,8 @@ pub(crate) struct Realm {
     globals: Vec<RealmGlobal>,
     /// State that only instrumented code knows of.
     hidden: Vec<Global>,
+    /// Its instances over shared memories, which other threads may have too.
+    shareable: Vec<Made>,
     tags: Vec<Tag>,
     /// Function indices by address, for names.
     indices: HashMap<usize, u32>,
@@ -177,6 +187,7 @@ impl Realm {
             tables: Vec::new(),
             globals: Vec::new(),
             hidden: Vec::new(),
+            shareable: Vec::new(),
             tags: Vec::new(),
             indices: HashMap::new(),
             originals: HashMap::new(),
@@ -202,7 +213,7 @@ impl Realm {
 
     fn add_memory(
         &mut self,
-        memory: Memory,
+        memory: AnyMemory,
         record: Arc<MemoryRecord>,
         context: impl AsContext,
     ) -> u32 {
@@ -276,8 +287,17 @@ fn number_of(value: &Val) -> u64 {
     }
 }
 
+/// What an instance was made of, and what it has.
+#[derive(Debug, Clone)]
+struct Made {
+    module: Arc<Module>,
+    imports: Vec<RealmImport>,
+    exports: Vec<RealmExport>,
+    spaces: Spaces,
+}
+
 /// Numbers by index, for one new instance: imports first.
-#[derive(Default)]
+#[derive(Debug, Clone, Default)]
 struct Spaces {
     memories: Vec<u32>,
     tables: HashMap<u32, u32>,
@@ -356,14 +376,9 @@ impl Replica {
                 ),
             ));
         }
-        if module.has_shared_memory {
-            return Err(Error::new(
-                ErrorCode::Link,
-                format!(
-                    "{} has a shared memory, which glue is not offered yet; build it without threads",
-                    module.name()
-                ),
-            ));
+        if module.has_shared_memory && !self.module().engine.options.threads {
+            let why = format!("{} has a shared memory; {NO_THREADS}", module.name());
+            return Err(Error::new(ErrorCode::Link, why));
         }
         let mut realm = self.realm()?;
         let limits = realm.limits.clone();
@@ -381,6 +396,7 @@ impl Replica {
                 _ => None,
             })
             .collect();
+        let kept = module.has_shared_memory.then(|| imports.clone());
         let externs = resolve(context, &realm, module, imports, &mut spaces)?;
         // Its element segments are copied even where it cannot be made in the end.
         for id in spaces.tables.values() {
@@ -405,10 +421,14 @@ impl Replica {
         let state = &module.state;
         let own = state.memories.iter().skip(spaces.memories.len());
         for (name, record) in own.zip(created.guests) {
-            let memory = named(context, name)?.into_memory().ok_or_else(lost)?;
+            let memory = AnyMemory::of(named(context, name)?).ok_or_else(lost)?;
             let id = realm.add_memory(memory, record, &*context);
             spaces.memories.push(id);
         }
+        let memories = spaces.memories.iter();
+        let memories = memories.filter_map(|id| realm.memories.get(*id as usize));
+        let memories: Vec<_> = memories.map(|it| it.memory.clone()).collect();
+        provide(&mut *context, &instance, state, &memories)?;
         if let Some(first) = spaces.memories.first()
             && let Some(memory) = realm.memories.get(*first as usize)
         {
@@ -511,6 +531,14 @@ impl Replica {
                 Extern::Memory(_) | Extern::SharedMemory(_) => return Err(lost()),
             });
         }
+        if let Some(imports) = kept {
+            realm.shareable.push(Made {
+                module: Arc::clone(module),
+                imports,
+                exports: exports.clone(),
+                spaces,
+            });
+        }
         Ok((instance, exports))
     }
 
@@ -602,7 +630,7 @@ fn resolve(
             (ExternType::Memory(_), RealmImport::Item(id)) => {
                 let memory = realm.memories.get(id as usize).ok_or_else(wrong)?;
                 spaces.memories.push(id);
-                memory.memory.into()
+                memory.memory.clone().into()
             }
             (ExternType::Table(_), RealmImport::Item(id)) => {
                 let table = realm.tables.get(id as usize).ok_or_else(wrong)?;

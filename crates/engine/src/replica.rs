@@ -25,18 +25,22 @@ use crate::capture::{Captured, Reach, SavedTable};
 use crate::deadline::Deadline;
 use crate::engine::Engine;
 use crate::error::{Error, ErrorCode, Result};
+use crate::instrument::StateMap;
 use crate::host::{Host, ImportValue, host_function, number_from_raw, number_to_raw};
 use crate::interrupt::{Interrupter, Stop};
 use crate::limits::{Limiter, Limits};
 use crate::memory::{
-    Image, ImageKind, MemoryPlan, MemoryRecord, MemoryUsage, new_memory, with_plan,
+    AnyMemory, Image, ImageKind, MemoryPlan, MemoryRecord, MemoryUsage, new_memory, with_plan,
     with_plan_and_poll,
 };
 use crate::module::{Import, ImportKind, Module};
-use crate::realm::Realm;
+use crate::realm::{Realm, Twin};
 use crate::snapshot::{Origin, Snapshot};
+use crate::threads::Threads;
 use crate::trap::triage;
 use crate::value::{FuncHandle, Signature, Value, ValueType, default_val, null_ref};
+use crate::wait::{Attendant, provide};
+use crate::watch::Watch;
 
 /// Externrefs made between two collections of the guest's reference heap.
 const EXTERNREFS_PER_COLLECTION: u64 = 4096;
@@ -117,6 +121,14 @@ pub struct Replica {
     pristine: AtomicU64,
     /// What the host has made in the store, if it may.
     realm: Option<Mutex<Realm>>,
+    /// What the home thread does while it waits inside.
+    attendant: Option<Arc<dyn Attendant>>,
+    /// Who knows whether the thread must end, where only the thread itself can be asked.
+    watch: Option<Arc<Watch>>,
+    /// The native threads that run the same guest.
+    threads: Arc<Threads>,
+    /// What it is a twin of, if it belongs to such a thread.
+    twin: OnceLock<Twin>,
     /// Entered only by the thread that holds the replica. `None` once released.
     store: UnsafeCell<Option<Store<Guest>>>,
 }
@@ -158,10 +170,42 @@ impl Blueprint {
     pub(crate) fn instantiate(
         &self,
         host: &dyn Host,
-        (slot, generation): (usize, Generation),
+        place: (usize, Generation),
         from: Option<&Origin>,
         known: impl FnOnce(&Arc<Replica>),
     ) -> Result<Arc<Replica>> {
+        let watch = self.engine.options.interruptible.then(|| host.watch());
+        let attendant = self.is_realm.then(|| host.attendant());
+        let replica = self.make(place, watch.flatten(), attendant.flatten());
+        known(&replica);
+        let imports = host.imports(&replica, &self.module)?;
+        // SAFETY: nobody else can enter a replica that has no exports yet.
+        let outcome = unsafe { replica.bring_up(&imports, self, from.map(|from| &*from.captured)) };
+        if let Some(from) = from {
+            replica.begins_as(from.snapshot.id(), Arc::clone(&from.captured));
+        }
+        if outcome.is_err() {
+            // SAFETY: as above; the guest has been left.
+            unsafe { replica.release() };
+        }
+        outcome.map(|()| replica)
+    }
+
+    /// A realm without a host of its own, for one more thread of a guest.
+    pub(crate) fn make_twin(&self, place: (usize, Generation)) -> Result<Arc<Replica>> {
+        let replica = self.make(place, None, None);
+        // SAFETY: nobody else knows it.
+        unsafe { replica.bring_up(&[], self, None) }?;
+        Ok(replica)
+    }
+
+    /// A store, with nothing in it yet.
+    fn make(
+        &self,
+        (slot, generation): (usize, Generation),
+        watch: Option<Arc<Watch>>,
+        attendant: Option<Arc<dyn Attendant>>,
+    ) -> Arc<Replica> {
         static NEXT_ID: AtomicU64 = AtomicU64::new(1);
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         let options = &self.engine.options;
@@ -176,7 +220,6 @@ impl Blueprint {
         };
         let mut store = Store::new(&self.engine.wasmtime, guest);
         store.limiter(|guest| &mut guest.limiter);
-        let watch = options.interruptible.then(|| host.watch()).flatten();
         if epochs {
             // A deadline of 0 would trap at once; 1 is reached by the first strike.
             store.set_epoch_deadline(1);
@@ -191,14 +234,14 @@ impl Blueprint {
                 }
             });
         }
-        if let Some(watch) = watch {
+        if let Some(watch) = &watch {
             #[cfg(unix)]
             if !epochs {
-                look_up_at_polls(&mut store, &interrupter, &watch);
+                look_up_at_polls(&mut store, &interrupter, watch);
             }
             watch.add(&interrupter);
         }
-        let replica = Arc::new(Replica {
+        Arc::new(Replica {
             id,
             slot,
             generation: AtomicU64::new(generation.get()),
@@ -218,20 +261,12 @@ impl Blueprint {
             realm: self
                 .is_realm
                 .then(|| Realm::new(self.limits.clone(), self.images, self.prepares_snapshots)),
+            attendant,
+            watch,
+            threads: Arc::default(),
+            twin: OnceLock::new(),
             store: UnsafeCell::new(Some(store)),
-        });
-        known(&replica);
-        let imports = host.imports(&replica, &self.module)?;
-        // SAFETY: nobody else can enter a replica that has no exports yet.
-        let outcome = unsafe { replica.bring_up(&imports, self, from.map(|from| &*from.captured)) };
-        if let Some(from) = from {
-            replica.begins_as(from.snapshot.id(), Arc::clone(&from.captured));
-        }
-        if outcome.is_err() {
-            // SAFETY: as above; the guest has been left.
-            unsafe { replica.release() };
-        }
-        outcome.map(|()| replica)
+        })
     }
 }
 
@@ -264,6 +299,22 @@ impl Replica {
     /// Stops what runs inside.
     pub fn interrupter(&self) -> &Arc<Interrupter> {
         &self.interrupter
+    }
+
+    pub(crate) fn attendant(&self) -> Option<&Arc<dyn Attendant>> {
+        self.attendant.as_ref()
+    }
+
+    pub(crate) fn watch(&self) -> Option<&Arc<Watch>> {
+        self.watch.as_ref()
+    }
+
+    pub(crate) fn threads(&self) -> &Arc<Threads> {
+        &self.threads
+    }
+
+    pub(crate) fn twin(&self) -> &OnceLock<Twin> {
+        &self.twin
     }
 
     /// A call did not end normally; the guest's own state is unknown.
@@ -505,6 +556,8 @@ impl Replica {
         let instance = instance.map_err(|e| self.start_failed(store, e))?;
         memories.extend(created.guests);
         let reach = Reach::find(&mut *store, instance, &module.state)?;
+        let all = all_memories(&mut *store, &instance, &module.state)?;
+        provide(&mut *store, &instance, &module.state, &all)?;
         match captured {
             Some(captured) => reach.put_rest_back(&mut *store, module, captured, None)?,
             None => {
@@ -888,9 +941,11 @@ impl Replica {
         let what = format!("{}: {what}", self.module.name());
         let error = triage(error, &what, self.interrupter.pending(), self.fuel);
         // Glue goes on after a trap, as it does on other engines; what to do about it is up to who owns it.
-        let is_ours = || error.code() == Some(ErrorCode::Internal);
-        if error.poisons_instance() && (!self.is_realm() || is_ours()) {
+        // Not where other threads of the guest may be in the middle of what has broken off.
+        let goes_on = self.is_realm() && error.code() != Some(ErrorCode::Internal);
+        if error.poisons_instance() && !(goes_on && self.threads.is_empty()) {
             self.poison_with(&error);
+            self.threads.stop();
         }
         error
     }
@@ -1015,6 +1070,7 @@ impl Replica {
     pub(crate) unsafe fn reset(&self, to: &Origin, counted: bool) -> Result<usize> {
         let captured = &to.captured;
         let live = self.live()?;
+        self.end_threads()?;
         let mut known = self.known_tables();
         let had_externs = live.reach.has_tables();
         let write = |mut context: StoreContextMut<'_, Guest>| {
@@ -1047,6 +1103,7 @@ impl Replica {
             Ok(dirty_bytes) => {
                 *known = Some(captured.tables.clone());
                 *self.lock_last_trap() = None;
+                self.interrupter.revive();
                 self.is_poisoned.store(false, Ordering::Release);
                 self.begins_as(to.snapshot.id(), Arc::clone(captured));
                 Ok(dirty_bytes)
@@ -1057,6 +1114,22 @@ impl Replica {
                 Err(error)
             }
         }
+    }
+
+    /// Something has broken off in a realm that has threads: nothing may enter it before a reset or a
+    /// reload, and which of the two is up to who owns it.
+    pub fn awaits_rescue(&self) -> bool {
+        self.is_realm() && self.is_poisoned() && self.can_be_reset()
+    }
+
+    /// It does not serve on.
+    pub fn must_be_replaced(&self) -> bool {
+        self.is_poisoned() && !self.awaits_rescue()
+    }
+
+    /// The error of whoever would enter it all the same.
+    pub fn broken(&self) -> Error {
+        self.last_trap().unwrap_or_else(|| self.stale())
     }
 
     /// Whether a reset would do: after a fault of ours nobody knows what the instance is worth.
@@ -1127,6 +1200,8 @@ impl Replica {
     /// # Safety
     /// The calling thread holds the replica, and nobody will enter it any more.
     pub(crate) unsafe fn release(&self) {
+        // Those that do not end keep the memory, and nothing else.
+        let _ = self.end_threads();
         self.is_released.store(true, Ordering::Release);
         // SAFETY: contract of this function.
         let store = unsafe { &mut *self.store.get() }.take();
@@ -1136,6 +1211,20 @@ impl Replica {
         self.forget_realm();
         self.interrupter.released();
     }
+}
+
+/// The memories of an instance in the order of their indices, as the splice has named them.
+pub(crate) fn all_memories(
+    mut store: impl AsContextMut,
+    instance: &Instance,
+    map: &StateMap,
+) -> Result<Vec<AnyMemory>> {
+    let lost = |name: &str| Error::internal(format_args!("the memory {name:?} is lost"));
+    let find = |name: &String| {
+        let found = instance.get_export(&mut store, name);
+        found.and_then(AnyMemory::of).ok_or_else(|| lost(name))
+    };
+    map.memories.iter().map(find).collect()
 }
 
 fn call_hidden(

@@ -17,7 +17,7 @@ use crate::deadline::Deadline;
 use crate::interrupt::Interrupter;
 
 /// How long an ending thread may go on unnoticed.
-const ROUND: Duration = Duration::from_millis(50);
+pub(crate) const ROUND: Duration = Duration::from_millis(50);
 
 /// Watches over the guests that one home thread may enter.
 pub struct Watch {

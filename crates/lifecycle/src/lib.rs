@@ -26,6 +26,9 @@
 //!   roll back), open the gate. Rolling: instantiate, roll the gate.
 //! * [`pause`]: close the gate, drain, do something to the instances (snapshot, reset, fork), open the
 //!   gate.
+//! * [`ThreadPool`]: the threads that a guest has started itself, counted. They **begin** one by one,
+//!   have **started** when they run guest code, and **exit** or are **recycled** together, while no
+//!   **operation** is in flight.
 
 mod clock;
 mod gate;
@@ -40,6 +43,7 @@ mod sync;
 #[cfg(test)]
 #[cfg(not(loom))]
 mod testing;
+mod threads;
 mod ticket;
 
 pub use clock::{Clock, ManualClock, SystemClock};
@@ -51,4 +55,8 @@ pub use home::{Away, Home, Inside};
 pub use pause::{PauseFailure, PausePlan, PauseTimings, Paused};
 pub use phase::{FailedPhase, Phase};
 pub use swap::{Backend, Drained, Failure, OnDrainTimeout, Plan, Step, Timings};
+pub use threads::{
+    OperationTicket, PoolCounts, PoolRefused, PoolState, PoolTimeout, RecycleFailure, Starter,
+    ThreadPool, ThreadTicket,
+};
 pub use ticket::{Ticket, TicketId};

@@ -74,6 +74,12 @@ pub(super) enum What {
         segment: u32,
     },
     ElemDrop,
+    /// `memory.atomic.wait32`, or `wait64`.
+    Wait {
+        memory: u32,
+        offset: u64,
+        is_64: bool,
+    },
     /// `extern.convert_any`.
     ConvertAny,
     /// `ref.func` of the start function.
@@ -475,6 +481,16 @@ fn rare(operator: &Operator<'_>, declared: &Declared) -> Option<What> {
         } => What::InitData {
             ty: array_type_index,
             segment: array_data_index,
+        },
+        Operator::MemoryAtomicWait32 { memarg } => What::Wait {
+            memory: memarg.memory,
+            offset: memarg.offset,
+            is_64: false,
+        },
+        Operator::MemoryAtomicWait64 { memarg } => What::Wait {
+            memory: memarg.memory,
+            offset: memarg.offset,
+            is_64: true,
         },
         Operator::ElemDrop { .. } => What::ElemDrop,
         Operator::ExternConvertAny => What::ConvertAny,

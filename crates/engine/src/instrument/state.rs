@@ -11,6 +11,9 @@
 //!   kept in a global, and whoever touches such a table is held to it.
 //! - Beside whatever changes a table a global is set, so that a clean table need not be looked at.
 //!
+//! And what waits has to be stopped: an atomic wait on a shared memory becomes a call of a function that
+//! the host puts into a global, because nothing can end the engine's own.
+//!
 //! What is put in has to behave as what was there, traps included. Everything is appended: no index
 //! moves.
 //!
@@ -55,7 +58,10 @@ pub(crate) struct StateMap {
     pub(crate) start: Option<String>,
     /// Copies the data segments; to be called before the start function, and not in a fork.
     pub(crate) init: Option<String>,
-    /// What in the module cannot be captured, as in "it has a shared memory". Then `tables` and
+    /// Globals for the host's functions that wait, `(address, expected, timeout, memory) -> i32`: one
+    /// where what is expected is an i32, and one where it is an i64. An address is an i64 always.
+    pub(crate) waits: [Option<String>; 2],
+    /// What in the module cannot be captured, as in "it drops element segments". Then `tables` and
     /// `functions` are empty, and dropped segments are no globals.
     pub(crate) unsupported: Option<String>,
 }
@@ -157,6 +163,10 @@ enum Helper {
         segment: u32,
         memory: u32,
     },
+    Wait {
+        memory: u32,
+        is_64: bool,
+    },
 }
 
 /// The globals of a table.
@@ -173,6 +183,8 @@ struct Planner<'s, 'a> {
     /// The globals that say whether a data segment was dropped.
     dropped: BTreeMap<u32, u32>,
     helpers: BTreeMap<Helper, u32>,
+    /// For a wait of 32 bits and of 64: the type of the host's function, and the global that holds it.
+    waits: [Option<(u32, u32)>; 2],
 }
 
 /// Decides what to put into a module.
@@ -183,6 +195,7 @@ pub(super) fn plan(seen: &Seen<'_>) -> Result<Plan> {
         tables: vec![Watched::default(); seen.tables.len()],
         dropped: BTreeMap::new(),
         helpers: BTreeMap::new(),
+        waits: [None; 2],
     };
     planner.plan.map.prefix = format!("\0molt{}:", free_number(&seen.taken_numbers));
     planner.name_state();
@@ -439,6 +452,16 @@ impl Planner<'_, '_> {
                 };
                 return Some((true, false));
             }
+            What::Wait {
+                memory,
+                offset,
+                is_64,
+            } => {
+                // On any other memory it traps at once.
+                self.seen.memories.get(memory as usize).filter(|m| m.shared)?;
+                InstructionSink::new(code).i64_const(offset.cast_signed());
+                calls(self.helper(Helper::Wait { memory, is_64 }), code);
+            }
             What::ElemDrop | What::ConvertAny | What::RefStart => return None,
         }
         Some((true, true))
@@ -518,6 +541,7 @@ impl Planner<'_, '_> {
         }
         let function = match helper {
             Helper::MemoryInit { segment, memory } => self.memory_init(segment, memory),
+            Helper::Wait { memory, is_64 } => self.wait(memory, is_64),
             _ => self.table_helper(helper),
         };
         self.helpers.insert(helper, function);
@@ -626,7 +650,59 @@ impl Planner<'_, '_> {
                 self.function(&params, 2, Some(table.number()), body)
             }
             Helper::MemoryInit { segment, memory } => self.memory_init(segment, memory),
+            Helper::Wait { memory, is_64 } => self.wait(memory, is_64),
         }
+    }
+
+    /// `(address, expected, timeout, offset) -> i32`
+    fn wait(&mut self, memory: u32, is_64: bool) -> u32 {
+        let (ty, global) = self.waiter(is_64);
+        let is_wide = (self.seen.memories.get(memory as usize)).is_some_and(|m| m.memory64);
+        let mut body = vec![0];
+        let mut sink = InstructionSink::new(&mut body);
+        sink.local_get(0);
+        if is_wide {
+            // One that leaves the address space is beyond all addresses, and not a small one again.
+            sink.local_get(3)
+                .i64_add()
+                .i64_const(-1)
+                .local_get(0)
+                .local_get(3)
+                .i64_add()
+                .local_get(3)
+                .i64_ge_u()
+                .select();
+        } else {
+            sink.i64_extend_i32_u().local_get(3).i64_add();
+        }
+        sink.local_get(1)
+            .local_get(2)
+            .i32_const(memory.cast_signed())
+            .global_get(global)
+            .call_ref(ty)
+            .end();
+        let params = [number(is_wide), number(is_64), I64, I64];
+        self.function(&params, 4, Some(I32), body)
+    }
+
+    /// The type of the host's function that waits, and the global that holds it.
+    fn waiter(&mut self, is_64: bool) -> (u32, u32) {
+        if let Some(known) = self.waits[usize::from(is_64)] {
+            return known;
+        }
+        let item = [0x60, 4, I64, number(is_64), I64, I32, 1, I32];
+        let ty = self.seen.types.len() as u32 + self.plan.types.push(&item);
+        let mut global = vec![0x63];
+        i64::from(ty).encode(&mut global);
+        global.extend([0x01, 0xd0]);
+        i64::from(ty).encode(&mut global);
+        global.push(0x0b);
+        let global = self.seen.globals.len() as u32 + self.plan.globals.push(&global);
+        let name = if is_64 { "w64" } else { "w32" };
+        let name = self.export(name, wasm_encoder::ExportKind::Global, global);
+        self.plan.map.waits[usize::from(is_64)] = Some(name);
+        self.waits[usize::from(is_64)] = Some((ty, global));
+        (ty, global)
     }
 }
 
@@ -875,9 +951,6 @@ fn uncapturable(seen: &Seen<'_>, ty: RefType, changes: bool, place: &str) -> Opt
 
 /// What cannot be captured.
 fn unsupported(seen: &Seen<'_>) -> Option<String> {
-    if seen.memories.iter().any(|memory| memory.shared) {
-        return Some("it has a shared memory".into());
-    }
     let globals = seen.globals.iter().enumerate().find_map(|(index, ty)| {
         let ValType::Ref(reference) = ty.content_type else {
             return None;

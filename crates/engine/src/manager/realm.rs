@@ -11,6 +11,8 @@ use crate::engine::Engine;
 use crate::error::Result;
 use crate::module::{Company, Module};
 use crate::options::Source;
+use crate::replica::Replica;
+use crate::threads::{GuestThread, ThreadCall};
 
 /// Modules that a manager keeps. Glue may make helper modules without end (Emscripten does, one for each
 /// function that it adds); the oldest go.
@@ -92,15 +94,36 @@ impl Manager {
         pool.spawn(move || done(guarded(|| shared.compile(bytes))));
     }
 
+    /// Starts a native thread of a realm's guest.
+    ///
+    /// * `done`: hears on that thread how it has ended.
+    ///
+    /// # Safety
+    /// The calling thread holds the replica.
+    ///
+    /// # Errors
+    /// [`crate::ErrorCode::InvalidArgument`] and [`crate::ErrorCode::Link`] for what cannot run on another
+    /// thread, [`crate::ErrorCode::Busy`] while its threads are being ended. Nothing has begun then.
+    pub unsafe fn spawn(
+        &self,
+        replica: &Arc<Replica>,
+        calls: Vec<ThreadCall>,
+        done: Done<()>,
+    ) -> Result<GuestThread> {
+        let blueprint = self.shared.blueprint_of(Arc::clone(replica.module()));
+        // SAFETY: contract of this function.
+        unsafe { replica.spawn(&blueprint, calls, done) }
+    }
+
     /// Whether these bytes are a module that the realm's engine would compile.
     ///
     /// # Errors
     /// [`crate::ErrorCode::InvalidArgument`] if there is no such engine.
     pub fn validates(&self, bytes: &[u8]) -> Result<bool> {
         let engine = self.shared.engine()?;
-        // Who asks means to use it: a module with a shared memory could be compiled, and no more.
+        // Who asks means to use it.
         Ok(
-            !has_shared_memory(bytes)
+            (self.shared.options.engine.threads || !has_shared_memory(bytes))
                 && wasmtime::Module::validate(&engine.wasmtime, bytes).is_ok(),
         )
     }

@@ -50,7 +50,7 @@ impl Shared {
     /// Instances that hooks, or a reset that failed, have left poisoned do not serve. Nobody is inside them.
     pub(crate) fn retire_poisoned(self: &Arc<Self>, replicas: &[Arc<Replica>]) {
         let retired = self.gate.retired_slots();
-        let is_lost = |r: &&Arc<Replica>| r.is_poisoned() && !retired.contains(&r.slot());
+        let is_lost = |r: &&Arc<Replica>| r.must_be_replaced() && !retired.contains(&r.slot());
         for replica in replicas.iter().filter(is_lost) {
             self.gate.retire(replica.slot());
             self.request_repair(replica.slot());

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use wasmtime::{MemoryTypeBuilder, StoreContextMut};
 
-use super::{GrownBy, unknown};
-use crate::error::{Error, Result};
-use crate::memory::{MemoryRecord, new_memory, with_plan};
+use super::{GrownBy, NO_THREADS, unknown};
+use crate::error::{Error, ErrorCode, Result};
+use crate::memory::{AnyMemory, MemoryRecord, new_memory, with_plan};
 use crate::module::ExportType;
 use crate::replica::{Guest, Replica};
 
@@ -22,9 +22,12 @@ impl Replica {
         &self,
         initial: u64,
         maximum: Option<u64>,
-        is_64: bool,
+        (is_shared, is_64): (bool, bool),
     ) -> Result<u32> {
         let make = |context: &mut StoreContextMut<'_, Guest>| {
+            if is_shared && !self.module().engine.options.threads {
+                return Err(Error::new(ErrorCode::Link, NO_THREADS));
+            }
             let mut realm = self.realm()?;
             let limits = realm.limits.clone();
             limits.check_memory("a memory", initial.saturating_mul(1 << 16))?;
@@ -35,12 +38,13 @@ impl Replica {
             };
             let ty = MemoryTypeBuilder::default()
                 .memory64(is_64)
+                .shared(is_shared)
                 .min(initial)
                 .max(maximum)
                 .build()
                 .map_err(refused)?;
             let made = with_plan(realm.plan(1, false), || new_memory(&mut *context, &ty));
-            let memory = made.0.map_err(refused)?.into_memory();
+            let memory = AnyMemory::of(made.0.map_err(refused)?);
             let record = made.1.guests.into_iter().next();
             let (Some(memory), Some(record)) = (memory, record) else {
                 return Err(Error::internal("a memory that was not made"));
@@ -101,8 +105,16 @@ impl Replica {
         Ok(ExportType::Memory {
             minimum: memory.record.byte_len() as u64 >> 16,
             maximum: memory.maximum,
-            shared: false,
+            shared: memory.memory.shared().is_some(),
             is_64: memory.is_64,
+        })
+    }
+
+    /// Whether other threads may have that memory. Any thread.
+    pub fn realm_memory_is_shared(&self, id: u32) -> bool {
+        self.realm().is_ok_and(|realm| {
+            let memory = realm.memories.get(id as usize);
+            memory.is_some_and(|it| it.memory.shared().is_some())
         })
     }
 

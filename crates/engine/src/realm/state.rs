@@ -63,6 +63,11 @@ impl Replica {
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         let name = self.module().name();
+        let threads = self.guest_threads().threads;
+        if threads > 0 {
+            let why = format!("{threads} of its threads run, whose stacks belong to no snapshot");
+            return Err(unsupported(name, &why));
+        }
         if let Some(why) = &realm.unsupported {
             return Err(unsupported(name, why));
         }
