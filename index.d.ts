@@ -547,8 +547,11 @@ export interface EngineOptions {
   /** Default true; needs `simd`. */
   relaxedSimd?: boolean
   /**
-   * Atomics and shared memories in guests. Does not start threads.
-   * Default false in this version: a guest inside `memory.atomic.wait` hears no timeout, signal or `destroy()` yet.
+   * Atomics and shared memories in guests. Default false, so that glue which asks what there is takes its build without threads.
+   *
+   * A guest inside `memory.atomic.wait` is stopped by timeouts, signals and `destroy()` like any other.
+   * Threads are started by glue of wasm-bindgen-rayon, in place of its workers, or with {@link GlueManager.spawn}.
+   * Cost: a wait takes a detour through the host; `npm run bench -- threads` prints it. Everything else is as without.
    */
   threads?: boolean
   /**
@@ -906,6 +909,19 @@ export interface GlueOptions extends Pick<ManagerOptions, 'limits' | 'maxQueue' 
   // biome-ignore lint/suspicious/noExplicitAny: see loadGlue
   restoreState?: (module: any, state: any) => unknown
   /**
+   * How the guest's pool of threads exits and starts, for guests that keep one (see {@link GlueManager.spawn}).
+   *
+   * With it, a snapshot has the pool exit before and start again after; a reset, which ends threads by force, and a reload start
+   * it again where there was one; and {@link GlueManager.recycleThreads} replaces it. Without it, a snapshot while threads run is
+   * refused (ERR_WASM_SNAPSHOT_UNSUPPORTED), and nothing starts threads again.
+   * Both get the module of the generation, not the stable face.
+   * * `exit`: synchronous; asks the guest to end its threads in good order, as `exitThreadPool()` of a guest does. They are then
+   *   waited for, for 5 seconds at most (ERR_WASM_BUSY; the snapshot or recycling is not done then).
+   * * `start`: starts as many as there are to be. May return a promise, which only `recycleThreads` and a reload wait for.
+   */
+  // biome-ignore lint/suspicious/noExplicitAny: see loadGlue
+  threadPool?: { exit: (module: any) => unknown; start: (module: any) => unknown }
+  /**
    * Names of further packages to evaluate with the glue, afresh for each generation and with the same shadows. Default: none.
    *
    * For packages that instantiate, or that keep objects of the glue in variables of their own.
@@ -917,6 +933,22 @@ export interface GlueOptions extends Pick<ManagerOptions, 'limits' | 'maxQueue' 
    * loadGlue. In a package of your own pass `import.meta.url` or `__filename`.
    */
   parentURL?: string | URL
+}
+
+/** A native thread of a guest. See {@link GlueManager.spawn}. */
+export interface GuestThread {
+  /** The generation that it belongs to, and ends with. */
+  readonly generation: number
+  /**
+   * When the thread has ended: after its last function, or because it was ended. Rejects with what ended it otherwise; nothing
+   * is unhandled if nobody asks. Whoever has asked keeps the process alive; the thread alone does not.
+   */
+  readonly finished: Promise<void>
+  /**
+   * Ends it, whatever it is doing, and resolves when it has. Its stack and thread-local storage in the guest's memory are lost,
+   * and so is what it holds locked: as with `Worker.terminate()`, the guest has to cope with that.
+   */
+  terminate(): Promise<void>
 }
 
 /**
@@ -989,6 +1021,54 @@ export interface GlueManager<T = any> extends EventEmitter, AsyncDisposable {
    * - ERR_WASM_INVALID_ARGUMENT: `fn` is no function, or an option is not known.
    */
   use<R>(fn: (module: T) => R | Promise<R>, options?: LeaseOptions): Promise<R>
+
+  /**
+   * Starts a native thread of the guest: an instance of its own of the same module, over the same shared memories, that calls
+   * these functions one after the other and ends. Needs `engine.threads`.
+   *
+   * What the thread imports are the functions that the home instance was given. They run on this thread, from the event loop, and
+   * also while it waits inside the guest (`memory.atomic.wait`); what they call, and the tables and globals that they use, is
+   * then the thread's own. The start function of the module runs on the thread first. Tables and globals that the module imports
+   * are made anew for each thread, globals with their values of now.
+   * * `calls`: functions that one instance exports, taken from `module` or inside a hook, each with its arguments; missing ones are
+   *   undefined.
+   *
+   * Errors, thrown; nothing was started: ERR_WASM_INVALID_ARGUMENT (no such list, or a function that no instance over a shared
+   * memory exports), ERR_WASM_LINK (the instance imports a memory that is not shared, or a function of another instance),
+   * ERR_WASM_BUSY (its threads are being ended), ERR_WASM_INTERNAL (the system refuses a thread).
+   *
+   * If a thread traps, or an import that it called throws, the others may wait for it for ever, so the realm is poisoned: what runs
+   * in it stops with that error, every call throws it, and `reset()` or `reload()` brings everything back. So it is with a call on
+   * this thread that traps, or is stopped, while there are threads.
+   *
+   * Cost: 0.1 to 0.5 ms, and `limits.stackBytes` of native stack plus 1 MiB, of which what is touched is taken.
+   */
+  // biome-ignore lint/suspicious/noExplicitAny: exported functions take numbers, bigints and references
+  spawn(calls: [fn: (...args: any[]) => unknown, ...args: WasmValue[]][]): GuestThread
+
+  /** The threads of the guest, as they are now. */
+  readonly guestThreads: {
+    /**
+     * 'none'; 'initializing' until all have begun to run; 'running'; 'recycling' during {@link GlueManager.recycleThreads};
+     * 'exiting' while they are being ended. While it is one of the last two, `spawn` throws ERR_WASM_BUSY.
+     */
+    state: 'none' | 'initializing' | 'running' | 'recycling' | 'exiting'
+    total: number
+  }
+
+  /**
+   * Replaces the pool of threads and nothing else: memory and objects stay. Waits until no scope of `use` runs, has
+   * {@link GlueOptions.threadPool} exit, joins the threads, and has it start again. Without threads it does nothing.
+   *
+   * Errors (the generation serves on): ERR_WASM_INVALID_ARGUMENT without `options.threadPool`, ERR_WASM_BUSY if the threads do not
+   * end, `signal.reason`, ERR_WASM_CLOSED, and what the hooks throw.
+   */
+  recycleThreads(options?: LeaseOptions): Promise<{
+    threadsBefore: number
+    threadsAfter: number
+    /** Milliseconds, without the wait for scopes. */
+    durationMs: number
+  }>
 
   /**
    * Evaluates the glue afresh, and lets the generation before go with all that it made.

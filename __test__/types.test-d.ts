@@ -407,6 +407,7 @@ expectTypeOf<keyof GlueOptions>().toEqualTypeOf<
   | 'cache'
   | 'engine'
   | 'snapshots'
+  | 'threadPool'
   | 'initialize'
   | 'saveState'
   | 'restoreState'

@@ -31,12 +31,15 @@ const mayBeUnsafe = [
     'realm/globals',
     'realm/memories',
     'realm/tables',
+    'realm/twins',
     'host',
     'call',
     'invoke',
     'swap',
     'pause',
     'isolation',
+    'threads',
+    'manager/realm',
     'manager/repair',
     'manager/start',
   ].map((name) => `crates/engine/src/${name}.rs`),
@@ -55,6 +58,7 @@ const mayBeUnsafe = [
     'options',
     'realm',
     'side',
+    'threads',
     'lib',
     'wake',
   ].map((name) => `src/${name}.rs`),
@@ -119,6 +123,7 @@ const mayLoad = {
   'lib/glue/face.js': [],
   'lib/glue/finalizers.js': [],
   'lib/glue/timers.js': [],
+  'lib/glue/threads.js': ['../../binding.js', '../errors.js', '../options.js'],
   'lib/glue/manager.js': [
     ...[
       '../../binding.js',
@@ -129,7 +134,7 @@ const mayLoad = {
       '../options.js',
       '../scopes.js',
     ],
-    ...['../webassembly.js', './face.js', './finalizers.js', './load.js', './timers.js'],
+    ...['../webassembly.js', './face.js', './finalizers.js', './load.js', './threads.js', './timers.js'],
   ],
 }
 const inLib = [

@@ -490,9 +490,7 @@ impl Record {
                         return self.call_at_home(inside, raw);
                     }
                 }
-                Target::Realm(side)
-                    if manager.is_current(side) && !side.replica.is_poisoned() =>
-                {
+                Target::Realm(side) if manager.is_current(side) && !side.replica.is_poisoned() => {
                     if let Some(inside) = manager.home.enter() {
                         return self.call_in_realm(inside, side, raw);
                     }

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crossbeam_channel::{RecvError, Sender, bounded, never, select};
 use wasm_molt_engine::{
-    Attendant, Error, ErrorCode, Event, HomeStep, Host, HostRef, ImportValue, Lease, Module, Replaced,
-    Replica, Result, Watch,
+    Attendant, Error, ErrorCode, Event, HomeStep, Host, HostRef, ImportValue, Lease, Module,
+    Replaced, Replica, Result, Watch,
 };
 
 use crate::env::EnvState;

@@ -46,7 +46,11 @@ pub fn init(exports: Object, env: Env) -> Result<()> {
     // SAFETY: the environment of this very callback.
     let js = unsafe { js::Js::new(env.raw()) };
     let object = exports.raw();
-    for (name, body) in binding::FUNCTIONS.iter().chain(namespace::FUNCTIONS).chain(threads::FUNCTIONS) {
+    for (name, body) in binding::FUNCTIONS
+        .iter()
+        .chain(namespace::FUNCTIONS)
+        .chain(threads::FUNCTIONS)
+    {
         let made = js
             .native(name, *body)
             .and_then(|function| js.define(object, name, function));

@@ -114,9 +114,7 @@ impl View {
 
     /// Whether the memory has become larger since, in the same place.
     pub(crate) fn is_outgrown(&self, memory: &MemoryRecord) -> bool {
-        self.is_live()
-            && memory.byte_len() > self.len.get()
-            && memory.base() == self.base.get()
+        self.is_live() && memory.byte_len() > self.len.get() && memory.base() == self.base.get()
     }
 
     /// Goes on showing what it shows, beside a larger one, for as long as JavaScript holds the buffer. For

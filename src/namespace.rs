@@ -472,6 +472,7 @@ fn table_get(js: Js, args: &[Val]) -> JsResult<Val> {
     let (id, index) = (realm.id(args, 1), realm.count(args, 2));
     // SAFETY: `enter` has got the right to be inside.
     let got = realm.enter_there(move |it| {
+        // SAFETY: whoever runs this is inside that store.
         let got = unsafe { it.realm_table_get(it.own_table(id)?, index) }?;
         Ok(got.map(|value| it.home_value(value)))
     })?;
@@ -554,6 +555,7 @@ fn global_get(js: Js, args: &[Val]) -> JsResult<Val> {
     let id = realm.id(args, 1);
     // SAFETY: `run` has got the right to be inside.
     let get = move |it: &Replica| {
+        // SAFETY: whoever runs this is inside that store.
         let got = unsafe { it.realm_global_get(it.own_global(id)?) }?;
         Ok(got.map(|value| it.home_value(value)))
     };

@@ -38,14 +38,14 @@ struct ThreadSide {
 /// Who is told of the end.
 struct Listener {
     env: Rc<EnvState>,
-    /// `(error?) => void`
+    /// `(error, isByItself) => void`
     ended: RefCell<sys::napi_ref>,
     is_held: Rc<Cell<bool>>,
     is_over: Rc<Cell<bool>>,
 }
 
 impl Listener {
-    fn tell(&self, outcome: Result<()>) {
+    fn tell(&self, outcome: Result<bool>) {
         let js = self.env.js();
         self.is_over.set(true);
         if self.is_held.replace(false) {
@@ -54,11 +54,16 @@ impl Listener {
         let Some(ended) = js.dereference(*self.ended.borrow()) else {
             return;
         };
-        let error = match outcome {
-            Ok(()) => Ok(js.undefined()),
-            Err(error) => self.env.error_value(&error, &Place::default()),
+        let told = match outcome {
+            Ok(by_itself) => js
+                .boolean(by_itself)
+                .map(|by_itself| [js.undefined(), by_itself]),
+            Err(error) => self
+                .env
+                .error_value(&error, &Place::default())
+                .map(|it| [it, js.undefined()]),
         };
-        let told = error.and_then(|error| js.call(ended, &[error]));
+        let told = told.and_then(|told| js.call(ended, &told));
         if told.is_err() && js.is_exception_pending() {
             js.report_uncaught();
         }
@@ -77,7 +82,9 @@ fn spawn(js: Js, args: &[Val]) -> JsResult<Val> {
     let first = js.element(js.element(given, 0)?, 0)?;
     let Some(realm) = &realm_of(js, first) else {
         let env = EnvState::of(js)?;
-        let error = Error::invalid("a thread calls functions that modules of glue export, and nothing else");
+        let error = Error::invalid(
+            "a thread calls functions that modules of glue export, and nothing else",
+        );
         return Err(env.throw(&error, &Place::default()));
     };
     let mut calls = Vec::new();
@@ -92,7 +99,7 @@ fn spawn(js: Js, args: &[Val]) -> JsResult<Val> {
         is_over: Rc::clone(&is_over),
     };
     let listener = JsOnly::new(&realm.env.inbox, listener);
-    let done = Box::new(move |outcome: Result<()>| {
+    let done = Box::new(move |outcome: Result<bool>| {
         let inbox = Arc::clone(listener.inbox());
         // Without an environment nobody waits.
         let _ = inbox.post(Box::new(move |_| {
@@ -125,7 +132,8 @@ fn call(js: Js, realm: &Handle, given: Val) -> JsResult<ThreadCall> {
     let signature = signature_of(js, function);
     let (Some(Value::Func(Some(func))), Some(signature)) = (function_of(js, function), signature)
     else {
-        let error = Error::invalid("a thread calls functions that a module exports, and nothing else");
+        let error =
+            Error::invalid("a thread calls functions that a module exports, and nothing else");
         return Err(realm.throw(&error));
     };
     if func.replica_id() != realm.side.replica.id() {

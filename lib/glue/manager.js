@@ -41,7 +41,7 @@ class GlueGeneration {
   #marks = new Map()
   #begun = new Set()
   #gone = deferred()
-  #hadThreads = false
+  #isPoolOut = false
   poolStart
 
   constructor(lease, name, { threadPool, engine }) {
@@ -61,19 +61,17 @@ class GlueGeneration {
       exitThreads: () => {
         if (threadPool === undefined) return false
         threadPool.exit(this.module)
-        this.#hadThreads = true
+        this.#isPoolOut = true
         return true
       },
       captured: (snapshot) => {
         this.#marks.set(snapshot, this.#finalizers.mark())
         if (this.#marks.size > MOST_MARKS) this.#marks.delete(this.#marks.keys().next().value)
-        this.#startThreads(threadPool)
+        if (this.#isPoolOut) this.#startThreads(threadPool)
       },
       rewound: (snapshot) => {
         this.#finalizers.rewind(this.#marks.get(snapshot) ?? 0)
-        // They have been ended, and nobody has heard of it yet.
-        this.#hadThreads = this.threads.size > 0
-        this.#startThreads(threadPool)
+        if (this.threads.isWanted && threadPool !== undefined) this.#startThreads(threadPool)
       },
       // Finalizers that are late do nothing, and neither do timers.
       expired: () => {
@@ -101,8 +99,7 @@ class GlueGeneration {
 
   /** The pool that was there before the realm was captured or reset is there again afterwards. */
   #startThreads(threadPool) {
-    if (!this.#hadThreads || threadPool === undefined) return
-    this.#hadThreads = false
+    this.#isPoolOut = false
     this.threads.forget()
     // What fails is found out by whoever needs the pool; here it would go to nobody.
     this.poolStart = (async () => threadPool.start(this.module))()
@@ -153,8 +150,8 @@ class GlueManager extends Managed {
     const { initialize, saveState, restoreState, expose, threadPool } = options
     const hooks = {
       initialize: (lease) => {
+        const wantsPool = threadPool !== undefined && generations.current?.threads.isWanted === true
         const made = new GlueGeneration(lease, name, options)
-        const hadThreads = threadPool !== undefined && (generations.current?.threads.size ?? 0) > 0
         generations.next = made
         const { shadows } = made
         giveNamespace(shadows.WebAssembly)
@@ -163,7 +160,7 @@ class GlueManager extends Managed {
           then(expose === undefined ? glue : expose(glue, shadows), (module) => {
             made.module = module
             return then(initialize?.(module), () =>
-              then(hadThreads && made.threads.size === 0 ? threadPool.start(module) : undefined, () =>
+              then(wantsPool && made.threads.size === 0 ? threadPool.start(module) : undefined, () =>
                 generations.isSync ? undefined : made.settle(),
               ),
             )
@@ -220,7 +217,8 @@ class GlueManager extends Managed {
   }
 
   spawn(calls) {
-    if (!Array.isArray(calls) || !calls.every((call) => Array.isArray(call) && typeof call[0] === 'function')) {
+    const isCall = (call) => Array.isArray(call) && typeof call[0] === 'function'
+    if (!Array.isArray(calls) || calls.length === 0 || !calls.every(isCall)) {
       throw new WasmError(
         'ERR_WASM_INVALID_ARGUMENT',
         'spawn() takes a list of [function, ...arguments], which are called one after the other',

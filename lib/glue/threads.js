@@ -28,8 +28,8 @@ class GuestThread {
   }
 
   #start(calls, ended) {
-    const settle = (error) => {
-      ended(this)
+    const settle = (error, isByItself) => {
+      ended(this, isByItself)
       if (error === undefined) this.#end.resolve()
       else this.#end.reject(error)
     }
@@ -56,6 +56,8 @@ const zeros = (fn) => Array.from({ length: fn.length }, () => 0)
 /** The threads of one generation. */
 class ThreadGroup {
   #running = new Set()
+  /** There is to be a pool: threads were started, and did not all end by themselves. */
+  isWanted = false
   /** The exports of the youngest instance that can be a worker of wasm-bindgen-rayon. */
   #rayon
 
@@ -68,8 +70,11 @@ class ThreadGroup {
   }
 
   spawn(calls) {
-    const thread = construct(calls, (it) => this.#running.delete(it))
+    const thread = construct(calls, (it, isByItself) => {
+      if (this.#running.delete(it) && this.#running.size === 0 && isByItself) this.isWanted = false
+    })
     this.#running.add(thread)
+    this.isWanted = true
     return thread
   }
 

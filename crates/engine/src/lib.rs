@@ -69,6 +69,7 @@ pub use threads::{GuestThread, ThreadCall};
 pub use value::{FuncHandle, HostRef, Signature, Value, ValueType};
 pub use wait::Attendant;
 pub use wasm_molt_lifecycle::{
-    Away, FailedPhase, Generation, Home, Inside, OnDrainTimeout, PoolCounts, PoolState, Step, WaitId,
+    Away, FailedPhase, Generation, Home, Inside, OnDrainTimeout, PoolCounts, PoolState, Step,
+    WaitId,
 };
 pub use watch::Watch;

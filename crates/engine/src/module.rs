@@ -20,6 +20,7 @@ const INLINING_FROM_BYTES: usize = 64 << 10;
 
 /// Compiled code and what is known about it. Immutable, shared by every instance.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub struct Module {
     name: String,
     /// The engine that compiled it.
@@ -39,6 +40,8 @@ pub struct Module {
     /// It names exception tags: host exceptions must be such that it can catch them.
     pub(crate) has_tags: bool,
     pub(crate) has_shared_memory: bool,
+    /// One of them is its own, not imported.
+    pub(crate) defines_shared_memory: bool,
     customs: Vec<(Box<str>, Box<[u8]>)>,
     /// What it was compiled from, where it may be wanted for another engine.
     pub(crate) bytes: Option<Arc<[u8]>>,
@@ -351,6 +354,7 @@ impl Module {
             exports,
             has_tags: spliced.has_tags,
             has_shared_memory: spliced.memories.iter().any(|memory| memory.shared),
+            defines_shared_memory: spliced.memories.iter().any(|it| it.shared && !it.imported),
             customs: match company {
                 // Nobody can ask for them.
                 Company::Alone => Vec::new(),

@@ -13,8 +13,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use wasmparser::ExternalKind;
 use wasmtime::{
-    AsContext, AsContextMut, ExnRef, Extern, ExternType, Global, HeapType, Instance,
-    Mutability, OwnedRooted, RefType, StoreContextMut, Table, Tag, Val, ValType,
+    AsContext, AsContextMut, ExnRef, Extern, ExternType, Global, HeapType, Instance, Mutability,
+    OwnedRooted, RefType, StoreContextMut, Table, Tag, Val, ValType,
 };
 
 use crate::capture::set_size;
@@ -39,8 +39,7 @@ pub(crate) use state::RealmState;
 pub(crate) use twins::{Sketch, Twin};
 
 /// Why there is no shared memory.
-const NO_THREADS: &str =
-    "shared memories are offered with engine: { threads: true }; set it, or use a build without threads";
+const NO_THREADS: &str = "shared memories are offered with engine: { threads: true }; set it, or use a build without threads";
 
 /// Thrown exceptions whose objects are kept: glue catches and throws again at once, if at all.
 const MOST_THROWN: usize = 16;

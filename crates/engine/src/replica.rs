@@ -25,8 +25,8 @@ use crate::capture::{Captured, Reach, SavedTable};
 use crate::deadline::Deadline;
 use crate::engine::Engine;
 use crate::error::{Error, ErrorCode, Result};
-use crate::instrument::StateMap;
 use crate::host::{Host, ImportValue, host_function, number_from_raw, number_to_raw};
+use crate::instrument::StateMap;
 use crate::interrupt::{Interrupter, Stop};
 use crate::limits::{Limiter, Limits};
 use crate::memory::{

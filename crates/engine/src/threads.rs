@@ -11,6 +11,7 @@
 //! # Who may hold what
 //! A guest thread holds its twin, and no lock while it is inside. The list of the running is a leaf.
 
+use std::cell::Cell;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,7 +20,7 @@ use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
-use wasm_molt_lifecycle::{PoolCounts, RecycleFailure, ThreadPool, ThreadTicket};
+use wasm_molt_lifecycle::{PoolCounts, RecycleFailure, Starter, ThreadPool, ThreadTicket};
 
 use crate::error::{Error, ErrorCode, Result};
 use crate::interrupt::Stop;
@@ -28,6 +29,9 @@ use crate::realm::{RealmExport, Sketch};
 use crate::replica::{Blueprint, Replica};
 use crate::value::{FuncHandle, Value};
 use crate::wait::Sleeper;
+
+/// For the names of threads.
+static NUMBER: AtomicU64 = AtomicU64::new(0);
 
 /// How long threads that were told to end may take: they do at their next poll.
 const LONGEST_END: Duration = Duration::from_secs(5);
@@ -136,6 +140,34 @@ impl Threads {
     }
 }
 
+thread_local! {
+    /// While this thread starts the second half of a recycling.
+    static STARTER: Cell<*const Starter<'static>> = const { Cell::new(std::ptr::null()) };
+}
+
+/// Lets what runs inside begin threads although the pool is recycling.
+struct Starting(*const Starter<'static>);
+
+impl Starting {
+    fn with<R>(starter: &Starter<'_>, f: impl FnOnce() -> R) -> R {
+        let starter = std::ptr::from_ref(starter).cast();
+        let _before = Self(STARTER.replace(starter));
+        f()
+    }
+
+    fn begin() -> Option<ThreadTicket> {
+        // SAFETY: not null only while `with` is on this thread's stack, which borrows it.
+        let starter = unsafe { STARTER.get().as_ref() };
+        starter.map(Starter::begin)
+    }
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        STARTER.set(self.0);
+    }
+}
+
 /// What a thread is given to do.
 struct Job {
     home: Arc<Replica>,
@@ -217,11 +249,7 @@ impl Replica {
         self.translate(id, |twin| twin.global(id))
     }
 
-    fn translate(
-        &self,
-        id: u32,
-        find: impl Fn(&crate::realm::Twin) -> Option<u32>,
-    ) -> Result<u32> {
+    fn translate(&self, id: u32, find: impl Fn(&crate::realm::Twin) -> Option<u32>) -> Result<u32> {
         match self.twin().get() {
             None => Ok(id),
             Some(twin) => find(twin).ok_or_else(|| {
@@ -251,7 +279,8 @@ impl Replica {
 
     /// Starts a native thread with an instance of its own of the module whose exports are to be called.
     ///
-    /// * `done`: how the last of them ended, when the thread has let go of everything. Called on it.
+    /// * `done`: whether the thread ended by itself or was ended, or how it failed, when it has let go of
+    ///   everything. Called on it.
     ///
     /// # Safety
     /// The calling thread holds the replica.
@@ -264,26 +293,28 @@ impl Replica {
         self: &Arc<Self>,
         blueprint: &Blueprint,
         calls: Vec<ThreadCall>,
-        done: Done<()>,
+        done: Done<bool>,
     ) -> Result<GuestThread> {
-        let first = calls.first().ok_or_else(|| {
-            Error::invalid("a thread needs at least one function to call")
-        })?;
+        let first = calls
+            .first()
+            .ok_or_else(|| Error::invalid("a thread needs at least one function to call"))?;
         // SAFETY: contract of this function.
         let sketch = unsafe { self.sketch(&first.func) }?;
         let mut places = Vec::with_capacity(calls.len());
         for call in calls {
             let position = sketch.position(&call.func).ok_or_else(|| {
-                Error::invalid("the functions that a thread calls must all be exports of one instance")
+                Error::invalid(
+                    "the functions that a thread calls must all be exports of one instance",
+                )
             })?;
             places.push((position, call.args));
         }
         let threads = Arc::clone(self.threads());
         threads.sweep();
-        let ticket = threads.pool.begin();
+        let ticket = Starting::begin().map_or_else(|| threads.pool.begin(), Ok);
         let mut ticket = ticket.map_err(|refused| self.no_thread(&refused))?;
         let twin = blueprint.make_twin((self.slot(), self.generation()))?;
-        let name = sketch.module().name().to_owned();
+        let name = self.module().name().to_owned();
         let job = Job {
             home: Arc::clone(self),
             twin: Arc::clone(&twin),
@@ -313,11 +344,14 @@ impl Replica {
             } else {
                 drop(ticket);
             }
-            let outcome = if was_stopped { Ok(()) } else { outcome };
+            let outcome = if was_stopped {
+                Ok(false)
+            } else {
+                outcome.map(|()| true)
+            };
             // A host that panics must not take the process with it.
             let _ = catch_unwind(AssertUnwindSafe(|| done(outcome)));
         };
-        static NUMBER: AtomicU64 = AtomicU64::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed) % 1000;
         let builder = Builder::new()
             .name(format!("{}-g{number}", crate::pool::thread_name(&name)))
@@ -353,20 +387,15 @@ impl Replica {
     /// Whatever `ask` failed with, and [`ErrorCode::Busy`] if they do not end; those that are left run on.
     pub fn exit_threads(&self, ask: impl FnOnce() -> Result<()>) -> Result<()> {
         let threads = self.threads();
-        let mut asked = Ok(());
-        let ended = threads.pool.exit(Some(LONGEST_END), || {
-            asked = ask();
-            if asked.is_ok() {
-                self.attend_until(|counts| counts.threads == 0);
-            }
-        });
-        asked?;
+        ask()?;
+        let left = || self.attend_until(|counts| counts.threads == 0);
+        let ended = threads.pool.exit(Some(LONGEST_END), left);
         ended.map_err(|left| self.do_not_end(&left))?;
         threads.join();
         Ok(())
     }
 
-    /// The same, and has `start` start others. Whoever starts threads meanwhile is refused.
+    /// The same, and has `start` start others. Whoever else starts threads meanwhile is refused.
     ///
     /// # Errors
     /// As [`Self::exit_threads`], and whatever `start` failed with; there is none then.
@@ -376,23 +405,17 @@ impl Replica {
         start: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         let threads = self.threads();
-        let mut asked = Ok(());
+        ask()?;
         let recycled = threads.pool.recycle(
             Some(LONGEST_END),
-            || {
-                asked = ask();
-                if asked.is_ok() {
-                    self.attend_until(|counts| counts.threads == 0);
-                    threads.join();
-                }
-            },
-            |_| {
-                start()?;
+            || self.attend_until(|counts| counts.threads == 0),
+            |starter| {
+                threads.join();
+                Starting::with(starter, start)?;
                 self.attend_until(|counts| counts.started == counts.threads);
                 Ok(())
             },
         );
-        asked?;
         recycled.map_err(|failure| match failure {
             RecycleFailure::Start(error) => error,
             RecycleFailure::Timeout(left) => self.do_not_end(&left),
@@ -437,6 +460,8 @@ impl Replica {
     /// [`ErrorCode::Busy`] if some do not: they are in the host, or cannot be interrupted.
     pub(crate) fn end_threads(&self) -> Result<()> {
         let threads = self.threads();
+        // Those that were asked in good order, and did not end, are not asked again by the pool.
+        threads.stop();
         let ended = threads.pool.exit(Some(LONGEST_END), || threads.stop());
         ended.map_err(|left| self.do_not_end(&left))?;
         threads.join();

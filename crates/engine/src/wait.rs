@@ -239,7 +239,11 @@ impl Replica {
         let (tell, told) = bounded(1);
         let gone = || wasmtime::Error::new(Error::internal("a sleeper has gone"));
         sleeper.jobs.send(Job { wait, tell }).map_err(|_| gone())?;
-        let round = if self.watch().is_some() { after(ROUND) } else { never() };
+        let round = if self.watch().is_some() {
+            after(ROUND)
+        } else {
+            never()
+        };
         let mut round = round;
         loop {
             select! {
@@ -309,7 +313,13 @@ fn waiter(
         &mut context,
         ty,
         move |mut caller: Caller<'_, Guest>, params, results| {
-            let [Val::I64(address), expected, Val::I64(timeout), Val::I32(memory)] = *params else {
+            let [
+                Val::I64(address),
+                expected,
+                Val::I64(timeout),
+                Val::I32(memory),
+            ] = *params
+            else {
                 return Err(wasmtime::Error::msg("a wait with other parameters"));
             };
             let memory = memories.get(memory as usize).and_then(Option::as_ref);

@@ -971,16 +971,45 @@ mod tests {
 
     #[test]
     fn threads_that_end_by_themselves_are_not_asked() {
-        let (pool, tickets) = running(1);
-        let operation = pool.enter().unwrap();
-        thread::scope(|scope| {
-            let exit = scope.spawn(|| pool.exit(None, unreached));
-            wait_for_waiting(&pool, 1);
-            drop(tickets);
-            assert_eq!(pool.counts(), counts(PoolState::Exiting, 0, 0, 1));
-            drop(operation);
-            exit.join().unwrap().unwrap();
-        });
+        type End = fn(&ThreadPool);
+        let exit: End = |pool| pool.exit(None, unreached).unwrap();
+        let recycle: End = |pool| {
+            let outcome: Outcome = pool.recycle(None, unreached, |_| Ok(()));
+            outcome.unwrap();
+        };
+        for (end, state) in [(exit, PoolState::Exiting), (recycle, PoolState::Recycling)] {
+            let (pool, tickets) = running(1);
+            let operation = pool.enter().unwrap();
+            thread::scope(|scope| {
+                scope.spawn(|| end(&pool));
+                wait_for_waiting(&pool, 1);
+                drop(tickets);
+                assert_eq!(pool.counts(), counts(state, 0, 0, 1));
+                drop(operation);
+            });
+            assert_eq!(pool.counts(), PoolCounts::default());
+        }
+    }
+
+    #[test]
+    fn who_waits_to_enter_hears_of_an_end_that_is_off() {
+        const SOON: Option<Duration> = Some(Duration::from_millis(20));
+        type End = fn(&ThreadPool);
+        let exit: End = |pool| assert!(pool.exit(SOON, unreached).is_err());
+        let recycle: End = |pool| assert!(pool.recycle(SOON, unreached, unreached_start).is_err());
+        for end in [exit, recycle] {
+            let (pool, _tickets) = running(1);
+            let _operation = pool.enter().unwrap();
+            thread::scope(|scope| {
+                let end = scope.spawn(|| end(&pool));
+                // It may be off by now; then there is nothing to wait for.
+                while pool.counts().state == PoolState::Running && !end.is_finished() {
+                    thread::yield_now();
+                }
+                drop(pool.wait_enter(None).unwrap());
+            });
+            assert_eq!(pool.counts(), counts(PoolState::Running, 1, 1, 1));
+        }
     }
 
     #[test]

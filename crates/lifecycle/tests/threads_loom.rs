@@ -71,7 +71,12 @@ impl Bench {
         assert_eq!(self.entered.load(Relaxed), self.left.load(Relaxed));
         let idle = std::mem::take(&mut *self.idle.lock().unwrap());
         drop(idle);
-        assert!(self.pool.counts().threads <= threads, "nobody begins");
+        let counts = self.pool.counts();
+        assert!(counts.threads <= threads, "nobody begins");
+        assert!(
+            matches!(counts.state, PoolState::Exiting | PoolState::Recycling),
+            "nobody may begin, even if all have ended"
+        );
     }
 
     /// Starts a thread that does not run yet when this returns.

@@ -129,7 +129,10 @@ impl<'a> InRealm<'a> {
     /// A new memory, in pages.
     pub fn memory(&self, initial: u64, maximum: Option<u64>, is_64: bool) -> Result<u32> {
         // SAFETY: as above.
-        unsafe { self.replica.realm_memory_new(initial, maximum, (false, is_64)) }
+        unsafe {
+            self.replica
+                .realm_memory_new(initial, maximum, (false, is_64))
+        }
     }
 
     /// Grows a memory by pages.

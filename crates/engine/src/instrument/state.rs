@@ -458,7 +458,10 @@ impl Planner<'_, '_> {
                 is_64,
             } => {
                 // On any other memory it traps at once.
-                self.seen.memories.get(memory as usize).filter(|m| m.shared)?;
+                self.seen
+                    .memories
+                    .get(memory as usize)
+                    .filter(|m| m.shared)?;
                 InstructionSink::new(code).i64_const(offset.cast_signed());
                 calls(self.helper(Helper::Wait { memory, is_64 }), code);
             }

@@ -694,6 +694,7 @@ fn everything_that_is_state_has_a_name() {
         imported_functions: vec![(0, name("i0"))],
         start: Some(name("start")),
         init: Some(name("init")),
+        waits: [None, None],
         unsupported: None,
     };
     assert_eq!(map, expected);
@@ -721,11 +722,36 @@ fn functions_are_named_only_where_something_keeps_them() {
 }
 
 #[test]
+fn waits_on_shared_memories_ask_the_host() {
+    let narrow = "(drop (memory.atomic.wait32 offset=4 (i32.const 0) (i32.const 0) (i64.const 0)))";
+    let wide = "(drop (memory.atomic.wait64 (i32.const 0) (i64.const 0) (i64.const 0)))";
+    let far = "(drop (memory.atomic.wait32 1 offset=0xffffffffffff (i64.const 0) (i32.const 0) (i64.const 0)))";
+    for (memory, code, expected) in [
+        ("(memory 1 1 shared)", "", [false, false]),
+        ("(memory 1 1)", narrow, [false, false]),
+        ("(memory 1 1 shared)", narrow, [true, false]),
+        ("(memory 1 1 shared)", wide, [false, true]),
+        (
+            "(memory 1 1 shared) (memory i64 1 1 shared)",
+            far,
+            [true, false],
+        ),
+    ] {
+        let wat = format!("(module {memory} (func {code}))");
+        assert_eq!(
+            map(&wat).waits.each_ref().map(Option::is_some),
+            expected,
+            "{wat}"
+        );
+    }
+}
+
+#[test]
 fn what_cannot_be_captured_is_said() {
     for (rest, expected) in [
         ("", None),
         ("(memory 1)", None),
-        ("(memory 1 1 shared)", Some("it has a shared memory")),
+        ("(memory 1 1 shared)", None),
         (
             "(global anyref (ref.null any))",
             Some("it keeps garbage-collected objects in global 0 (type anyref)"),

@@ -96,7 +96,7 @@ impl Manager {
 
     /// Starts a native thread of a realm's guest.
     ///
-    /// * `done`: hears on that thread how it has ended.
+    /// * `done`: hears on that thread whether it has ended by itself or was ended, or how it failed.
     ///
     /// # Safety
     /// The calling thread holds the replica.
@@ -108,11 +108,18 @@ impl Manager {
         &self,
         replica: &Arc<Replica>,
         calls: Vec<ThreadCall>,
-        done: Done<()>,
+        done: Done<bool>,
     ) -> Result<GuestThread> {
         let blueprint = self.shared.blueprint_of(Arc::clone(replica.module()));
+        let shared = Arc::clone(&self.shared);
+        let told = move |outcome: Result<bool>| {
+            if let Err(error) = &outcome {
+                shared.tell_trap(error);
+            }
+            done(outcome);
+        };
         // SAFETY: contract of this function.
-        unsafe { replica.spawn(&blueprint, calls, done) }
+        unsafe { replica.spawn(&blueprint, calls, Box::new(told)) }
     }
 
     /// Whether these bytes are a module that the realm's engine would compile.

@@ -13,7 +13,7 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 
-use wasmtime::{AsContextMut, Config, Extern, Instance, MemoryType, Module};
+use wasmtime::{AsContextMut, Config, Extern, Instance, MemoryType, Module, Store};
 
 use super::guest::{GuestMemory, Layout};
 use super::home::Start;
@@ -220,11 +220,18 @@ pub(crate) fn new_memory(
     let mut module = wasm_encoder::Module::new();
     module.section(&memories).section(&exports);
 
-    let module = Module::new(store.as_context().engine(), module.finish())?;
+    let engine = store.as_context().engine().clone();
+    let module = Module::new(&engine, module.finish())?;
+    let lost = || wasmtime::Error::msg("the memory's module lost its export");
+    if ty.is_shared() {
+        // It is nobody's, and each store that imports it has it once: wasmtime refuses, by an assertion, to
+        // tell whose memory a fault is in where a store has the same memory in two places.
+        let mut elsewhere = Store::new(&engine, ());
+        let instance = Instance::new(&mut elsewhere, &module, &[])?;
+        return instance.get_export(&mut elsewhere, EXPORT).ok_or_else(lost);
+    }
     let instance = Instance::new(store.as_context_mut(), &module, &[])?;
-    instance
-        .get_export(store, EXPORT)
-        .ok_or_else(|| wasmtime::Error::msg("the memory's module lost its export"))
+    instance.get_export(store, EXPORT).ok_or_else(lost)
 }
 
 /// What [`new_memory`]'s module calls its memory.

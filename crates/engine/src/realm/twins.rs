@@ -12,7 +12,7 @@ use super::{Made, RealmExport, RealmImport};
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::HostFunction;
 use crate::memory::{AnyMemory, MemoryRecord};
-use crate::module::{ExportType, ImportKind, Module};
+use crate::module::{ExportType, ImportKind};
 use crate::replica::{Guest, Replica};
 use crate::value::{FuncHandle, Value, ValueType};
 use wasmtime::StoreContextMut;
@@ -37,6 +37,32 @@ enum TwinImport {
     Table(ValueType, u64, Option<u64>, bool),
     Global(&'static str, bool, Value),
     Tag(Vec<&'static str>),
+}
+
+impl TwinImport {
+    /// # Safety
+    /// The calling thread holds `twin`.
+    unsafe fn make(self, twin: &Replica) -> Result<RealmImport> {
+        // SAFETY: contract of this function, for each of these.
+        let id = unsafe {
+            match self {
+                Self::Function(host) => return Ok(RealmImport::Function(host)),
+                Self::Memory(memory, record) => twin.realm_memory_of(memory, record),
+                Self::Table(element, initial, maximum, is_64) => {
+                    let null = Value::default_of(element);
+                    twin.realm_table_new(element, (initial, maximum, is_64), null)
+                }
+                Self::Global(ty, is_mutable, value) => {
+                    twin.realm_global_new(ty, is_mutable, Some(value))
+                }
+                Self::Tag(params) => {
+                    let params: Vec<_> = params.into_iter().map(str::to_owned).collect();
+                    twin.realm_tag_new(&params)
+                }
+            }
+        };
+        id.map(RealmImport::Item)
+    }
 }
 
 /// How a twin's things are called in the realm whose guest it runs, and the other way round.
@@ -76,10 +102,6 @@ impl Sketch {
         self.made.exports.iter().position(is_it)
     }
 
-    pub(crate) fn module(&self) -> &Arc<Module> {
-        &self.made.module
-    }
-
     /// Makes the instance in a fresh realm, and tells what belongs together. Its exports, in order.
     ///
     /// # Safety
@@ -91,33 +113,17 @@ impl Sketch {
     ) -> Result<Vec<RealmExport>> {
         let mut imports = Vec::with_capacity(self.imports.len());
         for import in self.imports {
-            // SAFETY: contract of this function, for each of these.
-            imports.push(match import {
-                TwinImport::Function(host) => RealmImport::Function(host),
-                TwinImport::Memory(memory, record) => {
-                    RealmImport::Item(unsafe { twin.realm_memory_of(memory, record) }?)
-                }
-                TwinImport::Table(element, initial, maximum, is_64) => {
-                    let sizes = (initial, maximum, is_64);
-                    let null = Value::default_of(element);
-                    RealmImport::Item(unsafe { twin.realm_table_new(element, sizes, null) }?)
-                }
-                TwinImport::Global(ty, is_mutable, value) => {
-                    let value = Some(value);
-                    RealmImport::Item(unsafe { twin.realm_global_new(ty, is_mutable, value) }?)
-                }
-                TwinImport::Tag(params) => {
-                    let params: Vec<_> = params.into_iter().map(str::to_owned).collect();
-                    RealmImport::Item(unsafe { twin.realm_tag_new(&params) }?)
-                }
-            });
+            // SAFETY: contract of this function.
+            imports.push(unsafe { import.make(twin) }?);
         }
         // SAFETY: contract of this function.
         let exports = unsafe { twin.realm_instantiate(&self.made.module, imports) }?;
         let spaces = twin.realm()?.shareable.first().map(|it| it.spaces.clone());
         let spaces = spaces.ok_or_else(|| Error::internal("a twin without an instance"))?;
         let pair = |homes: &HashMap<u32, u32>, own: &HashMap<u32, u32>| {
-            let both = homes.iter().filter_map(|(index, home)| Some((*home, *own.get(index)?)));
+            let both = homes
+                .iter()
+                .filter_map(|(index, home)| Some((*home, *own.get(index)?)));
             both.collect()
         };
         let mut translation = Twin {
@@ -161,6 +167,16 @@ impl Replica {
                 "only functions that an instance over a shared memory exports can run on a thread of their own",
             )
         })?;
+        if made.module.defines_shared_memory {
+            return Err(Error::new(
+                ErrorCode::Link,
+                format!(
+                    "{} cannot run on another thread: it defines its shared memory, and so would each thread; \
+                     build it to import it (--import-memory)",
+                    made.module.name()
+                ),
+            ));
+        }
         let mut imports = Vec::with_capacity(made.imports.len());
         for (import, given) in made.module.imports().iter().zip(&made.imports) {
             let refuse = |why: &str| {
@@ -177,7 +193,9 @@ impl Replica {
             imports.push(match (given, &import.kind) {
                 (RealmImport::Function(host), _) => TwinImport::Function(Arc::clone(host)),
                 (RealmImport::Guest(_), _) => {
-                    return Err(refuse("a function of another instance, which belongs to this thread"));
+                    return Err(refuse(
+                        "a function of another instance, which belongs to this thread",
+                    ));
                 }
                 (RealmImport::Item(id), ImportKind::Memory { .. }) => {
                     let realm = self.realm()?;
@@ -219,7 +237,9 @@ impl Replica {
                     };
                     let value = match self.realm_global_get(id)? {
                         // A reference is of this store.
-                        Some(Value::Func(_) | Value::Export { .. }) | None => Value::default_of(content),
+                        Some(Value::Func(_) | Value::Export { .. }) | None => {
+                            Value::default_of(content)
+                        }
                         Some(other) => other,
                     };
                     Ok(TwinImport::Global(ty, mutable, value))
