@@ -96,6 +96,19 @@ async function withPool(t: TestContext, count: number, options: GlueOptions = {}
   return manager
 }
 
+interface Held {
+  mappings: number
+  rssBytes: number
+}
+
+/** What the process holds; undefined where the system does not tell. */
+function held(): Held | undefined {
+  if (process.platform !== 'linux') return undefined
+  globalThis.gc?.()
+  const mappings = readFileSync('/proc/self/maps', 'utf8').split('\n').length
+  return { mappings, rssBytes: process.memoryUsage.rss() }
+}
+
 const nativeThreads = () => {
   const names = readdirSync('/proc/self/task').map((id) => {
     try {
@@ -485,7 +498,8 @@ test('starts, ends, traps and resets at random leave nothing behind', { timeout:
     state = (Math.imul(state, 1103515245) + 12345) >>> 0
     return (state >>> 8) % below
   }
-  const rounds = Number(process.env.MOLT_ROUNDS ?? 150)
+  const rounds = Number(process.env.MOLT_ROUNDS ?? 400)
+  let settled: Held | undefined
   for (let round = 0; round < rounds; round++) {
     const kinds = ['spin', 'bump', 'wait', 'work', 'die', 'failing']
     const threads = Array.from({ length: 1 + random(4) }, () => {
@@ -510,6 +524,14 @@ test('starts, ends, traps and resets at random leave nothing behind', { timeout:
     assert.equal(wasm.get(128), 0, `seed ${seed}, round ${round}`)
     assert.equal(manager.guestThreads.total, 2, `seed ${seed}, round ${round}`)
     for (const thread of threads) void thread?.finished.catch(() => {})
+    if (round === 100) settled = held()
+  }
+  if (settled !== undefined) {
+    const now = held() as Held
+    // The C library keeps up to 40 MiB of stacks for the next threads, and its arenas.
+    assert.ok(now.mappings < settled.mappings + 150, `mappings ${settled.mappings} -> ${now.mappings}`)
+    assert.ok(now.rssBytes < settled.rssBytes + 120e6, `RSS ${settled.rssBytes} -> ${now.rssBytes}`)
+    if (rounds > 500) console.log(settled, now)
   }
   if (process.platform === 'linux') assert.equal(nativeThreads(), 2)
   await manager.destroy()

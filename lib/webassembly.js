@@ -227,6 +227,7 @@ const Interfaces = {
       this.#id = id
       this.#is64 = is64
       this.#isShared = isShared
+      if (isShared) space.shared?.()
       keep(space.memories, id, this)
     }
 
@@ -514,7 +515,7 @@ const badResponse = (why) =>
  *
  * `observer` may have `captured(snapshot)` and `rewound(snapshot)`, called when the realm is captured or reset,
  * `exitThreads()`, called before it is captured while it has threads and true if these will end now,
- * `expired()`, called when it is gone, `instantiated(exports)`, called with the exports of each new instance, and
+ * `shared()`, called when it has a shared memory, `expired()`, called when it is gone, `instantiated(exports)`, called with the exports of each new instance, and
  * `began(promise)`, called when something is compiled or instantiated asynchronously.
  */
 exports.makeNamespace = (binding, realm, makeError, observer = {}) => {
@@ -546,6 +547,7 @@ exports.makeNamespace = (binding, realm, makeError, observer = {}) => {
     binding,
     error,
     instantiated: observer.instantiated,
+    shared: observer.shared,
     isGone: false,
   }
 

@@ -788,9 +788,11 @@ class Generation {
   #cache = Object.create(null)
   #global
   #nodeModule
+  #builtins
 
-  constructor(program, shadows) {
+  constructor(program, { builtins, ...shadows }) {
     this.#program = program
+    this.#builtins = builtins
     this.#shadows = { __proto__: null }
     for (const name of SHADOWS) this.#shadows[name] = name in shadows ? shadows[name] : globalThis[name]
   }
@@ -847,6 +849,16 @@ class Generation {
     }
   }
 
+  /** What the glue gets in place of a module of Node's, if anything. */
+  #builtin(specifier) {
+    const name = specifier.replace(/^node:/, '')
+    return name === 'module' ? this.#moduleBuiltin() : this.#builtins?.[name]
+  }
+
+  #isReplaced({ url }) {
+    return url?.startsWith('node:') === true && this.#builtin(url) !== undefined
+  }
+
   /** createRequire() is one more way to the files of the glue. */
   #moduleBuiltin() {
     const make = (place) => {
@@ -870,7 +882,7 @@ class Generation {
   #require(native, parent) {
     const require = (specifier) => {
       if (typeof specifier === 'string' && isBuiltin(specifier)) {
-        return specifier === 'module' || specifier === 'node:module' ? this.#moduleBuiltin() : native(specifier)
+        return this.#builtin(specifier) ?? native(specifier)
       }
       const path = native.resolve(specifier)
       return this.#program.belongs(path) ? this.#load(this.#program.fileAt(pathToFileURL(path)), parent) : native(path)
@@ -930,7 +942,7 @@ class Generation {
     await undefined
     const target = this.#program.resolve(file, { specifier: `${specifier}`, type: options?.with?.type })
     if (target.file === undefined) {
-      if (target.url === 'node:module') return this.#namespace(target)
+      if (this.#isReplaced(target)) return this.#namespace(target)
       return this.#program.external(target) ?? this.#program.load(target)
     }
     if (phase === 'source') return this.#record(target.file).module
@@ -976,7 +988,7 @@ class Generation {
   #gather(entry) {
     return this.#program
       .walk(entry, (file) => (this.#record(file).linked ? [] : file.requests))
-      .filter(({ url }) => url !== 'node:module')
+      .filter((target) => !this.#isReplaced(target))
   }
 
   #link(entry) {
@@ -1017,8 +1029,8 @@ class Generation {
   }
 
   #namespace(target) {
-    if (target.url !== 'node:module') return this.#program.external(target)
-    return fill(emptyNamespace(), this.#moduleBuiltin())
+    if (!this.#isReplaced(target)) return this.#program.external(target)
+    return fill(emptyNamespace(), this.#builtin(target.url))
   }
 
   /** Finds the getter behind every name, and complains of names that are not there. */

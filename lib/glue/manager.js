@@ -79,6 +79,9 @@ class GlueGeneration {
         timers.expire()
         this.#gone.resolve(true)
       },
+      shared: () => {
+        this.threads.isShared = true
+      },
       instantiated: (exports) => {
         this.threads.instantiated(exports)
         if (this.exports === undefined && Object.keys(exports).length > 0) this.exports = exports
@@ -94,7 +97,10 @@ class GlueGeneration {
       FinalizationRegistry: this.#finalizers.FinalizationRegistry,
       ...timers.shadows,
     }
-    if (engine?.threads) this.shadows.Worker = this.threads.makeWorker()
+    if (engine?.threads) {
+      this.shadows.Worker = this.threads.makeWorker()
+      this.shadows.builtins = { worker_threads: this.threads.makeWorkerThreads() }
+    }
   }
 
   /** The pool that was there before the realm was captured or reset is there again afterwards. */

@@ -2,6 +2,8 @@
 
 // Native threads of guests, as glue and programs start them.
 
+const workerThreads = require('node:worker_threads')
+
 const binding = require('../../binding.js')
 const { WasmError } = require('../errors.js')
 const { deferred } = require('../options.js')
@@ -56,8 +58,12 @@ const zeros = (fn) => Array.from({ length: fn.length }, () => 0)
 /** The threads of one generation. */
 class ThreadGroup {
   #running = new Set()
+  /** One of them, since there was none, did not end by itself. */
+  #wasCut = false
   /** There is to be a pool: threads were started, and did not all end by themselves. */
   isWanted = false
+  /** The generation has a shared memory. */
+  isShared = false
   /** The exports of the youngest instance that can be a worker of wasm-bindgen-rayon. */
   #rayon
 
@@ -71,8 +77,11 @@ class ThreadGroup {
 
   spawn(calls) {
     const thread = construct(calls, (it, isByItself) => {
-      if (this.#running.delete(it) && this.#running.size === 0 && isByItself) this.isWanted = false
+      if (!this.#running.delete(it)) return
+      if (!isByItself) this.#wasCut = true
+      if (this.#running.size === 0 && !this.#wasCut) this.isWanted = false
     })
+    if (this.#running.size === 0) this.#wasCut = false
     this.#running.add(thread)
     this.isWanted = true
     return thread
@@ -81,6 +90,16 @@ class ThreadGroup {
   /** What has been started so far counts no more: the guest does not know of it. */
   forget() {
     this.#running.clear()
+    this.#wasCut = false
+  }
+
+  /** In place of Node's module: a worker of it has Node's engine, and can share nothing with the guest. */
+  makeWorkerThreads() {
+    const construct = (Worker, args, newTarget) => {
+      if (this.isShared) throw unknownWorker()
+      return Reflect.construct(Worker, args, newTarget)
+    }
+    return { ...workerThreads, Worker: new Proxy(workerThreads.Worker, { construct }) }
   }
 
   /** In place of the worker that glue of wasm-bindgen-rayon starts: a thread does what that would. */
@@ -94,14 +113,7 @@ class ThreadGroup {
       postMessage(message) {
         const exports = rayon()
         const receiver = message?.receiver
-        if (exports === undefined || typeof receiver !== 'number') {
-          throw new WasmError(
-            'ERR_WASM_LINK',
-            'glue wants to start a worker, which would have an engine of its own; threads are native ones here, and of ' +
-              'the ways in which glue starts them that of wasm-bindgen-rayon is known (a message with a `receiver`, and ' +
-              "a module that exports wbg_rayon_start_worker). Use a build without threads, or GlueManager's spawn()",
-          )
-        }
+        if (exports === undefined || typeof receiver !== 'number') throw unknownWorker()
         this.#thread = group.spawn(rayonCalls(exports, receiver))
         queueMicrotask(() => {
           const event = new MessageEvent('message', { data: { type: 'wasm_bindgen_worker_ready' } })
@@ -116,6 +128,15 @@ class ThreadGroup {
     }
   }
 }
+
+const unknownWorker = () =>
+  new WasmError(
+    'ERR_WASM_LINK',
+    'glue with a shared memory wants to start a worker, which would have an engine of its own and could not share it. ' +
+      'Threads are native ones here, and of the ways in which glue starts them that of wasm-bindgen-rayon is known (a ' +
+      'message with a `receiver`, and a module that exports wbg_rayon_start_worker); what is missing for pthreads of ' +
+      "Emscripten is the JavaScript side of its workers. Use a build without threads, or GlueManager's spawn()",
+  )
 
 /** What a worker of wasm-bindgen-rayon does from its beginning to its end. */
 function rayonCalls(exports, receiver, stackBytes = 0) {

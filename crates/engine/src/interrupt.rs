@@ -370,6 +370,8 @@ impl Interrupter {
     /// The store is gone: nothing is left to be stopped.
     pub(crate) fn released(&self) {
         self.lock().is_released = true;
+        // Whoever holds the handle of a guest that is gone does not hold its pages.
+        self.polls().clear();
         if let Some(epochs) = &self.epochs {
             epochs.is_struck.store(false, Ordering::SeqCst);
         }
