@@ -275,7 +275,7 @@ test('a call that fails while threads run poisons, for they may be in the middle
   await manager.reset()
   assert.equal(wasm.get(128), 0)
   // Without threads glue goes on, as after any trap.
-  assert.throws(() => wasm.wait(0, 0), { code: 'ERR_WASM_TIMEOUT' })
+  assert.throws(() => wasm.spin(), { code: 'ERR_WASM_TIMEOUT' })
   assert.equal(wasm.get(0), 0)
 })
 
@@ -298,6 +298,28 @@ test('a reset ends the threads, and gives what the memory has grown by back', LI
   await Promise.all(threads.map((thread) => thread.finished))
   assert.throws(() => wasm.get(20 * 65536), { trap: 'out-of-bounds-memory' })
   assert.equal(manager.resetSync().memoryBytesAfter, 65536)
+})
+
+test('a guest all of whose threads wait for each other is no hang', LIMIT, async (t) => {
+  const manager = await load(t)
+  const { wasm } = manager.module
+  await manager.snapshot()
+  const deadlock = { name: 'RuntimeError', code: 'ERR_WASM_TRAP', trap: 'deadlock' }
+  assert.throws(() => wasm.wait(0, 0), deadlock, 'nobody is there')
+  assert.equal(wasm.get(0), 0, 'which harms nobody')
+  manager.spawn([[wasm.wait, 256, 0]])
+  manager.spawn([[wasm.wait64, 256, 0n, -1n]])
+  assert.throws(() => wasm.wait(0, 0), deadlock, 'they wait as well')
+  await manager.reset()
+  manager.spawn([[wasm.set, 8, 1]])
+  assert.throws(() => wasm.wait(0, 0), deadlock, 'it ends without a notify')
+  await manager.reset()
+  // Somebody will do something yet.
+  manager.spawn([
+    [wasm.waitFor, 256, 0, 300_000_000n],
+    [wasm.notify, 0],
+  ])
+  assert.equal(wasm.wait(0, 0), 0)
 })
 
 test('a snapshot needs to know how threads end in good order', LIMIT, async (t) => {
@@ -453,7 +475,7 @@ test('a worker whose JS thread waits inside a guest can be terminated', LIMIT, a
         const { wasm } = manager.module
         ${threads}
         parentPort.postMessage('waits')
-        wasm.wait(0, 0)
+        wasm.waitFor(0, 0, 60_000_000_000n)
       })`
     const { code, stdout, stderr } = await runNode([
       '--eval',

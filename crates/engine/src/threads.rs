@@ -23,7 +23,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use wasm_molt_lifecycle::{PoolCounts, RecycleFailure, Starter, ThreadPool, ThreadTicket};
 
 use crate::error::{Error, ErrorCode, Result};
-use crate::interrupt::Stop;
+use crate::interrupt::{Interrupter, Stop};
 use crate::manager::Done;
 use crate::realm::{RealmExport, Sketch};
 use crate::replica::{Blueprint, Replica};
@@ -51,7 +51,8 @@ pub struct ThreadCall {
 /// A native thread of a guest.
 #[derive(Debug, Clone)]
 pub struct GuestThread {
-    twin: Arc<Replica>,
+    // And not the twin: JavaScript lets go of a thread long after it has ended.
+    interrupter: Arc<Interrupter>,
 }
 
 impl GuestThread {
@@ -59,7 +60,7 @@ impl GuestThread {
     pub fn terminate(&self) {
         let why = "its thread was terminated";
         let stop = Stop::Interrupted(why.into());
-        self.twin.interrupter().stop_for_good(stop);
+        self.interrupter.stop_for_good(stop);
     }
 }
 
@@ -87,7 +88,7 @@ impl Default for Threads {
 
 #[derive(Debug)]
 struct Running {
-    twin: Arc<Replica>,
+    thread: GuestThread,
     handle: Option<JoinHandle<()>>,
 }
 
@@ -105,6 +106,20 @@ impl Threads {
         &self.doorbell.1
     }
 
+    /// The numbers of the waits in which all of them are, if nobody does anything else; empty if there is
+    /// nobody.
+    pub(crate) fn asleep(&self) -> Option<Vec<u64>> {
+        if self.is_empty() {
+            return Some(Vec::new());
+        }
+        let running = self.lock();
+        let is_over = |it: &&Running| it.handle.as_ref().is_some_and(JoinHandle::is_finished);
+        let running = running.iter().filter(|it| !is_over(it));
+        running
+            .map(|it| it.thread.interrupter.waits().endless())
+            .collect()
+    }
+
     pub(crate) fn sleeper(&self) -> Option<Sleeper> {
         let mut sleepers = self.sleepers.lock().unwrap_or_else(PoisonError::into_inner);
         sleepers.pop()
@@ -117,9 +132,9 @@ impl Threads {
 
     /// Has all of them end; does not wait.
     pub(crate) fn stop(&self) {
-        let twins: Vec<_> = self.lock().iter().map(|it| Arc::clone(&it.twin)).collect();
-        for twin in twins {
-            GuestThread { twin }.terminate();
+        let threads: Vec<_> = self.lock().iter().map(|it| it.thread.clone()).collect();
+        for thread in threads {
+            thread.terminate();
         }
     }
 
@@ -364,12 +379,15 @@ impl Replica {
                 format!("a thread for {name} could not be started: {error}; lower the number of threads or raise the process limit"),
             )
         })?;
+        let thread = GuestThread {
+            interrupter: Arc::clone(twin.interrupter()),
+        };
         running.push(Running {
-            twin: Arc::clone(&twin),
+            thread: thread.clone(),
             handle: Some(handle),
         });
         drop(running);
-        Ok(GuestThread { twin })
+        Ok(thread)
     }
 
     /// A thread of its guest has broken off in the middle of something.

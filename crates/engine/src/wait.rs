@@ -7,15 +7,15 @@
 //!
 //! The home thread waits by a *sleeper* while its guest has other threads: these may need it meanwhile.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Sender, after, bounded, never, select};
+use crossbeam_channel::{Sender, after, bounded, select};
 use wasmtime::{AsContextMut, Caller, Func, SharedMemory, Trap, Val, ValType, WaitResult};
 
 use crate::deadline::Deadline;
-use crate::error::{Error, ErrorCode, Result};
+use crate::error::{Error, ErrorCode, Result, TrapInfo};
 use crate::host::{enter, unwind};
 use crate::instrument::StateMap;
 use crate::memory::AnyMemory;
@@ -35,6 +35,8 @@ pub trait Attendant: Send + Sync + 'static {
 #[derive(Debug, Default)]
 pub(crate) struct Waits {
     at: Mutex<Option<(SharedMemory, u64)>>,
+    /// Even: none that has no end. Another number whenever one begins or is over.
+    endless: AtomicU64,
     is_stopped: AtomicBool,
     is_repeating: AtomicBool,
 }
@@ -72,6 +74,12 @@ impl Waits {
         self.is_stopped.store(false, Ordering::SeqCst);
     }
 
+    /// The number of the wait that only a notify can end, if the thread is in one.
+    pub(crate) fn endless(&self) -> Option<u64> {
+        let number = self.endless.load(Ordering::SeqCst);
+        (number % 2 == 1).then_some(number)
+    }
+
     fn repeat(self: &Arc<Self>) {
         if self.is_repeating.swap(true, Ordering::SeqCst) {
             return;
@@ -104,6 +112,9 @@ struct Left<'a>(&'a Waits);
 
 impl Drop for Left<'_> {
     fn drop(&mut self) {
+        if self.0.endless().is_some() {
+            self.0.endless.fetch_add(1, Ordering::SeqCst);
+        }
         *self.0.lock() = None;
     }
 }
@@ -121,6 +132,9 @@ impl Wait {
     /// Waits, if `waits` allows, where whoever has it can end that.
     fn until_roused(&self, waits: &Waits, until: Option<Instant>) -> Result<WaitResult, Trap> {
         *waits.lock() = Some((self.memory.clone(), self.address));
+        if until.is_none() {
+            waits.endless.fetch_add(1, Ordering::SeqCst);
+        }
         let _left = Left(waits);
         // Whoever stops from here on finds the address.
         if waits.is_stopped.load(Ordering::SeqCst) {
@@ -204,7 +218,29 @@ impl Replica {
             Some(attendant) if !self.threads().is_empty() => {
                 self.wait_and_attend(wait, &**attendant)
             }
+            // Nobody else is there who could ever notify it; it ends only if there is nothing to wait for.
+            Some(_) if wait.until.is_none() => match wait.once(Some(Instant::now()))? {
+                WaitResult::TimedOut => Err(wasmtime::Error::new(self.deadlock())),
+                other => Ok(other),
+            },
             _ => self.wait_here(&wait),
+        }
+    }
+
+    /// The error of a guest all of whose threads wait for each other.
+    #[cold]
+    fn deadlock(&self) -> Error {
+        let threads = self.guest_threads().threads;
+        Error::Trap {
+            what: format!("{}: memory.atomic.wait", self.module().name()),
+            info: Box::new(TrapInfo {
+                kind: "deadlock",
+                message: format!(
+                    "the home thread would wait for ever: the guest has {threads} other threads, and none that \
+                     does anything but wait"
+                ),
+                wasm_stack: String::new(),
+            }),
         }
     }
 
@@ -238,13 +274,10 @@ impl Replica {
         let sleeper = sleeper.map_err(wasmtime::Error::new)?;
         let (tell, told) = bounded(1);
         let gone = || wasmtime::Error::new(Error::internal("a sleeper has gone"));
+        let is_endless = wait.until.is_none();
         sleeper.jobs.send(Job { wait, tell }).map_err(|_| gone())?;
-        let round = if self.watch().is_some() {
-            after(ROUND)
-        } else {
-            never()
-        };
-        let mut round = round;
+        let mut round = after(ROUND);
+        let mut asleep = None;
         loop {
             select! {
                 recv(told) -> result => {
@@ -257,6 +290,13 @@ impl Replica {
                 recv(round) -> _ => {
                     round = after(ROUND);
                     self.look();
+                    // Whoever slept through a whole round has notified nobody in it.
+                    let now = is_endless.then(|| threads.asleep()).flatten();
+                    if now.is_some() && now == asleep && !attendant.is_wanted() && told.is_empty() {
+                        sleeper.waits.stop();
+                        return Err(wasmtime::Error::new(self.deadlock()));
+                    }
+                    asleep = now;
                 }
             }
             if attendant.is_wanted() && !interrupter.is_stopped() {
