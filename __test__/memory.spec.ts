@@ -801,3 +801,42 @@ test('a loop that never comes to the event loop does not use the address space u
   const grownGiB = reported<number>(ended)
   assert.ok(grownGiB < 8, `${grownGiB} GiB more`)
 })
+
+test('guests that are built with memory discard give pages back', LIMIT, async (t) => {
+  const text = `(module
+    (import "env" "__wbindgen_memory_discard" (func $discard (param i32 i32)))
+    (memory (export "memory") 64)
+    (func (export "discard") (param i32 i32) (call $discard (local.get 0) (local.get 1)))
+    (func (export "fill") (memory.fill (i32.const 0) (i32.const 7) (i32.const 4194304)))
+    (func (export "get") (param i32) (result i32) (i32.load8_u (local.get 0))))`
+  const manager = await managed(t, wat(text))
+  const { discard, fill, get } = manager.exports as Record<string, (...args: number[]) => number>
+  const resident = () => manager.stats({ pages: true }).pages?.privateBytes ?? 0
+  const isTold = process.platform === 'linux'
+  fill?.()
+  if (isTold) assert.ok(resident() >= 64 * 65536)
+  discard?.(100, 3_000_000)
+  assert.deepEqual(
+    [99, 100, 65536, 3_000_099, 3_000_100].map((at) => get?.(at)),
+    [7, 0, 0, 0, 7],
+  )
+  if (isTold) assert.ok(resident() < 64 * 65536 - 2_800_000, `${resident()}`)
+  // Little, and often: zeros all the same.
+  for (let at = 3_100_000; at < 3_900_000; at += 100_000) discard?.(at, 100_000)
+  assert.equal(get?.(3_500_000), 0)
+  // On an image, too, which it must not show again.
+  fill?.()
+  await manager.snapshot()
+  discard?.(0, 4_194_304)
+  assert.equal(get?.(65536), 0)
+  await manager.reset()
+  assert.equal(get?.(65536), 7)
+  assert.throws(() => discard?.(4_194_000, 1000), { code: 'ERR_WASM_TRAP', trap: 'out-of-bounds-memory' })
+  // The user's own comes first.
+  const seen: number[] = []
+  const own = await managed(t, wat(text), {
+    imports: { env: { __wbindgen_memory_discard: (at: number, length: number) => void seen.push(at, length) } },
+  })
+  own.exports.discard?.(1, 2)
+  assert.deepEqual(seen, [1, 2])
+})

@@ -378,13 +378,41 @@ describe('snapshots: refusals and waits', LIMIT, () => {
     assert.equal(manager.exports.load?.(1), 0)
   })
 
+  test('shared memories are captured, reset and forked like others', async (t) => {
+    const text = (memory: string) => `(module ${memory}
+      (func (export "grow") (result i32) (memory.grow (i32.const 3)))
+      (func (export "store") (param i32) (i32.atomic.store (i32.const 8) (local.get 0)))
+      (func (export "load") (result i32) (i32.atomic.load (i32.const 8))))`
+    const cases: [string, ManagerOptions][] = [
+      [text('(memory (export "memory") 1 9 shared)'), {}],
+      [
+        text('(import "env" "memory" (memory 1 9 shared))'),
+        { imports: { env: { memory: { initial: 1, maximum: 9 } } } },
+      ],
+    ]
+    for (const [module, options] of cases) {
+      const manager = await managed(t, wat(module), { ...options, engine: { threads: true } })
+      const { store, load, grow } = manager.exports as Record<string, (value?: number) => number>
+      store?.(5)
+      await manager.snapshot()
+      store?.(6)
+      assert.equal(grow?.(), 1)
+      assert.equal(manager.memory.byteLength, 4 * 65536)
+      const fork = await manager.fork()
+      t.after(() => fork.destroy())
+      await manager.reset()
+      assert.equal(load?.(), 5)
+      assert.equal(manager.memory.byteLength, 65536)
+      assert.equal(fork.exports.load?.(), 6)
+      fork.exports.store?.(7)
+      assert.equal(load?.(), 5)
+      await manager.reload()
+      assert.equal(manager.exports.load?.(), 5)
+    }
+  })
+
   test('what cannot be captured is refused with its reason, and the manager serves on', async (t) => {
     const cases: [string, RegExp, ManagerOptions?][] = [
-      [
-        '(module (memory 1 2 shared) (func (export "f") (result i32) (i32.const 1)))',
-        /shared memory/,
-        { engine: { threads: true } },
-      ],
       [
         `(module (type $s (struct (field i32))) (global (mut (ref null $s)) (ref.null $s))
           (func (export "f") (result i32) (i32.const 1)))`,

@@ -3,8 +3,8 @@ import wabt from 'wabt'
 
 const assembler = await wabt()
 
-function assemble(name: string, text: string): Uint8Array<ArrayBuffer> {
-  const module = assembler.parseWat(`${name}.wat`, text)
+function assemble(name: string, text: string, features: { threads?: boolean } = {}): Uint8Array<ArrayBuffer> {
+  const module = assembler.parseWat(`${name}.wat`, text, features)
   const { buffer } = module.toBinary({})
   module.destroy()
   return new Uint8Array(buffer)
@@ -117,3 +117,44 @@ export interface Pages {
   fill(from: number, to: number, value: number): void
   sum(from: number, to: number): number
 }
+
+/** Threads over a shared memory. Words: 64 whose turn it is, 4 leave, 8 how many serve, 12 done. */
+export const threaded = assemble(
+  'threaded',
+  `(module
+    (import "env" "memory" (memory 2 1024 shared))
+    (import "env" "ask" (func $ask (param i32) (result i32)))
+    (func (export "miss") (result i32)
+      (memory.atomic.wait32 (i32.const 0) (i32.const -1) (i64.const -1)))
+    (func (export "clear") (i32.atomic.store (i32.const 64) (i32.const 0)) (i32.atomic.store (i32.const 12) (i32.const 0)))
+    (func (export "play") (param $me i32) (param $times i32)
+      (loop $again
+        (block $mine
+          (loop $wait
+            (br_if $mine (i32.eq (i32.atomic.load (i32.const 64)) (local.get $me)))
+            (drop (memory.atomic.wait32 (i32.const 64) (i32.sub (i32.const 1) (local.get $me)) (i64.const -1)))
+            (br $wait)))
+        (i32.atomic.store (i32.const 64) (i32.sub (i32.const 1) (local.get $me)))
+        (drop (memory.atomic.notify (i32.const 64) (i32.const 1)))
+        (br_if $again (local.tee $times (i32.sub (local.get $times) (i32.const 1))))))
+    (func (export "ask") (param $times i32)
+      (loop $again
+        (drop (call $ask (local.get $times)))
+        (br_if $again (local.tee $times (i32.sub (local.get $times) (i32.const 1)))))
+      (i32.atomic.store (i32.const 12) (i32.const 1))
+      (drop (memory.atomic.notify (i32.const 12) (i32.const -1))))
+    (func (export "join")
+      (drop (memory.atomic.wait32 (i32.const 12) (i32.const 0) (i64.const -1))))
+    (func (export "open")
+      (i32.atomic.store (i32.const 4) (i32.const 0)) (i32.atomic.store (i32.const 8) (i32.const 0)))
+    (func (export "served") (result i32) (i32.atomic.load (i32.const 8)))
+    (func (export "serve")
+      (drop (i32.atomic.rmw.add (i32.const 8) (i32.const 1)))
+      (loop $again
+        (drop (memory.atomic.wait32 (i32.const 4) (i32.const 0) (i64.const -1)))
+        (br_if $again (i32.eqz (i32.atomic.load (i32.const 4))))))
+    (func (export "leave")
+      (i32.atomic.store (i32.const 4) (i32.const 1))
+      (drop (memory.atomic.notify (i32.const 4) (i32.const -1)))))`,
+  { threads: true },
+)

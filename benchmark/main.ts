@@ -1,6 +1,6 @@
 // npm run bench [-- GROUP… --smoke --rounds N --strict --save]
 //   GROUP     exports, calls, imports, create, throughput, interruptible, pause, reloads,
-//             forks, snapshots, isolation, warm, glue; default all
+//             forks, snapshots, isolation, warm, glue, threads; default all
 //   --smoke   one short round, to see that everything runs
 //   --rounds  how often each contestant has its turn (default 9)
 //   --strict  exit 1 when a goal is missed
@@ -21,6 +21,7 @@ import isolation from './groups/isolation.ts'
 import pause from './groups/pause.ts'
 import reloads from './groups/reloads.ts'
 import snapshots from './groups/snapshots.ts'
+import threads from './groups/threads.ts'
 import throughput from './groups/throughput.ts'
 import warm from './groups/warm.ts'
 import { circumstances, type Group, passes, show, verdict } from './report.ts'
@@ -39,6 +40,7 @@ const groups: Record<string, (effort: Effort) => Promise<Group>> = {
   isolation,
   warm,
   glue,
+  threads,
 }
 
 const { values: flags, positionals } = readFlags()

@@ -434,6 +434,13 @@ function coerce(space, type, value) {
 
 const isGuestFunction = (space, value) => typeof value === 'function' && space.binding.functionType(value) !== undefined
 
+/** Imports that are there without being given: they give memory back. */
+const isDiscard = ([, name, kind, type]) =>
+  kind === 'function' &&
+  /^(?:__wbindgen_|__)?memory_discard$/.test(name) &&
+  /^(?:i32,i32|i64,i64)$/.test(`${type[0]}`) &&
+  type[1].length === 0
+
 /** The values to link a module with, read as the specification orders. */
 function readImports(space, { imports }, importObject) {
   if (importObject === undefined && imports.length > 0) {
@@ -442,6 +449,7 @@ function readImports(space, { imports }, importObject) {
   return imports.map((wanted, index) => {
     const [from, name] = wanted
     const source = importObject[from]
+    if (isDiscard(wanted) && source?.[name] === undefined) return undefined
     if (!isObject(source)) throw new TypeError(`import ${index} "${from}": the module is no object or function`)
     return toImport(space, wanted, index, source[name])
   })

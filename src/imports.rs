@@ -18,7 +18,7 @@ use napi::sys;
 use smallvec::SmallVec;
 use wasm_molt_engine::{
     Error, ErrorCode, FuncHandle, HostCall, HostFunction, Import, ImportKind, ImportValue, Module,
-    RawValue, Replica, Result, Signature, Stop, Value, ValueType,
+    RawValue, Replica, Result, Signature, Stop, Value, ValueType, memory_discard,
 };
 
 use crate::env::EnvState;
@@ -759,6 +759,9 @@ impl Given<'_> {
             .find(import)
             .map_err(|Pending| self.env.take_thrown())?;
         let Some(value) = found else {
+            if import.is_discard() {
+                return Ok(ImportValue::Function(memory_discard()));
+            }
             return Err(missing(module, import));
         };
         let kind = js.kind(value).map_err(|Pending| self.env.take_thrown())?;

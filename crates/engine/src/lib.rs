@@ -14,6 +14,7 @@
 mod call;
 mod capture;
 mod deadline;
+mod discard;
 mod engine;
 mod error;
 mod fork;
@@ -45,6 +46,7 @@ mod wait;
 mod watch;
 
 pub use call::{CallControl, CallLimits, Outcome, Settle, Work};
+pub use discard::memory_discard;
 pub use error::{Error, ErrorCode, Result, TrapInfo};
 pub use host::{HomeStep, Host, HostCall, HostFunction, ImportValue};
 pub use interrupt::{Interrupter, Stop};

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender, after, bounded, select};
-use wasmtime::{AsContextMut, Caller, Func, SharedMemory, Trap, Val, ValType, WaitResult};
+use wasmtime::{AsContextMut, Caller, Func, SharedMemory, Trap, Val, WaitResult};
 
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorCode, Result, TrapInfo};
@@ -124,6 +124,7 @@ struct Wait {
     memory: SharedMemory,
     address: u64,
     expected: Expected,
+    began: Instant,
     /// `None`: for ever.
     until: Option<Instant>,
 }
@@ -214,15 +215,17 @@ impl Sleeper {
 impl Replica {
     fn wait(&self, wait: Wait) -> wasmtime::Result<WaitResult> {
         wait.check()?;
+        // Most of those who come have something to do at once.
+        let at_once = wait.once(Some(wait.began))?;
+        if at_once != WaitResult::TimedOut || wait.is_over() {
+            return Ok(at_once);
+        }
         match self.attendant() {
             Some(attendant) if !self.threads().is_empty() => {
                 self.wait_and_attend(wait, &**attendant)
             }
             // Nobody else is there who could ever notify it; it ends only if there is nothing to wait for.
-            Some(_) if wait.until.is_none() => match wait.once(Some(Instant::now()))? {
-                WaitResult::TimedOut => Err(wasmtime::Error::new(self.deadlock())),
-                other => Ok(other),
-            },
+            Some(_) if wait.until.is_none() => Err(wasmtime::Error::new(self.deadlock())),
             _ => self.wait_here(&wait),
         }
     }
@@ -342,49 +345,48 @@ pub(crate) fn provide(
 
 /// `(address, expected, timeout, memory) -> i32`
 fn waiter(
-    mut context: impl AsContextMut<Data = Guest>,
+    context: impl AsContextMut<Data = Guest>,
     is_wide: bool,
     memories: Vec<Option<SharedMemory>>,
 ) -> Func {
-    let value = if is_wide { ValType::I64 } else { ValType::I32 };
-    let params = [ValType::I64, value, ValType::I64, ValType::I32];
-    let ty = wasmtime::FuncType::new(context.as_context().engine(), params, [ValType::I32]);
-    Func::new(
-        &mut context,
-        ty,
-        move |mut caller: Caller<'_, Guest>, params, results| {
-            let [
-                Val::I64(address),
-                expected,
-                Val::I64(timeout),
-                Val::I32(memory),
-            ] = *params
-            else {
-                return Err(wasmtime::Error::msg("a wait with other parameters"));
-            };
-            let memory = memories.get(memory as usize).and_then(Option::as_ref);
-            let memory = memory.ok_or(Trap::AtomicWaitNonSharedMemory)?.clone();
-            let timeout = u64::try_from(timeout).ok().map(Duration::from_nanos);
-            let wait = Wait {
-                memory,
-                address: address.cast_unsigned(),
-                expected: match expected {
-                    Val::I64(value) => Expected::Wide(value.cast_unsigned()),
-                    other => Expected::Narrow(other.unwrap_i32().cast_unsigned()),
-                },
-                until: timeout.and_then(|timeout| Instant::now().checked_add(timeout)),
-            };
-            let active = enter(&mut caller);
-            let outcome = active.replica().wait(wait);
-            drop(active);
-            let outcome = outcome.map_err(|error| match error.downcast::<Error>() {
-                Ok(ours) => unwind(&mut caller, ours),
-                Err(other) => other,
-            })?;
-            if let [result, ..] = results {
-                *result = Val::I32(outcome as i32);
-            }
-            Ok(())
-        },
-    )
+    let memories: Arc<[_]> = memories.into();
+    if is_wide {
+        let wait = move |caller: Caller<'_, Guest>, address, expected: i64, timeout, memory| {
+            let expected = Expected::Wide(expected.cast_unsigned());
+            wait(caller, &memories, (address, timeout, memory), expected)
+        };
+        return Func::wrap(context, wait);
+    }
+    let wait = move |caller: Caller<'_, Guest>, address, expected: i32, timeout, memory| {
+        let expected = Expected::Narrow(expected.cast_unsigned());
+        wait(caller, &memories, (address, timeout, memory), expected)
+    };
+    Func::wrap(context, wait)
+}
+
+fn wait(
+    mut caller: Caller<'_, Guest>,
+    memories: &[Option<SharedMemory>],
+    (address, timeout, memory): (i64, i64, i32),
+    expected: Expected,
+) -> wasmtime::Result<i32> {
+    let memory = memories.get(memory as usize).and_then(Option::as_ref);
+    let memory = memory.ok_or(Trap::AtomicWaitNonSharedMemory)?.clone();
+    let timeout = u64::try_from(timeout).ok().map(Duration::from_nanos);
+    let began = Instant::now();
+    let wait = Wait {
+        memory,
+        address: address.cast_unsigned(),
+        expected,
+        began,
+        until: timeout.and_then(|timeout| began.checked_add(timeout)),
+    };
+    let active = enter(&mut caller);
+    let outcome = active.replica().wait(wait);
+    drop(active);
+    let outcome = outcome.map_err(|error| match error.downcast::<Error>() {
+        Ok(ours) => unwind(&mut caller, ours),
+        Err(other) => other,
+    })?;
+    Ok(outcome as i32)
 }

@@ -217,6 +217,25 @@ impl Home {
         Ok(image)
     }
 
+    /// Gives whole pages back, which read as zeros from then on; tells whether that could be done.
+    pub(super) fn give_back(&self, range: std::ops::Range<usize>) -> bool {
+        #[cfg(target_os = "linux")]
+        {
+            // Below an image's end they would fall back to the image.
+            let is_plain = match &self.ground {
+                Ground::Fresh => true,
+                Ground::Own(_) => false,
+                Ground::Image(image) => !image.is_mapped() || range.start >= image.byte_len(),
+            };
+            is_plain && self.at.is_mapping() && self.at.discard(range.start, range.len()).is_ok()
+        }
+        #[cfg(not(target_os = "linux"))]
+        {
+            let _ = (range, self);
+            false
+        }
+    }
+
     /// Bytes of pages that belong to this memory alone.
     pub(super) fn private_bytes(&self) -> usize {
         #[cfg(target_os = "linux")]

@@ -3,13 +3,19 @@
 use std::io;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, Instant};
 
 use super::guest::Layout;
 use super::home::{Home, Start, let_go};
 use super::image::{Image, ImageKind, Written};
 use super::reservation::{Pin, Reservation};
 use super::{GRANULE, extent, round_up};
+
+/// A multiple of the host's own page size, on all systems.
+const PAGE: usize = GRANULE;
+const MUCH_TO_DISCARD: usize = 1 << 20;
+const BETWEEN_DISCARDS: Duration = Duration::from_millis(1);
 
 /// Beyond that many dirty bytes a reset leaves the pages behind, to be given back when nobody waits.
 const MUCH: usize = 16 << 20;
@@ -28,6 +34,8 @@ pub struct MemoryRecord {
     released: AtomicBool,
     /// The host may have written to it since it was put on an image, or could through a view.
     is_touched: AtomicBool,
+    /// When little was last given back on the guest's behalf.
+    discarded: Mutex<Option<Instant>>,
     layout: Layout,
     kind: ImageKind,
     /// Gone once released. Read under the lock by every copy; whatever changes what is mapped writes
@@ -111,6 +119,7 @@ impl MemoryRecord {
             capacity: AtomicUsize::new(home.capacity),
             released: AtomicBool::new(false),
             is_touched: AtomicBool::new(false),
+            discarded: Mutex::default(),
             layout,
             kind: start.kind,
             home: RwLock::new(Some(home)),
@@ -199,6 +208,50 @@ impl MemoryRecord {
         // SAFETY: as in `read`, with the roles exchanged.
         unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
         Ok(())
+    }
+
+    /// Those bytes become zeros, and whole pages among them go back to the system: as far as the memory
+    /// lies on no image there, and not oftener than every millisecond for less than a mebibyte, because a
+    /// guest in a loop would spend all its time in the kernel. Other bytes are overwritten.
+    ///
+    /// # Errors
+    /// If they are not all inside; nothing has changed then.
+    pub(crate) fn discard(&self, ptr: u64, byte_length: u64) -> Result<(), OutOfBounds> {
+        let home = self.read_home();
+        let len = usize::try_from(byte_length).unwrap_or(usize::MAX);
+        let to = self.locate(home.as_ref(), ptr, len)?;
+        self.is_touched.store(true, Ordering::Release);
+        let start = ptr as usize;
+        let whole = start.next_multiple_of(PAGE)..(start + len) / PAGE * PAGE;
+        if let Some(home) = home.as_ref()
+            && !whole.is_empty()
+            && (whole.len() >= MUCH_TO_DISCARD || self.may_discard())
+            && home.give_back(whole.clone())
+        {
+            // SAFETY: as in `write`; these are the ends of the very range.
+            unsafe {
+                ptr::write_bytes(to, 0, whole.start - start);
+                ptr::write_bytes(to.add(whole.end - start), 0, start + len - whole.end);
+            }
+            return Ok(());
+        }
+        // SAFETY: as in `write`.
+        unsafe { ptr::write_bytes(to, 0, len) };
+        Ok(())
+    }
+
+    /// Whether it is long enough since the last time.
+    fn may_discard(&self) -> bool {
+        let mut last = self
+            .discarded
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        let may = last.is_none_or(|last| now.duration_since(last) >= BETWEEN_DISCARDS);
+        if may {
+            *last = Some(now);
+        }
+        may
     }
 
     /// The address of `ptr` if `byte_length` bytes follow it now.
