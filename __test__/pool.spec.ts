@@ -5,11 +5,20 @@ import { availableParallelism } from 'node:os'
 import { test } from 'node:test'
 import { bench, hasCode, LIMIT, outcome, turns, until } from './support.ts'
 
+/** Of a thread that may just be ending. */
+function nameOf(id: string): string {
+  try {
+    return readFileSync(`/proc/self/task/${id}/comm`, 'utf8').trim()
+  } catch {
+    return ''
+  }
+}
+
 /** Nanoseconds that the threads of that name ran, or stood ready to run while the machine had no core for them. */
 function wantedToRun(name: string): number {
   let sum = 0
   for (const id of readdirSync('/proc/self/task')) {
-    if (!readFileSync(`/proc/self/task/${id}/comm`, 'utf8').includes(name)) continue
+    if (!nameOf(id).includes(name)) continue
     const [ran, waited] = readFileSync(`/proc/self/task/${id}/schedstat`, 'utf8').split(' ')
     sum += Number(ran) + Number(waited)
   }
@@ -202,14 +211,7 @@ test('calls waiting for a swap count against maxQueue too', LIMIT, async (t) => 
   assert.deepEqual(await Promise.all(waiting), [2, 4])
 })
 
-const threadNames = () =>
-  readdirSync('/proc/self/task').map((id) => {
-    try {
-      return readFileSync(`/proc/self/task/${id}/comm`, 'utf8').trim()
-    } catch {
-      return ''
-    }
-  })
+const threadNames = () => readdirSync('/proc/self/task').map(nameOf)
 
 test('the pool is the manager own: its threads carry its name and end with it', LIMIT, async (t) => {
   const { manager } = await bench(t, { name: 'mine', instances: 2, threads: 2 })

@@ -9,7 +9,7 @@
 
 use std::cell::UnsafeCell;
 use std::collections::HashMap;
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -939,7 +939,10 @@ impl Replica {
 
     pub(crate) fn triage(&self, error: wasmtime::Error, what: &str) -> Error {
         let what = format!("{}: {what}", self.module.name());
-        let error = triage(error, &what, self.interrupter.pending(), self.fuel);
+        let mut error = triage(error, &what, self.interrupter.pending(), self.fuel);
+        if let Error::Trap { info, .. } = &mut error {
+            self.tell_refusal(&mut info.message);
+        }
         // Glue goes on after a trap, as it does on other engines; what to do about it is up to who owns it.
         // Not where other threads of the guest may be in the middle of what has broken off.
         let goes_on = self.is_realm() && error.code() != Some(ErrorCode::Internal);
@@ -948,6 +951,39 @@ impl Replica {
             self.threads.stop();
         }
         error
+    }
+
+    /// Most guests trap when they get no memory, and say nothing of the reason.
+    #[cold]
+    fn tell_refusal(&self, message: &mut String) {
+        let mut refused = None;
+        let mut look = |memory: &MemoryRecord| {
+            if memory.take_refusal() {
+                refused = Some((memory.byte_len(), memory.limit_bytes()));
+            }
+        };
+        if let Some(live) = self.live.get() {
+            live.memories.iter().for_each(|record| look(record));
+        }
+        // An instantiation that fails holds the lock.
+        if let Some(Ok(realm)) = self.realm.as_ref().map(Mutex::try_lock) {
+            realm.records().for_each(|record| look(record));
+        }
+        match refused {
+            Some((bytes, usize::MAX)) => {
+                let _ = write!(
+                    message,
+                    "; growth of its memory beyond {bytes} bytes and its declared maximum was refused before"
+                );
+            }
+            Some((bytes, limit)) => {
+                let _ = write!(
+                    message,
+                    "; growth of its memory of {bytes} bytes beyond limits.memoryBytes = {limit} was refused before"
+                );
+            }
+            None => {}
+        }
     }
 
     /// The error of a host call that was waiting when its run was stopped.

@@ -34,6 +34,8 @@ pub struct MemoryRecord {
     released: AtomicBool,
     /// The host may have written to it since it was put on an image, or could through a view.
     is_touched: AtomicBool,
+    /// Growth was refused since somebody asked.
+    was_refused: AtomicBool,
     /// When little was last given back on the guest's behalf.
     discarded: Mutex<Option<Instant>>,
     layout: Layout,
@@ -119,6 +121,7 @@ impl MemoryRecord {
             capacity: AtomicUsize::new(home.capacity),
             released: AtomicBool::new(false),
             is_touched: AtomicBool::new(false),
+            was_refused: AtomicBool::new(false),
             discarded: Mutex::default(),
             layout,
             kind: start.kind,
@@ -156,6 +159,11 @@ impl MemoryRecord {
     /// What [`Self::set_limit_bytes`] said last.
     pub fn limit_bytes(&self) -> usize {
         self.limit.load(Ordering::Acquire)
+    }
+
+    /// Whether growth was refused since this was last asked.
+    pub(crate) fn take_refusal(&self) -> bool {
+        self.was_refused.swap(false, Ordering::AcqRel)
     }
 
     /// Whether the store is gone and the pages are given back.
@@ -411,6 +419,14 @@ impl MemoryRecord {
         let is_pinned = Arc::strong_count(&home.at) > 1;
         let may_abandon = Reservation::abandoned() < MOST_ABANDONED;
         let should_move = dirty > MUCH || takes_away && is_pinned && may_abandon;
+        if must_move && !self.layout.movable && extent <= home.capacity {
+            // Somebody may read through a view, which must find pages: what is beyond the image stays, as
+            // zeros, though the guest has no claim to it any more.
+            dirty = home.reset(image, &written, true)?.max(dirty);
+            self.resized(len);
+            self.is_touched.store(false, Ordering::Release);
+            return Ok(dirty);
+        }
         let old = if must_move || should_move && self.layout.movable {
             self.elsewhere(image, home.capacity.max(extent))
         } else {
@@ -470,6 +486,7 @@ impl MemoryRecord {
     /// Refuses sizes beyond the limit and the type's maximum.
     fn admit(&self, len: usize) -> io::Result<()> {
         if len > self.limit_bytes().min(self.layout.maximum) {
+            self.was_refused.store(true, Ordering::Release);
             return Err(io::Error::new(
                 io::ErrorKind::QuotaExceeded,
                 "the memory's limit is reached",

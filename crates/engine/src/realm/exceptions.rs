@@ -155,6 +155,9 @@ impl Replica {
             && let Ok(mut realm) = self.realm()
         {
             realm.thrown.clear();
+            // Shared memories are nobody's, so whoever names one keeps it.
+            realm.memories.clear();
+            realm.shareable.clear();
             for table in &mut realm.tables {
                 table.known = None;
             }
