@@ -915,12 +915,13 @@ export interface GlueOptions extends Pick<ManagerOptions, 'limits' | 'maxQueue' 
    * it again where there was one; and {@link GlueManager.recycleThreads} replaces it. Without it, a snapshot while threads run is
    * refused (ERR_WASM_SNAPSHOT_UNSUPPORTED), and nothing starts threads again.
    * Both get the module of the generation, not the stable face.
-   * * `exit`: synchronous; asks the guest to end its threads in good order, as `exitThreadPool()` of a guest does. They are then
-   *   waited for, for 5 seconds at most (ERR_WASM_BUSY; the snapshot or recycling is not done then).
+   * * `exit`: for guests whose pool can; without it, a snapshot while threads run is refused. Synchronous; asks the guest to end its threads in good order, as `exitThreadPool()` of a guest does. They are then
+   *   waited for, for 5 seconds at most (ERR_WASM_BUSY; the snapshot or recycling is not done then, and no thread can be started
+   *   before those have ended).
    * * `start`: starts as many as there are to be. May return a promise, which only `recycleThreads` and a reload wait for.
    */
   // biome-ignore lint/suspicious/noExplicitAny: see loadGlue
-  threadPool?: { exit: (module: any) => unknown; start: (module: any) => unknown }
+  threadPool?: { exit?: (module: any) => unknown; start: (module: any) => unknown }
   /**
    * Names of further packages to evaluate with the glue, afresh for each generation and with the same shadows. Default: none.
    *
@@ -1217,7 +1218,8 @@ export class WasmError extends Error {
    * For ERR_WASM_TRAP, the kind: 'unreachable', 'out-of-bounds-memory', 'out-of-bounds-table', 'out-of-bounds-array',
    * 'stack-overflow', 'integer-divide-by-zero', 'integer-overflow', 'invalid-conversion-to-integer', 'indirect-call-to-null',
    * 'indirect-call-type-mismatch', 'null-reference', 'cast-failure', 'unaligned-atomic', 'atomic-wait-on-unshared-memory',
-   * 'allocation-too-large', 'allocation-failed', 'uncaught-exception', 'other'.
+   * 'deadlock' (all threads of the guest would wait for ever), 'allocation-too-large', 'allocation-failed', 'uncaught-exception',
+   * 'other'.
    */
   readonly trap?: string
   /** For ERR_WASM_TRAP: the guest's frames, innermost first, one a line, names demangled. Empty where there are none. */

@@ -22,8 +22,6 @@ export class Facade {
   #memory
   /** The memory of whatever generation serves. */
   #view = this.#makeView()
-  /** Buffers of it that are not detached. One that is collected could not be, and a memory that is viewed cannot shrink. */
-  #buffers = new Set()
   #startArgs = []
   #inner
   #onTrap
@@ -83,7 +81,6 @@ export class Facade {
     this.#inner = inner
     if (!this.isLoaded) return goBack
     this.#trap = undefined
-    this.#buffers.clear()
     try {
       this.#instantiate()
       this.exports.__wbindgen_start(...this.#startArgs)
@@ -138,16 +135,9 @@ export class Facade {
 
   #makeView() {
     const facade = this
-    let last
     return {
       get buffer() {
-        const { buffer } = facade.exports.memory
-        if (buffer !== last) {
-          last = buffer
-          for (const each of facade.#buffers) if (each.byteLength === 0) facade.#buffers.delete(each)
-          facade.#buffers.add(buffer)
-        }
-        return buffer
+        return facade.exports.memory.buffer
       },
     }
   }

@@ -4,7 +4,6 @@
 // boundary of a job, with no export on the stack, everything else is garbage and a reset takes it back. What is newer than
 // the snapshot and kept is carried over, or a snapshot is taken in place of the reset: nothing is lost either way.
 
-import { setImmediate as nextTurn } from 'node:timers/promises'
 import { newBases } from './state.mjs'
 
 /** Calls after which there is garbage in the guest. */
@@ -96,8 +95,6 @@ export class Keeper {
   async #end() {
     if (this.#isTrapped) this.settle()
     await this.#parts.pool.stop()
-    // A turn of the event loop: views of the memory that were collected are really gone then.
-    await nextTurn()
     this.settle()
   }
 

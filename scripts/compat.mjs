@@ -23,6 +23,11 @@ try {
   if (values.save && (status === 0 || status === 1)) save(JSON.parse(readFileSync(json, 'utf8')))
   if (signal) fail(`compat/run.mjs ended with ${signal}`)
   process.exitCode = status
+  if (positionals.length === 0) {
+    const threaded = [join(root, 'compat/threaded.mjs'), ...rounds]
+    const { status } = spawnSync(process.execPath, threaded, { cwd: root, stdio: 'inherit' })
+    if (status !== 0) process.exitCode = 1
+  }
 } finally {
   rmSync(folder, { recursive: true, force: true })
 }

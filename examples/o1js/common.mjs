@@ -15,7 +15,7 @@ export async function start({ isPlain = false } = {}) {
   let molt
   if (!isPlain) {
     forbidOthers()
-    molt = await import('../index.mjs')
+    molt = await import('../../o1js/index.mjs')
     for (const event of ['snapshot', 'reset', 'reload']) molt.events.on(event, () => say(`  ${event}`, mib(molt)))
   }
   const entry = createRequire(join(process.cwd(), 'x.js')).resolve('o1js')

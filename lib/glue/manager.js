@@ -59,7 +59,7 @@ class GlueGeneration {
       )
     const observer = {
       exitThreads: () => {
-        if (threadPool === undefined) return false
+        if (threadPool?.exit === undefined) return false
         threadPool.exit(this.module)
         this.#isPoolOut = true
         return true
@@ -67,11 +67,11 @@ class GlueGeneration {
       captured: (snapshot) => {
         this.#marks.set(snapshot, this.#finalizers.mark())
         if (this.#marks.size > MOST_MARKS) this.#marks.delete(this.#marks.keys().next().value)
-        if (this.#isPoolOut) this.#startThreads(threadPool)
+        if (this.#isPoolOut) this.startThreads(threadPool)
       },
       rewound: (snapshot) => {
         this.#finalizers.rewind(this.#marks.get(snapshot) ?? 0)
-        if (this.threads.isWanted && threadPool !== undefined) this.#startThreads(threadPool)
+        if (this.threads.isWanted && threadPool !== undefined) this.startThreads(threadPool)
       },
       // Finalizers that are late do nothing, and neither do timers.
       expired: () => {
@@ -103,8 +103,8 @@ class GlueGeneration {
     }
   }
 
-  /** The pool that was there before the realm was captured or reset is there again afterwards. */
-  #startThreads(threadPool) {
+  /** The pool that was there before the realm was captured, reset or replaced is there again afterwards. */
+  startThreads(threadPool) {
     this.#isPoolOut = false
     this.threads.forget()
     // What fails is found out by whoever needs the pool; here it would go to nobody.
@@ -156,7 +156,6 @@ class GlueManager extends Managed {
     const { initialize, saveState, restoreState, expose, threadPool } = options
     const hooks = {
       initialize: (lease) => {
-        const wantsPool = threadPool !== undefined && generations.current?.threads.isWanted === true
         const made = new GlueGeneration(lease, name, options)
         generations.next = made
         const { shadows } = made
@@ -165,11 +164,7 @@ class GlueManager extends Managed {
         return then(evaluated, (glue) =>
           then(expose === undefined ? glue : expose(glue, shadows), (module) => {
             made.module = module
-            return then(initialize?.(module), () =>
-              then(wantsPool && made.threads.size === 0 ? threadPool.start(module) : undefined, () =>
-                generations.isSync ? undefined : made.settle(),
-              ),
-            )
+            return then(initialize?.(module), () => (generations.isSync ? undefined : made.settle()))
           }),
         )
       },
@@ -183,8 +178,11 @@ class GlueManager extends Managed {
       hooks.restoreState = (_, state) => restoreState(inHook(generations.next), state)
     }
     super({ ...pick(options), name, ...hooks }, true, () => {
+      const wantsPool = threadPool !== undefined && generations.current?.threads.isWanted === true
       generations.current = generations.next
       generations.next = undefined
+      // Only now: where there was a snapshot, one of the new realm has just been taken.
+      if (wantsPool && generations.current.threads.size === 0) generations.current.startThreads(threadPool)
     })
     this.#generations = generations
     this.#threadPool = threadPool
@@ -240,10 +238,10 @@ class GlueManager extends Managed {
   async recycleThreads(options) {
     checkKeys(options, LEASE_OPTIONS)
     const { threadPool, generations } = { threadPool: this.#threadPool, generations: this.#generations }
-    if (threadPool === undefined) {
+    if (threadPool?.exit === undefined) {
       throw new WasmError(
         'ERR_WASM_INVALID_ARGUMENT',
-        `recycleThreads() of ${this.name} needs options.threadPool, which says how its threads end and begin`,
+        `recycleThreads() of ${this.name} needs options.threadPool with exit and start, which say how its threads end and begin`,
         { manager: this.name },
       )
     }
@@ -274,7 +272,10 @@ class GlueManager extends Managed {
 
   async reload(options) {
     checkKeys(options, RELOAD_OPTIONS)
-    return super.reload(options)
+    const report = await super.reload(options)
+    // What became of it is for whoever uses the pool.
+    await this.#generations.current.poolStart?.catch(() => {})
+    return report
   }
 
   reloadSync(options) {
@@ -381,12 +382,12 @@ function pick(options) {
 function checkHooks(options) {
   const { threadPool } = options
   if (threadPool !== undefined && (typeof threadPool !== 'object' || threadPool === null)) {
-    throw new WasmError('ERR_WASM_INVALID_ARGUMENT', 'options.threadPool must be { exit(module), start(module) }')
+    throw new WasmError('ERR_WASM_INVALID_ARGUMENT', 'options.threadPool must be { start(module), exit(module) }')
   }
   checkKeys(threadPool, ['exit', 'start'])
   const given = ['initialize', 'saveState', 'restoreState', 'expose'].map((name) => [name, options[name]])
   if (threadPool !== undefined) {
-    for (const name of ['exit', 'start']) given.push([`threadPool.${name}`, threadPool[name] ?? null])
+    given.push(['threadPool.exit', threadPool.exit], ['threadPool.start', threadPool.start ?? null])
   }
   for (const [name, hook] of given) {
     if (hook === undefined || typeof hook === 'function') continue
