@@ -380,6 +380,31 @@ test('recycling the pool alone waits for scopes, is quick and loses nothing', LI
   assert.equal(await manager.use(({ wasm }: Any) => wasm.get(8)), 17)
 })
 
+test('a pool is resized by its exit and another start', LIMIT, async (t) => {
+  let manager: GlueManager<Any> | undefined
+  let size = 2
+  const start = ({ wasm }: Any) => {
+    wasm.open()
+    for (let i = 0; i < size; i++) manager?.spawn([[wasm.serve]])
+  }
+  manager = await load(t, { threadPool: { start, exit: ({ wasm }: Any) => wasm.leave() } })
+  start(manager.module)
+  size = 5
+  const { threadsBefore, threadsAfter } = await manager.recycleThreads()
+  assert.deepEqual([threadsBefore, threadsAfter, manager.guestThreads.total], [2, 5, 5])
+  assert.equal(manager.module.wasm.get(516), 5)
+})
+
+test('a thread that the JS thread never answers says so, and is no hang', { timeout: 90_000 }, async (t) => {
+  const manager = await load(t)
+  const thread = manager.spawn([[manager.module.wasm.work, 1]])
+  // Neither in the event loop nor in the guest.
+  Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 32_000)
+  await failure(thread.finished, 'ERR_WASM_BUSY', /JavaScript thread/)
+  await manager.reload()
+  assert.equal(manager.module.wasm.get(0), 0)
+})
+
 test('recycling without knowing how is an error that says what is missing', LIMIT, async (t) => {
   const manager = await load(t)
   await failure(manager.recycleThreads(), 'ERR_WASM_INVALID_ARGUMENT', /options\.threadPool/)
@@ -439,6 +464,127 @@ test('glue in the manner of wasm-bindgen-rayon starts native threads in place of
   workers[0].terminate()
   wasm.leave()
   while (manager.guestThreads.total > 0) await new Promise(setImmediate)
+})
+
+/** Glue of another guest, whose imports are given as text. */
+const other = (text: string, env: string) => `
+const memory = new WebAssembly.Memory({ initial: 1, maximum: 9, shared: true })
+const env = { memory, ${env} }
+const module_ = new WebAssembly.Module(Buffer.from('${base64(text)}', 'base64'))
+let wasm = new Proxy({}, { get: (_, key) => instance.exports[key] })
+const instance = new WebAssembly.Instance(module_, { env })
+module.exports = { wasm: instance.exports, env, memory }`
+
+const MEMORY = '(import "env" "memory" (memory 1 9 shared))'
+
+test('start functions of threads may call imports, while the JS thread waits', LIMIT, async (t) => {
+  const text = `(module ${MEMORY} (import "env" "note" (func $note))
+    (func $start (call $note) (drop (i32.atomic.rmw.add (i32.const 4) (i32.const 1))))
+    (func (export "wake") (i32.atomic.store (i32.const 0) (i32.const 1)) (drop (memory.atomic.notify (i32.const 0) (i32.const 1))))
+    (func (export "join") (result i32) (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const -1)))
+    (func (export "started") (result i32) (i32.atomic.load (i32.const 4)))
+    (start $start))`
+  const manager = await load(t, {}, other(text, 'note() { env.count = (env.count ?? 0) + 1 }'))
+  const { wasm, env } = manager.module
+  manager.spawn([[wasm.wake]])
+  assert.equal(wasm.join(), 0)
+  assert.deepEqual([env.count, wasm.started()], [2, 2])
+})
+
+test('threads that call imports without end keep neither timers nor timeouts away', LIMIT, async (t) => {
+  const text = `(module ${MEMORY} (import "env" "ask" (func $ask (result i32)))
+    (func (export "storm") (loop (drop (call $ask)) (br 0)))
+    (func (export "one") (result i32) (i32.const 1))
+    (func (export "wait") (drop (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const -1)))))`
+  const manager = await load(t, { limits: { timeoutMs: 300 } }, other(text, 'ask: () => wasm.one()'))
+  const { wasm } = manager.module
+  await manager.snapshot()
+  const threads = [1, 2, 3].map(() => manager.spawn([[wasm.storm]]))
+  for (let i = 0; i < 10; i++) await new Promise((resolve) => setTimeout(resolve, 1))
+  assert.throws(() => wasm.wait(), { code: 'ERR_WASM_TIMEOUT' })
+  await manager.reset()
+  await Promise.all(threads.map((thread) => thread.finished))
+})
+
+test('limits hold for calls from imports that answer a thread', LIMIT, async (t) => {
+  const text = `(module ${MEMORY} (import "env" "ask" (func $ask))
+    (func (export "work") (call $ask)) (func (export "spin") (loop (br 0))))`
+  const manager = await load(t, { limits: { timeoutMs: 100 } }, other(text, 'ask: () => wasm.spin()'))
+  const thread = manager.spawn([[manager.module.wasm.work]])
+  await assert.rejects(thread.finished, { code: 'ERR_WASM_TIMEOUT' })
+  await manager.reload()
+})
+
+test('promises are values for threads, as they are at home', LIMIT, async (t) => {
+  const text = `(module ${MEMORY} (import "env" "make" (func $make (result externref)))
+    (import "env" "take" (func $take (param externref))) (import "env" "later" (func $later))
+    (func (export "work") (call $later) (call $take (call $make))))`
+  const env =
+    'make: () => Promise.resolve(5), take(value) { env.taken = value }, later: async () => { await new Promise(() => {}) }'
+  const manager = await load(t, {}, other(text, env))
+  await manager.spawn([[manager.module.wasm.work]]).finished
+  assert.ok(manager.module.env.taken instanceof Promise)
+})
+
+test('functions that are only in tables, and functions as arguments, mean those of the thread', LIMIT, async (t) => {
+  const text = `(module ${MEMORY} (import "env" "ask" (func $ask (param funcref) (result funcref)))
+    (table (export "table") 2 funcref) (elem (i32.const 0) $hidden)
+    (global $seen (export "seen") (mut i32) (i32.const 0))
+    (type $f (func (param i32) (result i32)))
+    (func $hidden (type $f) (global.set $seen (local.get 0)) (i32.add (local.get 0) (i32.const 1)))
+    (func (export "work") (table.set 0 (i32.const 1) (call $ask (table.get 0 (i32.const 0))))
+      (i32.atomic.store (i32.const 0) (call_indirect (type $f) (i32.const 30) (i32.const 1)))
+      (i32.atomic.store (i32.const 4) (global.get $seen)))
+    (func (export "get") (param i32) (result i32) (i32.atomic.load (local.get 0))))`
+  const env = `ask(given) {
+    env.same = given === instance.exports.table.get(0)
+    env.got = instance.exports.table.get(0)(10)
+    return given
+  }`
+  const manager = await load(t, {}, other(text, env))
+  const { wasm, env: seen } = manager.module
+  await manager.spawn([[wasm.work]]).finished
+  assert.deepEqual([seen.same, seen.got, wasm.get(0), wasm.get(4), wasm.seen.value], [true, 11, 31, 30, 0])
+})
+
+test('memory discard in glue is of the very instance that imports it, and of its threads', LIMIT, async (t) => {
+  const text = `(module ${MEMORY} (import "env" "memory_discard" (func $discard (param i32 i32)))
+    (func (export "fill") (memory.fill (i32.const 0) (i32.const 7) (i32.const 65536)))
+    (func (export "discard") (param i32 i32) (call $discard (local.get 0) (local.get 1)))
+    (func (export "get") (param i32) (result i32) (i32.load8_u (local.get 0))))`
+  const extra = `
+    const second = new WebAssembly.Memory({ initial: 1, maximum: 9, shared: true })
+    module.exports.second = new WebAssembly.Instance(module_, { env: { memory: second } }).exports`
+  const manager = await load(t, {}, other(text, '') + extra)
+  const { wasm, second } = manager.module
+  for (const each of [wasm, second]) each.fill()
+  second.discard(16, 100)
+  assert.deepEqual([wasm.get(16), second.get(15), second.get(16), second.get(116)], [7, 7, 0, 7])
+  await manager.spawn([[wasm.discard, 0, 8]]).finished
+  assert.deepEqual([wasm.get(7), wasm.get(8), second.get(7)], [0, 7, 7])
+})
+
+test('a pool is back after a snapshot that came to nothing, and after an abort of its recycling', LIMIT, async (t) => {
+  const manager = await withPool(t, 2)
+  const pool = { state: 'running', total: 2 }
+  // Something that no snapshot can hold.
+  const { WebAssembly } = manager.module
+  const bytes = binding.__assemble('(module (func (export "f") (elem.drop $e)) (func $g) (elem $e func $g))')
+  new WebAssembly.Instance(new WebAssembly.Module(bytes))
+  await failure(manager.snapshot(), 'ERR_WASM_SNAPSHOT_UNSUPPORTED', /elem\.drop/)
+  while (manager.guestThreads.state !== 'running') await new Promise(setImmediate)
+  assert.deepEqual(manager.guestThreads, pool)
+  await assert.rejects(manager.recycleThreads({ signal: AbortSignal.abort(new Error('no')) }), /no/)
+  const gate = barrier()
+  const scope = manager.use(() => gate.promise)
+  const controller = new AbortController()
+  const recycled = manager.recycleThreads({ signal: controller.signal })
+  controller.abort(new Error('enough'))
+  await assert.rejects(recycled, /enough/)
+  gate.open()
+  await scope
+  assert.equal(await manager.use(({ wasm }: Any) => wasm.get(516)), 2)
+  assert.equal((await manager.recycleThreads()).threadsAfter, 2)
 })
 
 test('a process with waiting threads ends by itself, by exit() and by destroy()', LIMIT, async () => {

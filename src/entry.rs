@@ -35,10 +35,10 @@ pub(crate) fn enter_realm<'a>(
     manager: &'a ManagerSide,
     side: &Rc<ReplicaSide>,
 ) -> Result<Entry<'a>, Box<Error>> {
-    if !side.is_expired.get() && side.replica.awaits_rescue() {
+    if !side.is_expired.get() && side.replica.is_poisoned() {
         return Err(broken_realm(manager, side).into());
     }
-    if side.is_expired.get() || side.replica.is_poisoned() {
+    if side.is_expired.get() {
         return Err(stale_realm(manager, side).into());
     }
     if !side.frames.borrow().is_empty() {

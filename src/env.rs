@@ -447,7 +447,8 @@ impl EnvState {
     /// guest that waits.
     pub(crate) fn attend(&self) -> bool {
         let mut was_any = false;
-        while self.inbox.is_urgent() {
+        // And not what comes meanwhile: whoever asks again and again would keep everything else away.
+        for _ in 0..self.inbox.urgent_count() {
             let Some(task) = self.inbox.take_urgent() else {
                 break;
             };

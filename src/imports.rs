@@ -10,6 +10,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use std::time::Duration;
 
@@ -29,7 +30,7 @@ use crate::side::{Frame, ManagerSide, ReplicaSide};
 
 /// A JS thread that spins until another thread has done something, which needs the JS thread, does so for
 /// ever.
-const LONGEST_SILENCE: Duration = Duration::from_secs(60);
+const LONGEST_SILENCE: Duration = Duration::from_secs(30);
 /// Between two looks of the JS thread at what others want, while it waits for one of them.
 const LOOK_AROUND: Duration = Duration::from_millis(1);
 
@@ -92,6 +93,8 @@ enum Nested {
         func: FuncHandle,
         signature: Signature,
         args: Vec<Value>,
+        /// `limits.timeoutMs`.
+        timeout_ms: Option<u64>,
     },
     /// Something else in its store; who wants it hears of it by other ways.
     Act(Box<dyn FnOnce(&Replica) + Send>),
@@ -108,12 +111,15 @@ struct Request {
     import: Arc<JsImport>,
     signature: Signature,
     args: SmallVec<[Value; 6]>,
+    /// The JS thread has begun with it.
+    is_begun: AtomicBool,
 }
 
 /// The pool thread's end of a conversation.
 struct PoolEnd {
     to_js: Sender<ToJs>,
     from_js: Receiver<ToPool>,
+    asked: Arc<Request>,
 }
 
 /// The JS thread's end.
@@ -327,10 +333,13 @@ impl JsImport {
         signature: &Signature,
         args: SmallVec<[Value; 6]>,
     ) -> Result<PoolEnd, Box<Error>> {
+        // JavaScript knows the functions of the realm, and not those of its twins.
+        let args = args.into_iter().map(|arg| replica.home_value(arg));
         let request = Arc::new(Request {
             import: Arc::clone(self),
             signature: signature.clone(),
-            args,
+            args: args.collect(),
+            is_begun: AtomicBool::new(false),
         });
         let inner = NESTED.with_borrow(|nested| nested.last().cloned());
         if let Some(to_js) = inner {
@@ -338,13 +347,19 @@ impl JsImport {
             let from_js = REPLIES.with_borrow(|replies| replies.last().cloned());
             let from_js =
                 from_js.ok_or_else(|| Error::internal("a conversation without its other half"))?;
+            let asked = Arc::clone(&request);
             to_js.send(ToJs::Request(request)).map_err(|_| gone())?;
-            return Ok(PoolEnd { to_js, from_js });
+            return Ok(PoolEnd {
+                to_js,
+                from_js,
+                asked,
+            });
         }
         let (to_js, from_pool) = bounded(1);
         let (to_pool, from_js) = bounded(1);
         let end = JsEnd { to_pool, from_pool };
         let inbox = self.bound.inbox();
+        let asked = Arc::clone(&request);
         let task: Task = Box::new(move |_| answer(&request, end));
         // Whom the JS thread may be waiting for must not wait for the JS thread.
         let posted = if replica.is_twin() {
@@ -353,7 +368,11 @@ impl JsImport {
             inbox.post(task)
         };
         posted.map_err(|_| gone())?;
-        Ok(PoolEnd { to_js, from_js })
+        Ok(PoolEnd {
+            to_js,
+            from_js,
+            asked,
+        })
     }
 }
 
@@ -362,6 +381,10 @@ impl PoolEnd {
     fn converse(&self, replica: &Replica) -> Result<Reply, Box<Error>> {
         loop {
             match self.hear(replica)? {
+                ToPool::Reply(reply) if replica.is_twin() => {
+                    let values = reply?.into_iter().map(|value| replica.own_value(value));
+                    return Ok(Box::new(values.collect::<Result<_>>()?));
+                }
                 ToPool::Reply(reply) => return reply,
                 ToPool::Call(nested) => self.run_nested(replica, nested)?,
             }
@@ -391,9 +414,16 @@ impl PoolEnd {
         let cancelled = replica.interrupter().cancelled();
         replica.ring_for_home();
         select! {
+            recv(self.from_js) -> message => return message.map_err(|_| gone().into()),
+            recv(cancelled) -> _ => return Err(replica.interrupted().into()),
+            default(LONGEST_SILENCE) => {}
+        }
+        if !self.asked.is_begun.load(Ordering::Acquire) {
+            return Err(unanswered(replica).into());
+        }
+        select! {
             recv(self.from_js) -> message => message.map_err(|_| gone().into()),
             recv(cancelled) -> _ => Err(replica.interrupted().into()),
-            default(LONGEST_SILENCE) => Err(unanswered(replica).into()),
         }
     }
 
@@ -410,10 +440,18 @@ impl PoolEnd {
                 func,
                 signature,
                 args,
+                timeout_ms,
             } => replica.own_function(func).and_then(|func| {
+                let args = args.into_iter().map(|arg| replica.own_value(arg));
+                let args = args.collect::<Result<Vec<_>>>()?;
+                // A host call is on the stack, so what is up is the whole of it.
+                let timeout_ms = timeout_ms.filter(|_| replica.is_twin());
+                let deadline = timeout_ms.map(|ms| replica.end_after(ms)).transpose()?;
                 // SAFETY: this thread holds the replica: it is inside a host call of it. The signature
                 // came with the function.
-                unsafe { replica.call_typed(&func, &signature, args) }
+                let outcome = unsafe { replica.call_typed(&func, &signature, args) };
+                drop(deadline);
+                outcome
             }),
             Nested::Act(act) => {
                 act(replica);
@@ -448,11 +486,15 @@ fn answer(request: &Arc<Request>, end: JsEnd) {
     let Some(bound) = import.bound.get() else {
         return;
     };
+    request.is_begun.store(true, Ordering::Release);
     let end = Rc::new(end);
     let returned = match run_request(bound, request, &end) {
         Ok(returned) => returned,
         Err(error) => return end.reply(Err(*error)),
     };
+    if import.is_plain {
+        return end.reply(converted(bound, returned, &request.signature));
+    }
     match must_wait(&bound.env, returned, &request.signature) {
         Ok(true) => {}
         Ok(false) => return end.reply(converted(bound, returned, &request.signature)),
@@ -509,6 +551,7 @@ impl JsEnd {
             func,
             signature: signature.clone(),
             args,
+            timeout_ms: side.manager.upgrade().and_then(|it| it.timeout_ms),
         };
         self.have_done(env, side, nested)
     }
@@ -575,6 +618,9 @@ impl JsEnd {
                 Err(RecvTimeoutError::Timeout) => {}
             }
             env.attend();
+            if side.replica.interrupter().is_stopped() {
+                return Err(stopped(side));
+            }
             if env.watch.is_some() && env.js().is_ending() {
                 stop();
                 return Err(stopped(side));
@@ -588,6 +634,7 @@ impl JsEnd {
         let Some(bound) = request.import.bound.get() else {
             return self.reply(Err(gone()));
         };
+        request.is_begun.store(true, Ordering::Release);
         let returned = run_request(bound, request, self);
         self.reply_with(bound, request, returned);
     }
@@ -598,6 +645,9 @@ impl JsEnd {
             Ok(returned) => returned,
             Err(error) => return self.reply(Err(*error)),
         };
+        if request.import.is_plain {
+            return self.reply(converted(bound, returned, &request.signature));
+        }
         let waits = match must_wait(&bound.env, returned, &request.signature) {
             Ok(waits) => waits,
             Err(error) => return self.reply(Err(error)),

@@ -107,6 +107,11 @@ impl Inbox {
         self.urgent_count.load(Ordering::Acquire) > 0
     }
 
+    /// How much of it there is.
+    pub(crate) fn urgent_count(&self) -> usize {
+        self.urgent_count.load(Ordering::Acquire)
+    }
+
     /// The first of it. JS thread.
     pub(crate) fn take_urgent(&self) -> Option<Task> {
         let task = self.lock().urgent.pop_front()?;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use wasm_molt_engine::{
     Error, ErrorCode, ExportType, ImportKind, Module, RealmExport, RealmImport, Replica, Result,
-    Value, ValueType, memory_discard,
+    Value, ValueType,
 };
 
 use crate::binding::{Deferred, arg};
@@ -356,12 +356,14 @@ fn instantiate(js: Js, args: &[Val]) -> JsResult<Val> {
     for (index, import) in (0..).zip(module.imports()) {
         let value = js.element(given, index)?;
         imports.push(match &import.kind {
+            ImportKind::Function(_)
+                if import.is_discard() && matches!(js.kind(value)?, Kind::Undefined) =>
+            {
+                RealmImport::Discard
+            }
             ImportKind::Function(_) => match function_of(js, value) {
                 Some(Value::Func(Some(func))) if func.replica_id() == realm.side.replica.id() => {
                     RealmImport::Guest(func)
-                }
-                _ if import.is_discard() && matches!(js.kind(value)?, Kind::Undefined) => {
-                    RealmImport::Function(memory_discard())
                 }
                 _ => {
                     let (env, manager, side) = (&realm.env, &realm.manager, &realm.side);

@@ -60,14 +60,14 @@ class GlueGeneration {
     const observer = {
       exitThreads: () => {
         if (threadPool?.exit === undefined) return false
-        threadPool.exit(this.module)
+        askToExit(threadPool, this.module)
         this.#isPoolOut = true
         return true
       },
       captured: (snapshot) => {
         this.#marks.set(snapshot, this.#finalizers.mark())
         if (this.#marks.size > MOST_MARKS) this.#marks.delete(this.#marks.keys().next().value)
-        if (this.#isPoolOut) this.startThreads(threadPool)
+        this.poolIsBack(threadPool)
       },
       rewound: (snapshot) => {
         this.#finalizers.rewind(this.#marks.get(snapshot) ?? 0)
@@ -103,6 +103,11 @@ class GlueGeneration {
     }
   }
 
+  /** What has exited for a snapshot starts again, whatever became of that. */
+  poolIsBack(threadPool) {
+    if (this.#isPoolOut) this.startThreads(threadPool)
+  }
+
   /** The pool that was there before the realm was captured, reset or replaced is there again afterwards. */
   startThreads(threadPool) {
     this.#isPoolOut = false
@@ -126,6 +131,12 @@ class GlueGeneration {
       await setImmediate()
     }
   }
+}
+
+/** It is synchronous; what a promise comes to is nobody's. */
+function askToExit(threadPool, module) {
+  const asked = threadPool.exit(module)
+  if (typeof asked?.then === 'function') asked.then(undefined, () => {})
 }
 
 /** Runs `f` on what a step made, at once or when that is there. */
@@ -183,6 +194,7 @@ class GlueManager extends Managed {
       generations.next = undefined
       // Only now: where there was a snapshot, one of the new realm has just been taken.
       if (wantsPool && generations.current.threads.size === 0) generations.current.startThreads(threadPool)
+      generations.current.poolIsBack(threadPool)
     })
     this.#generations = generations
     this.#threadPool = threadPool
@@ -247,26 +259,56 @@ class GlueManager extends Managed {
     }
     mayWait(this)
     // Everybody's scopes end first, and new ones wait.
-    const pending = this.#hold(true)
-    if (options?.signal !== undefined) options.signal.throwIfAborted()
-    const held = await pending.promise
+    const held = await withSignal(
+      options?.signal,
+      (canAbort) => {
+        const pending = this.#hold(true)
+        if (!canAbort) return pending.promise
+        const { promise, resolve, reject } = deferred()
+        const asked = { isOver: false, reject, pending }
+        pending.promise.then((held) => asked.isOver || resolve(held), reject)
+        return [promise, asked]
+      },
+      (asked, reason) => {
+        asked.isOver = true
+        asked.reject(reason)
+        asked.pending.leave(reason)
+      },
+    )
     const started = performance.now()
     try {
       const { current } = generations
-      const before = current.threads.size
+      const [, before] = binding.threadCounts(current.realm)
       let begun
       binding.threadsRecycle(
         current.realm,
-        () => threadPool.exit(current.module),
+        () => askToExit(threadPool, current.module),
         () => {
           current.threads.forget()
           begun = threadPool.start(current.module)
         },
       )
       await begun
-      return { threadsBefore: before, threadsAfter: current.threads.size, durationMs: performance.now() - started }
+      const [, after] = binding.threadCounts(current.realm)
+      return { threadsBefore: before, threadsAfter: after, durationMs: performance.now() - started }
     } finally {
       this.#leave(held)
+    }
+  }
+
+  async snapshot(options) {
+    try {
+      return await super.snapshot(options)
+    } finally {
+      this.#generations.current.poolIsBack(this.#threadPool)
+    }
+  }
+
+  snapshotSync(options) {
+    try {
+      return super.snapshotSync(options)
+    } finally {
+      this.#generations.current.poolIsBack(this.#threadPool)
     }
   }
 

@@ -3,10 +3,11 @@
 //! `memory.discard` is a proposal (WebAssembly/memory-control); toolchains that want it today import a
 //! function. Who gives none of their own gets this one.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::error::{Error, Result, TrapInfo};
 use crate::host::{HostCall, HostFunction};
+use crate::memory::MemoryRecord;
 use crate::module::{Import, ImportKind};
 use crate::value::{Value, ValueType};
 
@@ -17,12 +18,22 @@ const NAMES: [&str; 3] = [
     "__memory_discard",
 ];
 
-struct Discard;
+/// Whose bytes are meant, once the instance is there.
+pub(crate) type DiscardCell = Arc<OnceLock<Arc<MemoryRecord>>>;
+
+#[derive(Default)]
+struct Discard(DiscardCell);
+
+/// The same for the first memory of one instance.
+pub(crate) fn discard_of() -> (Arc<dyn HostFunction>, DiscardCell) {
+    let cell = DiscardCell::default();
+    (Arc::new(Discard(Arc::clone(&cell))), cell)
+}
 
 /// `(address, byteLength)`: those bytes of the guest's memory become zeros, and whole pages among them go
 /// back to the system.
 pub fn memory_discard() -> Arc<dyn HostFunction> {
-    Arc::new(Discard)
+    Arc::new(Discard::default())
 }
 
 impl Import {
@@ -46,7 +57,7 @@ impl HostFunction for Discard {
             _ => u64::MAX,
         };
         let (address, len) = (number(call.args.first()), number(call.args.get(1)));
-        let memory = call.replica.memory();
+        let memory = self.0.get().or_else(|| call.replica.memory());
         let done = memory.map(|memory| memory.discard(address, len));
         match done {
             Some(Ok(())) => Ok(()),

@@ -18,6 +18,7 @@ use wasmtime::{
 };
 
 use crate::capture::set_size;
+use crate::discard::{DiscardCell, discard_of};
 use crate::error::{Error, ErrorCode, Result};
 use crate::host::{HostFunction, host_function};
 use crate::instrument::Place;
@@ -49,6 +50,8 @@ const MOST_THROWN: usize = 16;
 pub enum RealmImport {
     /// A function of the host.
     Function(Arc<dyn HostFunction>),
+    /// What gives bytes of the instance's own memory back (see [`Import::is_discard`]).
+    Discard,
     /// A function of the same realm.
     Guest(FuncHandle),
     /// A memory, table, global or tag, by its number.
@@ -59,6 +62,7 @@ impl std::fmt::Debug for RealmImport {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Function(_) => f.write_str("Function"),
+            Self::Discard => f.write_str("Discard"),
             Self::Guest(handle) => handle.fmt(f),
             Self::Item(id) => write!(f, "Item({id})"),
         }
@@ -293,6 +297,8 @@ struct Made {
     imports: Vec<RealmImport>,
     exports: Vec<RealmExport>,
     spaces: Spaces,
+    /// Those that can be in a table, by their indices.
+    functions: HashMap<u32, FuncHandle>,
 }
 
 /// Numbers by index, for one new instance: imports first.
@@ -348,9 +354,27 @@ impl Replica {
         imports: Vec<RealmImport>,
     ) -> Result<Vec<RealmExport>> {
         // SAFETY: contract of this function.
+        unsafe { self.realm_instantiate_told(module, imports, |_| {}) }
+    }
+
+    /// The same; `before` is told what was made over a shared memory, before any of its code runs.
+    ///
+    /// # Safety
+    /// The calling thread holds the replica.
+    unsafe fn realm_instantiate_told(
+        &self,
+        module: &Arc<Module>,
+        imports: Vec<RealmImport>,
+        before: impl FnOnce(&Made),
+    ) -> Result<Vec<RealmExport>> {
+        // SAFETY: contract of this function.
         unsafe {
             self.in_realm(|context| {
                 let (instance, exports) = self.link_and_make(context, module, imports)?;
+                let made = self.realm()?.shareable.last().cloned();
+                if let Some(made) = made.filter(|_| module.has_shared_memory) {
+                    before(&made);
+                }
                 self.refuel(context);
                 self.start_in(&mut *context, module, &instance)
                     .map_err(|error| self.run_failed(context, error, "the start function"))?;
@@ -396,7 +420,14 @@ impl Replica {
             })
             .collect();
         let kept = module.has_shared_memory.then(|| imports.clone());
-        let externs = resolve(context, &realm, module, imports, &mut spaces)?;
+        let mut discards = Vec::new();
+        let externs = resolve(
+            context,
+            &realm,
+            module,
+            imports,
+            (&mut spaces, &mut discards),
+        )?;
         // Its element segments are copied even where it cannot be made in the end.
         for id in spaces.tables.values() {
             if let Some(table) = realm.tables.get_mut(*id as usize) {
@@ -530,12 +561,32 @@ impl Replica {
                 Extern::Memory(_) | Extern::SharedMemory(_) => return Err(lost()),
             });
         }
+        for cell in discards {
+            let memory = spaces.memories.first();
+            let memory = memory.and_then(|id| realm.memories.get(*id as usize));
+            if let Some(memory) = memory {
+                let _ = cell.set(Arc::clone(&memory.record));
+            }
+        }
         if let Some(imports) = kept {
+            let mut functions = HashMap::with_capacity(state.functions.len());
+            for (index, name) in &state.functions {
+                let func = named(context, name)?.into_func().ok_or_else(lost)?;
+                let handle = FuncHandle {
+                    func,
+                    replica: self.id(),
+                    address: func.to_raw(&mut *context) as usize,
+                };
+                self.seen(&Value::Func(Some(handle)), &mut *context);
+                realm.indices.entry(handle.address).or_insert(*index);
+                functions.insert(*index, handle);
+            }
             realm.shareable.push(Made {
                 module: Arc::clone(module),
                 imports,
                 exports: exports.clone(),
                 spaces,
+                functions,
             });
         }
         Ok((instance, exports))
@@ -599,7 +650,7 @@ fn resolve(
     realm: &Realm,
     module: &Module,
     imports: Vec<RealmImport>,
-    spaces: &mut Spaces,
+    (spaces, discards): (&mut Spaces, &mut Vec<DiscardCell>),
 ) -> Result<Vec<Extern>> {
     let mut externs = Vec::with_capacity(imports.len());
     let mut counts = [0_u32; 3];
@@ -623,6 +674,11 @@ fn resolve(
         };
         externs.push(match (&import.ty, given) {
             (ExternType::Func(ty), RealmImport::Function(host)) => {
+                host_function(&mut *context, ty.clone(), host).into()
+            }
+            (ExternType::Func(ty), RealmImport::Discard) => {
+                let (host, cell) = discard_of();
+                discards.push(cell);
                 host_function(&mut *context, ty.clone(), host).into()
             }
             (ExternType::Func(_), RealmImport::Guest(handle)) => handle.func.into(),

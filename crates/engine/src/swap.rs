@@ -495,6 +495,10 @@ impl Backend for Swap<'_> {
             shared.adopt(&blueprint.module, captured);
             shared.stats.reloaded(&reason);
             shared.set_state(ManagerState::Ready);
+            for old in &change.old {
+                // Before what they import is nobody's any more.
+                old.threads().stop();
+            }
             shared.host.replaced(&change);
             shared.gate.reinstate_all();
             let queued = shared.gate.counts().queued;

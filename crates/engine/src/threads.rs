@@ -11,21 +11,22 @@
 //! # Who may hold what
 //! A guest thread holds its twin, and no lock while it is inside. The list of the running is a leaf.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use wasm_molt_lifecycle::{PoolCounts, RecycleFailure, Starter, ThreadPool, ThreadTicket};
 
+use crate::deadline::Deadline;
 use crate::error::{Error, ErrorCode, Result};
 use crate::interrupt::{Interrupter, Stop};
 use crate::manager::Done;
-use crate::realm::{RealmExport, Sketch};
+use crate::realm::{RealmExport, Sketch, Twin};
 use crate::replica::{Blueprint, Replica};
 use crate::value::{FuncHandle, Value};
 use crate::wait::Sleeper;
@@ -185,7 +186,6 @@ impl Drop for Starting {
 
 /// What a thread is given to do.
 struct Job {
-    home: Arc<Replica>,
     twin: Arc<Replica>,
     sketch: Sketch,
     /// By their places among the exports.
@@ -196,13 +196,14 @@ impl Job {
     fn run(self, ticket: &mut ThreadTicket) -> Result<()> {
         let twin = &*self.twin;
         // SAFETY: nobody else enters a twin.
-        let exports = unsafe { self.sketch.make(twin, Arc::downgrade(&self.home)) }?;
-        drop(self.home);
+        let exports = unsafe { self.sketch.make(twin) }?;
         ticket.started();
         for (position, args) in self.calls {
             let Some(RealmExport::Function(func)) = exports.get(position) else {
                 return Err(Error::internal("a twin has other exports"));
             };
+            let args = args.into_iter().map(|arg| twin.own_value(arg));
+            let args = args.collect::<Result<Vec<_>>>()?;
             // SAFETY: as above.
             unsafe { twin.call(func, args) }?;
         }
@@ -284,6 +285,17 @@ impl Replica {
         }
     }
 
+    /// Ends whatever runs inside, for good, after that time, unless what this returns is dropped before.
+    ///
+    /// # Errors
+    /// [`ErrorCode::Internal`] if there is no timer.
+    pub fn end_after(&self, timeout_ms: u64) -> Result<impl Sized + use<>> {
+        let interrupter = Arc::clone(self.interrupter());
+        Deadline::after(Duration::from_millis(timeout_ms), move || {
+            interrupter.stop_for_good(Stop::Timeout(timeout_ms));
+        })
+    }
+
     /// What a twin's function is called in the realm.
     pub fn home_value(&self, value: Value) -> Value {
         match (&value, self.twin().get()) {
@@ -330,13 +342,13 @@ impl Replica {
         let mut ticket = ticket.map_err(|refused| self.no_thread(&refused))?;
         let twin = blueprint.make_twin((self.slot(), self.generation()))?;
         let name = self.module().name().to_owned();
+        let home = Arc::downgrade(self);
+        let _ = twin.twin().set(Twin::new(Weak::clone(&home)));
         let job = Job {
-            home: Arc::clone(self),
             twin: Arc::clone(&twin),
             sketch,
             calls: places,
         };
-        let home = Arc::downgrade(self);
         let own = Arc::clone(&twin);
         let run = move || {
             let outcome = catch_unwind(AssertUnwindSafe(|| job.run(&mut ticket)));
@@ -344,7 +356,9 @@ impl Replica {
                 let text = crate::call::panic_text(&*panic);
                 Err(Error::internal(format_args!("a panic: {text}")))
             });
-            let was_stopped = own.interrupter().is_stopped();
+            // Time that is up is a failure like any other.
+            let stop = own.interrupter().pending();
+            let was_stopped = matches!(stop, Some(Stop::Interrupted(_) | Stop::Failed(_)));
             let failure = outcome.as_ref().err().filter(|_| !was_stopped);
             if let Some(error) = failure
                 && let Some(home) = home.upgrade()
@@ -423,7 +437,10 @@ impl Replica {
         start: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         let threads = self.threads();
+        let had_any = !threads.is_empty();
         ask()?;
+        let start = RefCell::new(Some(start));
+        let start = || start.take().map_or(Ok(()), |start| start());
         let recycled = threads.pool.recycle(
             Some(LONGEST_END),
             || self.attend_until(|counts| counts.threads == 0),
@@ -434,11 +451,18 @@ impl Replica {
                 Ok(())
             },
         );
-        recycled.map_err(|failure| match failure {
+        let recycled = recycled.map_err(|failure| match failure {
             RecycleFailure::Start(error) => error,
             RecycleFailure::Timeout(left) => self.do_not_end(&left),
             RecycleFailure::Refused(refused) => self.no_thread(&refused),
-        })
+        });
+        // They may have ended before the pool looked.
+        let recycled = recycled.and_then(|()| if had_any { start() } else { Ok(()) });
+        if recycled.is_err() {
+            // Those that were begun are not left to themselves.
+            self.end_threads()?;
+        }
+        recycled
     }
 
     /// Threads that end or begin may need the home thread for that.

@@ -22,6 +22,9 @@ use crate::memory::AnyMemory;
 use crate::replica::{Guest, Replica};
 use crate::watch::ROUND;
 
+/// Rounds in which nobody in a guest has done anything, before that is called a deadlock: half a second.
+const QUIET_ROUNDS: u32 = 10;
+
 /// What runs on the home thread while its guest waits there, on behalf of its guest's other threads.
 pub trait Attendant: Send + Sync + 'static {
     /// Whether there is anything to do. Any thread.
@@ -280,8 +283,13 @@ impl Replica {
         let is_endless = wait.until.is_none();
         sleeper.jobs.send(Job { wait, tell }).map_err(|_| gone())?;
         let mut round = after(ROUND);
-        let mut asleep = None;
+        let mut asleep = (None, 0);
         loop {
+            let wanted = if attendant.is_wanted() {
+                Duration::ZERO
+            } else {
+                Duration::MAX
+            };
             select! {
                 recv(told) -> result => {
                     let result = result.map_err(|_| gone())?;
@@ -290,16 +298,20 @@ impl Replica {
                 }
                 recv(threads.doorbell()) -> _ => {}
                 recv(interrupter.cancelled()) -> _ => {}
+                default(wanted) => {}
                 recv(round) -> _ => {
                     round = after(ROUND);
                     self.look();
-                    // Whoever slept through a whole round has notified nobody in it.
+                    // Whoever slept through a whole round has notified nobody in it; but who was notified may
+                    // not have come to run yet.
                     let now = is_endless.then(|| threads.asleep()).flatten();
-                    if now.is_some() && now == asleep && !attendant.is_wanted() && told.is_empty() {
+                    let is_same = now.is_some() && now == asleep.0;
+                    asleep = (now, if is_same { asleep.1 + 1 } else { 0 });
+                    let is_quiet = !attendant.is_wanted() && told.is_empty();
+                    if asleep.1 >= QUIET_ROUNDS && is_quiet {
                         sleeper.waits.stop();
                         return Err(wasmtime::Error::new(self.deadlock()));
                     }
-                    asleep = now;
                 }
             }
             if attendant.is_wanted() && !interrupter.is_stopped() {

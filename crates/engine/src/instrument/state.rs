@@ -330,7 +330,9 @@ impl Planner<'_, '_> {
         });
         let of_tables = changed.iter().filter_map(|at| seen.tables.get(*at));
         let mut kept = of_globals.chain(of_tables.map(|(ty, _)| ty.element_type));
-        if !kept.any(|ty| referent(seen, ty) == Referent::Function) {
+        // What other threads have in their tables has to be known by its index.
+        let is_shared = seen.memories.iter().any(|memory| memory.shared);
+        if !is_shared && !kept.any(|ty| referent(seen, ty) == Referent::Function) {
             return;
         }
         // What `ref.func` in code names must have been mentioned elsewhere as well.

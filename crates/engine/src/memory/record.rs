@@ -34,6 +34,8 @@ pub struct MemoryRecord {
     released: AtomicBool,
     /// The host may have written to it since it was put on an image, or could through a view.
     is_touched: AtomicBool,
+    /// A reset has left pages behind the end, which somebody may have written to.
+    leaves: AtomicBool,
     /// Growth was refused since somebody asked.
     was_refused: AtomicBool,
     /// When little was last given back on the guest's behalf.
@@ -121,6 +123,7 @@ impl MemoryRecord {
             capacity: AtomicUsize::new(home.capacity),
             released: AtomicBool::new(false),
             is_touched: AtomicBool::new(false),
+            leaves: AtomicBool::new(false),
             was_refused: AtomicBool::new(false),
             discarded: Mutex::default(),
             layout,
@@ -296,6 +299,15 @@ impl MemoryRecord {
             let mut slot = self.write_home();
             let home = slot.as_mut().ok_or(io::ErrorKind::NotFound)?;
             if new_len <= home.capacity {
+                let old_len = self.byte_len();
+                if self.leaves.load(Ordering::Acquire) && new_len > old_len {
+                    let left = home.at.accessible_bytes().min(new_len);
+                    // SAFETY: those bytes are committed, and the lock keeps them mapped.
+                    unsafe {
+                        let from = home.at.base().add(old_len);
+                        ptr::write_bytes(from, 0, left.saturating_sub(old_len));
+                    }
+                }
                 home.grow(new_len)?;
                 self.resized(new_len);
                 None
@@ -423,6 +435,7 @@ impl MemoryRecord {
             // Somebody may read through a view, which must find pages: what is beyond the image stays, as
             // zeros, though the guest has no claim to it any more.
             dirty = home.reset(image, &written, true)?.max(dirty);
+            self.leaves.store(true, Ordering::Release);
             self.resized(len);
             self.is_touched.store(false, Ordering::Release);
             return Ok(dirty);

@@ -6,7 +6,7 @@
 //! same index.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 use super::{Made, RealmExport, RealmImport};
 use crate::error::{Error, ErrorCode, Result};
@@ -32,6 +32,7 @@ impl std::fmt::Debug for Sketch {
 /// One of its imports.
 enum TwinImport {
     Function(Arc<dyn HostFunction>),
+    Discard,
     Memory(AnyMemory, Arc<MemoryRecord>),
     /// Each thread has tables and globals of its own, as each worker has.
     Table(ValueType, u64, Option<u64>, bool),
@@ -47,6 +48,7 @@ impl TwinImport {
         let id = unsafe {
             match self {
                 Self::Function(host) => return Ok(RealmImport::Function(host)),
+                Self::Discard => return Ok(RealmImport::Discard),
                 Self::Memory(memory, record) => twin.realm_memory_of(memory, record),
                 Self::Table(element, initial, maximum, is_64) => {
                     let null = Value::default_of(element);
@@ -69,6 +71,12 @@ impl TwinImport {
 #[derive(Debug)]
 pub(crate) struct Twin {
     pub(crate) home: Weak<Replica>,
+    /// Before any of its code runs.
+    names: OnceLock<Names>,
+}
+
+#[derive(Debug, Default)]
+struct Names {
     own: HashMap<usize, FuncHandle>,
     homes: HashMap<usize, FuncHandle>,
     tables: HashMap<u32, u32>,
@@ -76,22 +84,29 @@ pub(crate) struct Twin {
 }
 
 impl Twin {
+    pub(crate) fn new(home: Weak<Replica>) -> Self {
+        Self {
+            home,
+            names: OnceLock::new(),
+        }
+    }
+
     /// The twin's function for one of the realm's.
     pub(crate) fn function(&self, func: &FuncHandle) -> Option<FuncHandle> {
-        self.own.get(&func.address).copied()
+        self.names.get()?.own.get(&func.address).copied()
     }
 
     /// The realm's function for one of the twin's.
     pub(crate) fn home_function(&self, func: &FuncHandle) -> Option<FuncHandle> {
-        self.homes.get(&func.address).copied()
+        self.names.get()?.homes.get(&func.address).copied()
     }
 
     pub(crate) fn table(&self, id: u32) -> Option<u32> {
-        self.tables.get(&id).copied()
+        self.names.get()?.tables.get(&id).copied()
     }
 
     pub(crate) fn global(&self, id: u32) -> Option<u32> {
-        self.globals.get(&id).copied()
+        self.names.get()?.globals.get(&id).copied()
     }
 }
 
@@ -106,41 +121,49 @@ impl Sketch {
     ///
     /// # Safety
     /// The calling thread holds `twin`.
-    pub(crate) unsafe fn make(
-        self,
-        twin: &Replica,
-        home: Weak<Replica>,
-    ) -> Result<Vec<RealmExport>> {
+    pub(crate) unsafe fn make(self, twin: &Replica) -> Result<Vec<RealmExport>> {
         let mut imports = Vec::with_capacity(self.imports.len());
         for import in self.imports {
             // SAFETY: contract of this function.
             imports.push(unsafe { import.make(twin) }?);
         }
+        let before = |own: &Made| {
+            if let Some(known) = twin.twin().get() {
+                let _ = known.names.set(self.made.names(own));
+            }
+        };
         // SAFETY: contract of this function.
-        let exports = unsafe { twin.realm_instantiate(&self.made.module, imports) }?;
-        let spaces = twin.realm()?.shareable.first().map(|it| it.spaces.clone());
-        let spaces = spaces.ok_or_else(|| Error::internal("a twin without an instance"))?;
+        unsafe { twin.realm_instantiate_told(&self.made.module, imports, before) }
+    }
+}
+
+impl Made {
+    /// What is at the same places here and there.
+    fn names(&self, own: &Self) -> Names {
         let pair = |homes: &HashMap<u32, u32>, own: &HashMap<u32, u32>| {
             let both = homes
                 .iter()
                 .filter_map(|(index, home)| Some((*home, *own.get(index)?)));
             both.collect()
         };
-        let mut translation = Twin {
-            home,
-            own: HashMap::new(),
-            homes: HashMap::new(),
-            tables: pair(&self.made.spaces.tables, &spaces.tables),
-            globals: pair(&self.made.spaces.globals, &spaces.globals),
+        let mut names = Names {
+            tables: pair(&self.spaces.tables, &own.spaces.tables),
+            globals: pair(&self.spaces.globals, &own.spaces.globals),
+            ..Names::default()
         };
-        for (home, own) in self.made.exports.iter().zip(&exports) {
-            if let (RealmExport::Function(home), RealmExport::Function(own)) = (home, own) {
-                translation.own.insert(home.address, *own);
-                translation.homes.insert(own.address, *home);
-            }
+        let exported = self.exports.iter().zip(&own.exports);
+        let exported = exported.filter_map(|both| match both {
+            (RealmExport::Function(home), RealmExport::Function(own)) => Some((*home, *own)),
+            _ => None,
+        });
+        let in_tables = self.functions.iter();
+        let in_tables =
+            in_tables.filter_map(|(index, home)| Some((*home, *own.functions.get(index)?)));
+        for (home, own) in exported.chain(in_tables) {
+            names.own.insert(home.address, own);
+            names.homes.insert(own.address, home);
         }
-        let _ = twin.twin().set(translation);
-        Ok(exports)
+        names
     }
 }
 
@@ -192,6 +215,7 @@ impl Replica {
             };
             imports.push(match (given, &import.kind) {
                 (RealmImport::Function(host), _) => TwinImport::Function(Arc::clone(host)),
+                (RealmImport::Discard, _) => TwinImport::Discard,
                 (RealmImport::Guest(_), _) => {
                     return Err(refuse(
                         "a function of another instance, which belongs to this thread",
