@@ -39,7 +39,7 @@ export interface O1jsStats {
   isLoaded: boolean
 }
 
-/** 'snapshot', 'reset' and 'reload', after each; 'step' and 'wrap', in the job after each half of a proof. */
+/** 'snapshot', 'reset' (with `{ ms }`, what it has taken) and 'reload', after each; 'step' and 'wrap', in the job after each half of a proof. */
 export const events: EventEmitter
 
 /**

@@ -94,8 +94,9 @@ export class Keeper {
 
   async #end() {
     if (this.#isTrapped) this.settle()
+    const began = performance.now()
     await this.#parts.pool.stop()
-    this.settle()
+    this.settle(began)
   }
 
   /** At the next turn of the event loop, or when the next operation begins: proofs may follow each other without a turn. */
@@ -118,8 +119,8 @@ export class Keeper {
     queueMicrotask(() => this.settle())
   }
 
-  /** Does what there is to do. At the boundary of a job only. */
-  settle() {
+  /** Does what there is to do. At the boundary of a job only. `began`: when the end of the pool did, which is part of it. */
+  settle(began) {
     const { facade, handles, state, manager, settings } = this.#parts
     if (facade.depth > 0) return this.#soon()
     if (this.#isTrapped) return this.#recover()
@@ -128,7 +129,7 @@ export class Keeper {
     if (!this.#hasWorked || settings.reset === 'never') {
       if (isNew) this.snapshot()
     } else if (isNew || settings.reset === 'always' || manager().stats().memoryBytes > settings.reset) {
-      this.reset()
+      this.reset(began)
     }
   }
 
@@ -151,7 +152,7 @@ export class Keeper {
   }
 
   /** Back to the snapshot, with what is kept and newer. */
-  reset() {
+  reset(began = performance.now()) {
     const { handles, state, pool, events } = this.#parts
     const fresh = handles.kept({ onlyNew: true })
     // Garbage and all, but nothing is lost.
@@ -168,7 +169,7 @@ export class Keeper {
       this.counts.carried += 1
       this.snapshot()
     })
-    events.emit('reset')
+    events.emit('reset', { ms: performance.now() - began })
   }
 
   /**

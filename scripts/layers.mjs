@@ -92,7 +92,7 @@ for (const path of mayBeUnsafe) {
   if (!isUnsafe.has(path)) problems.push(`scripts/layers.mjs: ${path} needs no place in the list of unsafe files`)
 }
 
-// index.js → lib → binding, and in lib/ nothing knows the face or a file above itself but by this table.
+// o1js → index.js → lib → binding, and in lib/ and o1js/ nothing knows the face or a file above itself but by this table.
 const mayLoad = {
   'index.js': [
     './binding.js',
@@ -136,13 +136,26 @@ const mayLoad = {
     ],
     ...['../webassembly.js', './face.js', './finalizers.js', './load.js', './threads.js', './timers.js'],
   ],
+  // The adapter for one package: it stands on what any program can have of us, and on nothing below.
+  'o1js/inner.cjs': [],
+  'o1js/handles.mjs': ['../index.js'],
+  'o1js/settings.mjs': [],
+  'o1js/facade.mjs': [],
+  'o1js/glue.mjs': [],
+  'o1js/pool.mjs': [],
+  'o1js/state.mjs': [],
+  'o1js/keeper.mjs': ['./state.mjs'],
+  'o1js/index.mjs': [
+    '../index.js',
+    ...['facade', 'glue', 'handles', 'keeper', 'pool', 'settings', 'state'].map((name) => `./${name}.mjs`),
+  ],
 }
-const inLib = [
+const inJs = [
   'index.js',
   'webassembly.js',
-  ...['lib', 'bin'].flatMap((folder) => files(folder, (path) => path.endsWith('.js'))),
+  ...['lib', 'bin', 'o1js'].flatMap((folder) => files(folder, (path) => /\.[cm]?js$/.test(path))),
 ]
-for (const path of inLib) {
+for (const path of inJs) {
   const allowed = mayLoad[path]
   if (allowed === undefined) {
     problems.push(`${path}: scripts/layers.mjs does not say what it may load`)

@@ -6,24 +6,28 @@ import { join } from 'node:path'
 import { pathToFileURL } from 'node:url'
 
 export const MIB = 2 ** 20
-const threads = Number(process.env.THREADS ?? 2)
+export const threads = Number(process.env.THREADS ?? 2)
 
-/** o1js on this engine, or as it is. */
-export async function start({ isPlain = false } = {}) {
+/** o1js on this engine, or as it is. `isBare`: what it needs, but not o1js itself. */
+export async function start({ isPlain = false, isBare = false } = {}) {
   process.env.O1JS_BACKEND ??= 'wasm'
   process.chdir(process.env.O1JS_DIR ?? process.cwd())
   let molt
   if (!isPlain) {
     forbidOthers()
     molt = await import('../../o1js/index.mjs')
-    for (const event of ['snapshot', 'reset', 'reload']) molt.events.on(event, () => say(`  ${event}`, mib(molt)))
+    for (const event of ['snapshot', 'reset', 'reload'])
+      molt.events.on(event, ({ ms } = {}) =>
+        say(`  ${event}`, mib(molt), ms === undefined ? '' : `in ${ms.toFixed(1)} ms`),
+      )
   }
   const entry = createRequire(join(process.cwd(), 'x.js')).resolve('o1js')
-  const o1js = await import(pathToFileURL(entry.replace(/index\.cjs$/, 'index.js')).href)
-  o1js.setNumberOfWorkers(threads)
   say(
     `node ${process.version}, ${isPlain ? 'plain o1js' : `o1js ${molt.stats().version} on wasm-molt`}, ${threads} threads`,
   )
+  if (isBare) return { molt, entry }
+  const o1js = await import(pathToFileURL(entry.replace(/index\.cjs$/, 'index.js')).href)
+  o1js.setNumberOfWorkers(threads)
   return { molt, o1js }
 }
 
@@ -121,7 +125,12 @@ export async function rejection(act) {
   throw new Error('not so: it was to reject')
 }
 
+const notes = []
+/** What the table of scripts/o1js.mjs shows. */
+export const note = (text) => notes.push(text)
+
 export async function finish(molt) {
   if (molt !== undefined) say('stats', JSON.stringify(molt.stats()))
   say(`RSS: peak ${peakRss()} MiB, settled ${await settled()} MiB`)
+  if (notes.length > 0) say(`notes: ${notes.join('; ')}`)
 }

@@ -1,6 +1,6 @@
 // A proof needs more memory than it may have: it rejects, nothing else is harmed, and the next one succeeds.
 
-import { check, compile, finish, MIB, program, rejection, start, timed } from './common.mjs'
+import { check, compile, finish, MIB, note, program, rejection, start, timed } from './common.mjs'
 
 const { molt, o1js } = await start()
 const { Field } = o1js
@@ -14,4 +14,5 @@ check(await timed('verify', () => small.verify(before)), 'within the same limit,
 await timed('configure', () => molt.configure({ memoryBytes: undefined }))
 const { proof } = await timed('prove', () => small.run(Field(2), Field(7)))
 check(await small.verify(proof), 'the next one verifies')
+note('rejected within a limit of 200 MiB, the next proof verifies')
 await finish(molt)

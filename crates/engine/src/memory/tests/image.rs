@@ -567,17 +567,27 @@ fn a_view_that_may_be_read_survives_a_shrinking_reset() {
 
 #[test]
 #[cfg(unix)]
-fn a_shared_memory_under_a_view_does_not_shrink() {
+fn a_shared_memory_under_a_view_keeps_its_pages_and_shows_zeros() {
     let engine = engine(Platform::NATIVE, &MemoryOptions::default());
     for case in CASES.iter().filter(|case| case.platform.guards) {
         let mut guest = case.start(&engine, &accessors("1 64 shared"), None);
         let image = guest.memory().capture().unwrap();
         guest.grow_to(9);
-        let pin = guest.memory().pin();
-        let error = guest.memory().reset(&image).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::ResourceBusy);
-        guest.ends_at(9);
-        drop(pin);
+        guest.memory().write(5 << 16, &[1]).unwrap();
+        let view = guest.memory().view().unwrap();
+        guest.reset(&image);
+        assert_eq!(guest.memory().byte_len(), 1 << 16);
+        assert!(guest.memory().read(5 << 16, &mut [0]).is_err());
+        // SAFETY: the view keeps the range mapped.
+        unsafe {
+            assert_eq!(view.base.add(5 << 16).read_volatile(), 0);
+            view.base.add(5 << 16).write_volatile(2);
+        }
+        guest.grow_to(9);
+        let mut byte = [3];
+        guest.memory().read(5 << 16, &mut byte).unwrap();
+        assert_eq!(byte, [0], "what comes with growth is zero");
+        drop(view);
         guest.reset(&image);
         guest.ends_at(1);
     }
