@@ -161,6 +161,8 @@ pub(crate) struct Realm {
     images: ImageKind,
     prepares_snapshots: bool,
     memories: Vec<RealmMemory>,
+    /// What the host knows of them once the realm is gone.
+    gone: Vec<Arc<MemoryRecord>>,
     tables: Vec<RealmTable>,
     globals: Vec<RealmGlobal>,
     /// State that only instrumented code knows of.
@@ -187,6 +189,7 @@ impl Realm {
             images,
             prepares_snapshots,
             memories: Vec::new(),
+            gone: Vec::new(),
             tables: Vec::new(),
             globals: Vec::new(),
             hidden: Vec::new(),

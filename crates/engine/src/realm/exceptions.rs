@@ -156,7 +156,8 @@ impl Replica {
         {
             realm.thrown.clear();
             // Shared memories are nobody's, so whoever names one keeps it.
-            realm.memories.clear();
+            let gone: Vec<_> = realm.memories.drain(..).map(|it| it.record).collect();
+            realm.gone = gone;
             realm.shareable.clear();
             for table in &mut realm.tables {
                 table.known = None;

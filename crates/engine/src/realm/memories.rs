@@ -88,10 +88,9 @@ impl Replica {
     /// [`ErrorCode::Internal`] for a number that means nothing.
     pub fn realm_memory(&self, id: u32) -> Result<Arc<MemoryRecord>> {
         let realm = self.realm()?;
-        let memory = realm.memories.get(id as usize);
-        Ok(Arc::clone(
-            &memory.ok_or_else(|| unknown("memory", id))?.record,
-        ))
+        let memory = realm.memories.get(id as usize).map(|it| &it.record);
+        let memory = memory.or_else(|| realm.gone.get(id as usize));
+        Ok(Arc::clone(memory.ok_or_else(|| unknown("memory", id))?))
     }
 
     /// The type of a memory; its minimum is the size of now. Any thread.
