@@ -36,7 +36,7 @@ pub(crate) fn enter_realm<'a>(
     side: &Rc<ReplicaSide>,
 ) -> Result<Entry<'a>, Box<Error>> {
     if !side.is_expired.get() && side.replica.is_poisoned() {
-        return Err(broken_realm(manager, side).into());
+        return Err(broken_realm(side).into());
     }
     if side.is_expired.get() {
         return Err(stale_realm(manager, side).into());
@@ -60,15 +60,14 @@ pub(crate) fn enter_realm<'a>(
 
 /// The error of something in a realm whose threads have left it in an unknown state.
 #[cold]
-fn broken_realm(manager: &ManagerSide, side: &ReplicaSide) -> Error {
+fn broken_realm(side: &ReplicaSide) -> Error {
     match side.replica.broken() {
-        Error::Trap { what, info } => Error::Trap {
-            what: format!(
-                "{} cannot be used before a reset() or reload(), because it has threads and {what}",
-                manager.manager.name()
-            ),
-            info,
-        },
+        Error::Trap { what, mut info } => {
+            info.message.push_str(
+                "; because the guest has threads, nothing can enter it before a reset() or reload()",
+            );
+            Error::Trap { what, info }
+        }
         other => other,
     }
 }
