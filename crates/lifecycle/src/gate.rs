@@ -339,6 +339,22 @@ impl<W: Waiter> Gate<W> {
         self.roll_as(Asker::Anyone)
     }
 
+    /// [Rolls](Self::roll) one slot alone: its ticket, if one is out, becomes a straggler, and the slot is
+    /// free for the next waiter under the cohort that is returned.
+    ///
+    /// `None`, and nothing has happened, for slot 0 while it is at home: that is for
+    /// [`Home::roll_slot`](crate::Home::roll_slot) to do.
+    pub fn roll_slot(&self, slot: usize) -> Option<u64> {
+        self.roll_slot_as(slot, Asker::Anyone)
+    }
+
+    pub(crate) fn roll_slot_as(&self, slot: usize, asker: Asker) -> Option<u64> {
+        let roll = |state: &mut State<W>| Some((state.roll_slot(slot, asker)?, state.cohort()));
+        let (starts, cohort) = self.locked(roll)?;
+        self.start(starts);
+        Some(cohort)
+    }
+
     pub(crate) fn roll_as(&self, asker: Asker) -> Option<u64> {
         let (starts, cohort) = self.locked(|state| Some((state.roll(asker)?, state.cohort())))?;
         self.start(starts);
@@ -387,6 +403,30 @@ impl<W: Waiter> Gate<W> {
     /// then. Does nothing to a slot that a ticket has, whose holder [decides](Ticket::retire).
     pub fn retire(&self, slot: usize) {
         self.locked(|state| state.retire(slot));
+    }
+
+    /// Takes a slot out of service as soon as nobody has it: at once, or with the ticket that is out; at
+    /// home, as [`retire`](Self::retire) does. Whoever waits is served by the others.
+    ///
+    /// [`reinstate`](Self::reinstate) takes that back; so does a [roll](Self::roll).
+    pub fn withdraw(&self, slot: usize) {
+        self.locked(|state| state.withdraw(slot));
+    }
+
+    /// Blocks until the slot is out of service, so that nobody is inside it, or `give_up` says so when it is
+    /// asked: at once, and whenever something ends or the gate is shut or [asked again](Self::ask_again).
+    ///
+    /// # Errors
+    ///
+    /// After `timeout`, and if it gave up. The slot stays [withdrawn](Self::withdraw).
+    pub fn wait_retired(
+        &self,
+        slot: usize,
+        timeout: Option<Duration>,
+        give_up: impl Fn() -> bool,
+    ) -> Result<(), InFlight> {
+        let is_in_use = |state: &State<W>| usize::from(!state.is_retired(slot));
+        self.wait_for_none(timeout, is_in_use, give_up)
     }
 
     /// Refuses every further admission, for ever. What already waits still runs when slots come
@@ -479,7 +519,7 @@ impl<W: Waiter> Gate<W> {
     /// A ticket is gone.
     pub(crate) fn end(&self, id: TicketId, is_retired: bool) {
         let next = self.locked(|state| {
-            if id.cohort != state.cohort() {
+            if state.is_straggler(id) {
                 state.straggler_gone(id);
                 None
             } else if is_retired {
@@ -497,6 +537,7 @@ impl<W: Waiter> Gate<W> {
     pub(crate) fn locked<R>(&self, decide: impl FnOnce(&mut State<W>) -> R) -> R {
         let mut state = lock(&self.shared.state);
         let stragglers = state.stragglers().len();
+        let retired = state.retired();
         let decision = decide(&mut state);
         debug_assert!(state.is_consistent(), "the gate broke its invariants");
         if let Some(is_at_home) = state.take_news_for_home() {
@@ -504,7 +545,9 @@ impl<W: Waiter> Gate<W> {
             self.shared.word.0.store(word, Ordering::Release);
         }
         let is_one_gone = state.stragglers().len() < stragglers;
-        let does_wake = state.drainers > 0 && (is_one_gone || state.in_flight() == 0);
+        let is_one_retired = state.retired() > retired;
+        let does_wake =
+            state.drainers > 0 && (is_one_gone || is_one_retired || state.in_flight() == 0);
         drop(state);
         if does_wake {
             self.shared.ended.notify_all();

@@ -154,6 +154,20 @@ impl<W: Waiter> Home<W> {
         self.gate.roll_as(Asker::Home(self.is()))
     }
 
+    /// [`Gate::roll_slot`] from the home thread. `None`, and nothing has happened, for slot 0 if that thread
+    /// is inside.
+    pub fn roll_slot(&self, slot: usize) -> Option<u64> {
+        self.gate.roll_slot_as(slot, Asker::Home(self.is()))
+    }
+
+    /// [`Gate::withdraw`] from the home thread: slot 0 leaves at once, or with this thread if it is inside.
+    pub fn withdraw(&self, slot: usize) {
+        self.gate.locked(|state| {
+            state.withdraw(slot);
+            state.meet_home(self.is());
+        });
+    }
+
     /// Like [`Gate::shut`], and slot 0 leaves home for good: `enter` fails from now on, unless this
     /// thread is inside.
     pub fn shut(&self) {

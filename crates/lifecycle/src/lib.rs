@@ -26,6 +26,9 @@
 //!   roll back), open the gate. Rolling: instantiate, roll the gate.
 //! * [`pause`]: close the gate, drain, do something to the instances (snapshot, reset, fork), open the
 //!   gate.
+//! * [`Policy`]: when an instance is **recycled**, which is replaced or reset without being asked, and why
+//!   ([`Reason`]); a [`Crossing`] is what it has done to deserve that.
+//! * **Withdrawn** slot: it is to be retired as soon as nobody has it.
 //! * [`ThreadPool`]: the threads that a guest has started itself, counted. They **begin** one by one,
 //!   have **started** when they run guest code, and **exit** or are **recycled** together, while no
 //!   **operation** is in flight.
@@ -33,9 +36,11 @@
 mod clock;
 mod gate;
 mod generation;
+mod growth;
 mod home;
 pub mod pause;
 mod phase;
+mod policy;
 mod start;
 mod state;
 pub mod swap;
@@ -51,9 +56,13 @@ pub use gate::{
     Admission, Gate, GateCounts, GateOptions, InFlight, Refusal, Refused, WaitId, Waiter,
 };
 pub use generation::Generation;
+pub use growth::Growth;
 pub use home::{Away, Home, Inside};
 pub use pause::{PauseFailure, PausePlan, PauseTimings, Paused};
 pub use phase::{FailedPhase, Phase};
+pub use policy::{
+    Backoff, Candidate, Crossing, MemoryThreshold, Policy, Reason, Thresholds, Wear, choose,
+};
 pub use swap::{Backend, Drained, Failure, OnDrainTimeout, Plan, Step, Timings};
 pub use threads::{
     OperationTicket, PoolCounts, PoolRefused, PoolState, PoolTimeout, RecycleFailure, Starter,

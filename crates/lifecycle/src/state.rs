@@ -10,9 +10,11 @@
 //! 5. `free` holds exactly the `Free` slots other than slot 0.
 //! 6. The home is retiring only while slot 0 is `Recalled` or `Inside`; open and `Recalled`: only
 //!    while it is retiring.
-//! 7. Stragglers are of earlier cohorts than the present one, and each is there once.
+//! 7. Stragglers are of earlier cohorts than their slot's present one, and each is there once.
+//! 8. Only a slot that is `Held` is withdrawing.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
 use crate::gate::{GateCounts, GateOptions, Refusal, Refused, WaitId};
 use crate::ticket::TicketId;
@@ -87,8 +89,12 @@ pub(crate) struct State<W> {
     max_queue: usize,
     held: usize,
     retired: usize,
-    /// Goes up with each roll; a ticket is of the cohort in which it was given out.
+    /// Goes up with each roll, of all slots or of one.
     cohort: u64,
+    /// By slot: that of the roll which it had last. A ticket is of the cohort in which it was given out.
+    cohorts: Vec<u64>,
+    /// By slot: it leaves service with the ticket that is out.
+    withdrawing: Vec<bool>,
     /// Tickets of earlier cohorts that are still out, oldest first.
     stragglers: Vec<TicketId>,
     is_open: bool,
@@ -112,6 +118,8 @@ impl<W> State<W> {
             held: 0,
             retired: 0,
             cohort: 0,
+            cohorts: vec![0; slots],
+            withdrawing: vec![false; slots],
             stragglers: Vec::new(),
             is_open: false,
             is_shut: false,
@@ -157,6 +165,19 @@ impl<W> State<W> {
 
     pub(crate) fn cohort(&self) -> u64 {
         self.cohort
+    }
+
+    /// Whether the ticket was given out before its slot last rolled.
+    pub(crate) fn is_straggler(&self, id: TicketId) -> bool {
+        self.cohorts.get(id.slot) != Some(&id.cohort)
+    }
+
+    pub(crate) fn is_retired(&self, slot: usize) -> bool {
+        self.slots.get(slot) == Some(&Slot::Retired)
+    }
+
+    pub(crate) fn retired(&self) -> usize {
+        self.retired
     }
 
     pub(crate) fn stragglers(&self) -> &[TicketId] {
@@ -257,13 +278,25 @@ impl<W> State<W> {
     /// Gives every slot a new user-to-be: tickets that are out become stragglers, and all slots are
     /// in service. Returns who may start now; `None` if slot 0 is, or may be, in use by the home.
     pub(crate) fn roll(&mut self, asker: Asker) -> Option<Vec<Start<W>>> {
-        match (self.home_slot(), asker) {
-            (_, Asker::Home(HomeIs::Inside))
-            | (Slot::AtHome | Slot::Recalled | Slot::Inside, Asker::Anyone) => return None,
-            (_, Asker::Home(home)) => self.meet_home(home),
-            (_, Asker::Anyone) => {}
+        self.roll_slots(0..self.slots.len(), asker)
+    }
+
+    /// The same for one slot.
+    pub(crate) fn roll_slot(&mut self, slot: usize, asker: Asker) -> Option<Vec<Start<W>>> {
+        self.roll_slots(slot..slot + 1, asker)
+    }
+
+    fn roll_slots(&mut self, slots: Range<usize>, asker: Asker) -> Option<Vec<Start<W>>> {
+        if slots.contains(&0) {
+            match (self.home_slot(), asker) {
+                (_, Asker::Home(HomeIs::Inside))
+                | (Slot::AtHome | Slot::Recalled | Slot::Inside, Asker::Anyone) => return None,
+                (_, Asker::Home(home)) => self.meet_home(home),
+                (_, Asker::Anyone) => {}
+            }
         }
-        for slot in 0..self.slots.len() {
+        self.cohort += 1;
+        for slot in slots {
             match self.slots.get(slot) {
                 Some(Slot::Held) => {
                     self.stragglers.push(self.ticket(slot));
@@ -272,8 +305,10 @@ impl<W> State<W> {
                 Some(Slot::Retired) => self.set(slot, Slot::Free),
                 _ => {}
             }
+            if let Some(cohort) = self.cohorts.get_mut(slot) {
+                *cohort = self.cohort;
+            }
         }
-        self.cohort += 1;
         Some(self.settle())
     }
 
@@ -313,6 +348,10 @@ impl<W> State<W> {
 
     /// Takes back a slot whose ticket is gone. Returns who has it next.
     pub(crate) fn give_back(&mut self, slot: usize) -> Option<Start<W>> {
+        if self.withdrawing.get(slot) == Some(&true) {
+            self.set(slot, Slot::Retired);
+            return None;
+        }
         if self.is_open
             && let Some((_, waiter)) = self.queue.pop_front()
         {
@@ -349,6 +388,14 @@ impl<W> State<W> {
         }
     }
 
+    /// Takes a slot out of service as soon as nobody has it: now, or with the ticket that is out.
+    pub(crate) fn withdraw(&mut self, slot: usize) {
+        match (self.slots.get(slot), self.withdrawing.get_mut(slot)) {
+            (Some(Slot::Held), Some(is_withdrawing)) => *is_withdrawing = true,
+            _ => self.retire(slot),
+        }
+    }
+
     /// Takes slot 0 out of service once the home thread, which is inside, has left it.
     pub(crate) fn retire_inside(&mut self) {
         self.leave_home(HomeIs::Inside);
@@ -358,6 +405,9 @@ impl<W> State<W> {
     /// Puts a retired slot back into service, or takes back that it will retire; any other stays as
     /// it is. Returns who may start now.
     pub(crate) fn reinstate(&mut self, slot: usize) -> Vec<Start<W>> {
+        if let Some(is_withdrawing) = self.withdrawing.get_mut(slot) {
+            *is_withdrawing = false;
+        }
         self.free_retired(slot);
         self.settle()
     }
@@ -457,9 +507,9 @@ impl<W> State<W> {
         starts
     }
 
-    /// The ticket of this cohort for a slot.
-    const fn ticket(&self, slot: usize) -> TicketId {
-        let cohort = self.cohort;
+    /// The ticket for a slot, of its present cohort.
+    fn ticket(&self, slot: usize) -> TicketId {
+        let cohort = self.cohorts.get(slot).copied().unwrap_or_default();
         TicketId { cohort, slot }
     }
 
@@ -532,6 +582,11 @@ impl<W> State<W> {
         self.held += usize::from(to.is_in_flight());
         self.retired -= usize::from(from == Slot::Retired);
         self.retired += usize::from(to == Slot::Retired);
+        if to != Slot::Held
+            && let Some(is_withdrawing) = self.withdrawing.get_mut(slot)
+        {
+            *is_withdrawing = false;
+        }
         if slot == 0 || from == to {
             return;
         }
@@ -568,7 +623,9 @@ impl<W> State<W> {
             && !is_retirement_lost
             && !is_recall_lost
             && self.held == count(Slot::is_in_flight)
-            && self.stragglers.iter().all(|s| s.cohort < self.cohort)
+            && self.stragglers.iter().all(|s| s.cohort < self.cohorts[s.slot])
+            && self.cohorts.iter().all(|cohort| *cohort <= self.cohort)
+            && (self.slots.iter().zip(&self.withdrawing)).all(|(slot, is)| !is || *slot == Slot::Held)
             && self.retired == count(|slot| slot == Slot::Retired)
             && self.queue.len() <= self.max_queue
             && free.iter().copied().eq(expected)

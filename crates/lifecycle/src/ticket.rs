@@ -22,7 +22,8 @@ pub struct Ticket<W: Waiter> {
 /// ticket is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TicketId {
-    /// How often the gate had [rolled](Gate::roll) when the ticket was given out.
+    /// The roll ([of all](Gate::roll), or [of its slot](Gate::roll_slot)) that its slot had had last when the
+    /// ticket was given out, counted over the gate.
     pub cohort: u64,
     /// Less than [`GateOptions::slots`](crate::GateOptions::slots).
     pub slot: usize,

@@ -886,3 +886,107 @@ fn who_gives_stragglers_up_is_asked_again_after_a_shut() {
         bench.assert_at_rest(1);
     });
 }
+
+#[test]
+fn a_withdrawn_slot_is_nobody_s_once_its_ticket_is_gone() {
+    loom::model(|| {
+        let bench = Bench::new(false);
+        let ticket = bench.held();
+        let worker = {
+            let replica = Arc::clone(&bench.replica);
+            thread::spawn(move || {
+                replica.use_it();
+                drop(ticket);
+            })
+        };
+        let other = {
+            let bench = bench.clone();
+            thread::spawn(move || {
+                bench.gate.admit(bench.call()).unwrap();
+            })
+        };
+        bench.gate.withdraw(0);
+        bench.gate.wait_retired(0, None, || false).unwrap();
+        bench.replica.use_it();
+        bench.gate.reinstate(0);
+        worker.join().unwrap();
+        other.join().unwrap();
+        assert_eq!(bench.starts(), 2);
+        bench.assert_at_rest(4);
+    });
+}
+
+#[test]
+fn a_withdrawal_that_is_taken_back_loses_nobody() {
+    loom::model(|| {
+        let bench = Bench::new(false);
+        let ticket = bench.held();
+        bench.queue();
+        let worker = {
+            let replica = Arc::clone(&bench.replica);
+            thread::spawn(move || {
+                replica.use_it();
+                drop(ticket);
+            })
+        };
+        bench.gate.withdraw(0);
+        let gone = bench.gate.wait_retired(0, None, || true);
+        if gone.is_ok() {
+            bench.replica.use_it();
+        }
+        bench.gate.reinstate(0);
+        worker.join().unwrap();
+        assert_eq!(bench.starts(), 2);
+        bench.assert_at_rest(3 + usize::from(gone.is_ok()));
+    });
+}
+
+#[test]
+fn a_withdrawal_from_home_waits_for_nobody_outside() {
+    loom::model(|| {
+        let (bench, home) = Bench::with_home();
+        let other = {
+            let bench = bench.clone();
+            thread::spawn(move || {
+                bench.gate.admit(bench.call()).unwrap();
+            })
+        };
+        home.withdraw(0);
+        bench.gate.wait_retired(0, None, || false).unwrap();
+        bench.replica.use_it();
+        bench.gate.reinstate(0);
+        other.join().unwrap();
+        home.serve_queued();
+        assert_eq!(bench.starts(), 1);
+        assert!(home.enter().is_some());
+        bench.assert_at_rest(2);
+    });
+}
+
+#[test]
+fn one_slot_rolls_while_its_ticket_ends() {
+    loom::model(|| {
+        let bench = Bench::new(false);
+        let ticket = bench.held();
+        let worker = {
+            let replica = Arc::clone(&bench.replica);
+            thread::spawn(move || {
+                replica.use_it();
+                drop(ticket);
+            })
+        };
+        let other = {
+            let bench = bench.clone();
+            thread::spawn(move || {
+                bench.gate.admit(bench.call()).unwrap();
+            })
+        };
+        assert_eq!(bench.gate.roll_slot(0), Some(1));
+        bench.gate.wait_stragglers(1, None, || false).unwrap();
+        bench.replica.use_it();
+        worker.join().unwrap();
+        other.join().unwrap();
+        assert_eq!(bench.starts(), 2);
+        bench.assert_at_rest(4);
+    });
+}

@@ -6,6 +6,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
@@ -43,12 +44,15 @@ enum Op {
     Retire(Index),
     /// A slot, whoever has it.
     RetireIdle(Index),
+    /// A slot, with the ticket that is out.
+    Withdraw(By, Index),
     Reinstate(Index),
     ReinstateAll,
     Cancel(Index),
     Open,
     Close(By),
     Roll(By),
+    RollSlot(By, Index),
     Shut(By),
     Cut(By),
     Enter,
@@ -67,12 +71,14 @@ fn op() -> impl Strategy<Value = Op> {
         10 => any::<Index>().prop_map(Op::Finish),
         2 => any::<Index>().prop_map(Op::Retire),
         1 => any::<Index>().prop_map(Op::RetireIdle),
-        2 => any::<Index>().prop_map(Op::Reinstate),
+        3 => (by(), any::<Index>()).prop_map(|(by, slot)| Op::Withdraw(by, slot)),
+        3 => any::<Index>().prop_map(Op::Reinstate),
         1 => Just(Op::ReinstateAll),
         3 => any::<Index>().prop_map(Op::Cancel),
         4 => Just(Op::Open),
         3 => by().prop_map(Op::Close),
         3 => by().prop_map(Op::Roll),
+        3 => (by(), any::<Index>()).prop_map(|(by, slot)| Op::RollSlot(by, slot)),
         6 => Just(Op::Enter),
         5 => Just(Op::Leave),
         1 => Just(Op::LeaveRetired),
@@ -111,8 +117,12 @@ enum Slot {
 )]
 struct Model {
     slots: Vec<Slot>,
-    /// How often it has rolled.
+    /// How often it has rolled, all or one.
     cohort: u64,
+    /// Of each slot.
+    cohorts: Vec<u64>,
+    /// Held, and out of service afterwards.
+    is_withdrawing: Vec<bool>,
     /// Left behind by a roll, in the order of slots and rolls.
     stragglers: Vec<TicketId>,
     queue: VecDeque<Number>,
@@ -133,6 +143,8 @@ impl Model {
         Self {
             slots: vec![Slot::Free; options.slots],
             cohort: 0,
+            cohorts: vec![0; options.slots],
+            is_withdrawing: vec![false; options.slots],
             stragglers: Vec::new(),
             queue: VecDeque::new(),
             max_queue: options.max_queue,
@@ -219,33 +231,40 @@ impl Model {
 
     /// A ticket goes; where it was left behind, its slot is somebody else's.
     fn give_back(&mut self, ticket: TicketId, to: Slot) {
-        if ticket.cohort == self.cohort {
-            self.slots[ticket.slot] = to;
+        if ticket.cohort == self.cohorts[ticket.slot] {
+            let is_withdrawing = std::mem::take(&mut self.is_withdrawing[ticket.slot]);
+            self.slots[ticket.slot] = if is_withdrawing { Slot::Retired } else { to };
         } else {
             self.stragglers.retain(|straggler| *straggler != ticket);
         }
     }
 
-    /// Whether slot 0 may change hands, if `by` asks.
-    fn may_roll(&self, by: By) -> bool {
+    /// Whether that slot may change hands, if `by` asks.
+    fn may_roll(&self, slot: usize, by: By) -> bool {
         match by {
+            _ if slot > 0 => true,
             By::Home => self.depth == 0,
             By::Anyone => self.slots[0] != Slot::Home,
         }
     }
 
-    fn roll(&mut self) {
-        self.meet_home();
-        for (slot, is) in self.slots.iter_mut().enumerate() {
+    fn roll(&mut self, slots: Range<usize>) {
+        if slots.contains(&0) {
+            self.meet_home();
+        }
+        self.cohort += 1;
+        for slot in slots {
+            let is = &mut self.slots[slot];
             if *is == Slot::Held {
-                let cohort = self.cohort;
+                let cohort = self.cohorts[slot];
                 self.stragglers.push(TicketId { cohort, slot });
             }
             if *is != Slot::Home {
                 *is = Slot::Free;
             }
+            self.cohorts[slot] = self.cohort;
+            self.is_withdrawing[slot] = false;
         }
-        self.cohort += 1;
     }
 
     fn send_home(&mut self) {
@@ -297,7 +316,7 @@ impl Bench<'_> {
             let is_other_free = model.slots[1..].contains(&Slot::Free);
             let slot = &mut model.slots[ticket.slot()];
             assert_eq!(*slot, Slot::Free, "one holder per slot and cohort");
-            assert_eq!(ticket.id().cohort, model.cohort);
+            assert_eq!(ticket.id().cohort, model.cohorts[ticket.slot()]);
             *slot = Slot::Held;
             assert!(ticket.slot() > 0 || !is_other_free, "slot 0 comes last");
             self.tickets.push(ticket);
@@ -400,6 +419,32 @@ impl Bench<'_> {
         }
     }
 
+    fn withdraw(&mut self, by: By, slot: usize) {
+        let is_home = if let (By::Home, Some(home)) = (by, self.home) {
+            home.withdraw(slot);
+            true
+        } else {
+            self.gate.withdraw(slot);
+            false
+        };
+        let model = &mut self.model;
+        match model.slots[slot] {
+            Slot::Free => model.slots[slot] = Slot::Retired,
+            Slot::Held => model.is_withdrawing[slot] = true,
+            Slot::Home => {
+                model.is_recalled |= model.is_unseen();
+                model.is_retiring = true;
+            }
+            Slot::Retired => {}
+        }
+        if is_home {
+            model.meet_home();
+        }
+        let is_in_use = self.model.slots[slot] != Slot::Retired;
+        let waited = self.gate.wait_retired(slot, Some(Duration::ZERO), || false);
+        assert_eq!(waited.is_err(), is_in_use);
+    }
+
     fn reinstate(&mut self, slot: usize) {
         let model = &mut self.model;
         match model.slots[slot] {
@@ -410,6 +455,12 @@ impl Bench<'_> {
             }
             Slot::Free | Slot::Held => {}
         }
+    }
+
+    fn take_back(&mut self, slot: usize) {
+        self.gate.reinstate(slot);
+        self.model.is_withdrawing[slot] = false;
+        self.reinstate(slot);
     }
 
     /// Any call that was ever queued: one that waits is cancelled, any other is not found.
@@ -451,8 +502,20 @@ impl Bench<'_> {
             (By::Home, Some(home)) => (home.roll(), By::Home),
             _ => (self.gate.roll(), By::Anyone),
         };
-        if self.model.may_roll(by) {
-            self.model.roll();
+        self.rolled(rolled, by, 0..self.model.slots.len());
+    }
+
+    fn roll_slot(&mut self, by: By, slot: usize) {
+        let (rolled, by) = match (by, self.home) {
+            (By::Home, Some(home)) => (home.roll_slot(slot), By::Home),
+            _ => (self.gate.roll_slot(slot), By::Anyone),
+        };
+        self.rolled(rolled, by, slot..slot + 1);
+    }
+
+    fn rolled(&mut self, rolled: Option<u64>, by: By, slots: Range<usize>) {
+        if self.model.may_roll(slots.start, by) {
+            self.model.roll(slots);
             assert_eq!(rolled, Some(self.model.cohort));
         } else {
             assert_eq!(rolled, None);
@@ -543,8 +606,11 @@ impl Bench<'_> {
             Op::RetireIdle(index) => self.retire_idle(index.index(self.model.slots.len())),
             Op::Reinstate(index) => {
                 let slot = index.index(self.model.slots.len());
-                self.gate.reinstate(slot);
-                self.reinstate(slot);
+                self.take_back(slot);
+            }
+            Op::Withdraw(by, index) => {
+                let slot = index.index(self.model.slots.len());
+                self.withdraw(*by, slot);
             }
             Op::ReinstateAll => {
                 self.gate.reinstate_all();
@@ -554,6 +620,7 @@ impl Bench<'_> {
             Op::Open => self.open(),
             Op::Close(by) => self.close(*by),
             Op::Roll(by) => self.roll(*by),
+            Op::RollSlot(by, index) => self.roll_slot(*by, index.index(self.model.slots.len())),
             Op::Shut(by) => self.shut(*by),
             Op::Cut(by) => self.cut(*by),
             Op::Enter => self.enter(),
@@ -572,7 +639,10 @@ impl Bench<'_> {
         while !self.insides.is_empty() {
             self.step(&Op::Leave);
         }
-        self.step(&Op::ReinstateAll);
+        for slot in 0..self.model.slots.len() {
+            self.take_back(slot);
+            self.settle();
+        }
         self.step(&Op::Open);
         self.step(&Op::ServeQueued);
         while let Some(ticket) = self.tickets.pop() {
