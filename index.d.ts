@@ -366,26 +366,42 @@ export class WasmModuleManager extends EventEmitter implements AsyncDisposable {
   [Symbol.asyncDispose](): Promise<void>
 
   /**
-   * A new generation serves. Reason 'trap': one replica was replaced because it trapped or was stopped; the others served on.
+   * A new generation serves. Reason 'trap': one replica was replaced because it trapped or was stopped; reasons of a policy
+   * ('memory', 'predicted', 'calls', 'age', 'budget'): one replica was recycled. The others served on.
    *
    * Events are emitted from the event loop, after what they tell of; those of synchronous operations as well.
    */
   on(event: 'reload', listener: (report: ReloadReport) => void): this
-  /** A reload, or the replacement of a trapped replica, did not happen. */
+  /** A reload, the replacement of a trapped replica, or a recycle, did not happen. */
   on(event: 'reload:failed', listener: (error: WasmError) => void): this
   /** A call trapped (ERR_WASM_TRAP). */
   on(event: 'trap', listener: (error: WasmError) => void): this
+  /**
+   * A threshold was crossed; see {@link Pressure}. With `recycle` the replica is recycled by itself, and `recycle` or
+   * `reload:failed` follows; without, the application decides, and nothing else happens.
+   *
+   * Once for each crossing of a replica: again after it was replaced or reset, or has shrunk below the threshold.
+   */
+  on(event: 'pressure', listener: (pressure: Pressure) => void): this
+  /**
+   * A replica was recycled, and its old memory was let go of. One that was replaced (not reset) is told of by `reload` before.
+   */
+  on(event: 'recycle', listener: (report: RecycleReport) => void): this
   /** Everything is released. */
   on(event: 'close', listener: () => void): this
 
   once(event: 'reload', listener: (report: ReloadReport) => void): this
   once(event: 'reload:failed', listener: (error: WasmError) => void): this
   once(event: 'trap', listener: (error: WasmError) => void): this
+  once(event: 'pressure', listener: (pressure: Pressure) => void): this
+  once(event: 'recycle', listener: (report: RecycleReport) => void): this
   once(event: 'close', listener: () => void): this
 
   off(event: 'reload', listener: (report: ReloadReport) => void): this
   off(event: 'reload:failed', listener: (error: WasmError) => void): this
   off(event: 'trap', listener: (error: WasmError) => void): this
+  off(event: 'pressure', listener: (pressure: Pressure) => void): this
+  off(event: 'recycle', listener: (report: RecycleReport) => void): this
   off(event: 'close', listener: () => void): this
 }
 
@@ -459,6 +475,12 @@ export interface ManagerOptions {
   isolation?: 'shared' | 'per-call'
   /** How snapshots keep memory; see {@link SnapshotOptions}. */
   snapshots?: SnapshotOptions
+  /**
+   * When a replica is replaced without being asked; see {@link RecyclePolicy}. Default: only after a trap.
+   *
+   * `{}` sets no threshold of its own, and lets {@link setMemoryBudget} recycle this manager.
+   */
+  recycle?: RecyclePolicy
   /** For `invoke`. Default names: allocate, deallocate. */
   abi?: BufferAbi
   /** Limits refuse or stop; see {@link Limits}. */
@@ -664,7 +686,7 @@ export interface ResetOptions extends DrainOptions {
 }
 
 /** What a fork has of its own; all else is its parent's. */
-export type ForkOptions = Partial<Pick<ManagerOptions, 'name' | 'imports' | 'limits'>>
+export type ForkOptions = Partial<Pick<ManagerOptions, 'name' | 'imports' | 'limits' | 'recycle'>>
 
 /** What a reset did. */
 export interface ResetReport {
@@ -863,7 +885,8 @@ export function loadGlue<T = any>(specifier: string | URL, options?: GlueOptions
  *
  * There is one replica, and its imports are the glue's.
  */
-export interface GlueOptions extends Pick<ManagerOptions, 'limits' | 'maxQueue' | 'cache' | 'engine' | 'snapshots'> {
+export interface GlueOptions
+  extends Pick<ManagerOptions, 'limits' | 'maxQueue' | 'cache' | 'engine' | 'snapshots' | 'recycle'> {
   /** In errors, events and thread names. Default: the package's name, for a path or URL the file's name without extension. */
   name?: string
   /**
@@ -1157,18 +1180,210 @@ export interface GlueManager<T = any> extends EventEmitter, AsyncDisposable {
   on(event: 'reload:failed', listener: (error: WasmError) => void): this
   /** A call trapped. The error is a {@link WasmError}; what the caller got is the `RuntimeError`. */
   on(event: 'trap', listener: (error: WasmError) => void): this
+  /**
+   * A threshold was crossed; see {@link Pressure}. With `recycle` the replica is recycled by itself, and `recycle` or
+   * `reload:failed` follows; without, the application decides, and nothing else happens.
+   *
+   * Once for each crossing of a replica: again after it was replaced or reset, or has shrunk below the threshold.
+   */
+  on(event: 'pressure', listener: (pressure: Pressure) => void): this
+  /**
+   * A replica was recycled, and its old memory was let go of. One that was replaced (not reset) is told of by `reload` before.
+   */
+  on(event: 'recycle', listener: (report: RecycleReport) => void): this
   /** Everything is released. */
   on(event: 'close', listener: () => void): this
 
   once(event: 'reload', listener: (report: ReloadReport) => void): this
   once(event: 'reload:failed', listener: (error: WasmError) => void): this
   once(event: 'trap', listener: (error: WasmError) => void): this
+  once(event: 'pressure', listener: (pressure: Pressure) => void): this
+  once(event: 'recycle', listener: (report: RecycleReport) => void): this
   once(event: 'close', listener: () => void): this
 
   off(event: 'reload', listener: (report: ReloadReport) => void): this
   off(event: 'reload:failed', listener: (error: WasmError) => void): this
   off(event: 'trap', listener: (error: WasmError) => void): this
+  off(event: 'pressure', listener: (pressure: Pressure) => void): this
+  off(event: 'recycle', listener: (report: RecycleReport) => void): this
   off(event: 'close', listener: () => void): this
+}
+
+// ---------------------------------------------------------------- recycling
+
+/**
+ * When an instance is replaced without being asked.
+ *
+ * Each replica is judged by itself, after each call, and replaced in the middle of load, one at a time: the fresh instance is made
+ * while the old one serves, and then the replica is out of service for `saveState` and `restoreState` alone, while the others serve.
+ * Memory is the threshold to set; `calls` and `ageMs` are for what memory does not show (leaked handles, fragmentation).
+ * docs/recycling.md says how to choose.
+ *
+ * Glue has one replica, in use as long as there are scopes of `use`; it is recycled by a reload (or reset) as soon as there are
+ * none, from the event loop. Ranges are checked when the manager is made (ERR_WASM_INVALID_ARGUMENT).
+ */
+export interface RecyclePolicy {
+  /**
+   * Bytes of linear memory, over all memories of a replica, or a share of the limit such as '75%'. Default: no threshold.
+   *
+   * The limit is `limits.memoryBytes`, or the maximum that the module declares, or 4 GiB; with several memories their sum.
+   * A threshold that a fresh instance exceeds cannot be kept: such recycles count as failed, and back off.
+   * From 1; '1%' to '100%'.
+   */
+  memory?: number | string
+  /** Calls that a replica runs, synchronous ones included. Default: no threshold. From 1. */
+  calls?: number
+  /** Milliseconds since the instance was made; judged by a timer as well, so that an idle replica is recycled too. Default: no threshold. From 1. */
+  ageMs?: number
+  /**
+   * 'reload': a trapped instance is replaced before it serves again. 'keep': it serves on, with whatever the trap has left in it.
+   * Default 'reload'. What was stopped (timeout, signal, fuel) is replaced always. Glue goes on after a trap in either case.
+   *
+   * With a policy, 100 replacements in a row without one call that completed are a crash loop: the manager ends in state 'failed',
+   * and calls reject with ERR_WASM_RELOAD_FAILED, whose cause is the last trap, until a `reload()` succeeds.
+   */
+  onTrap?: 'reload' | 'keep'
+  /**
+   * Recycle before the growth of the last calls would cross the limit: reason 'predicted'. Default true when `memory` is set.
+   *
+   * The growth per call is the median of the slopes between the last growths (Theil-Sen), which single large allocations do not move;
+   * 'the next calls' are 16, or as many as ran during twice the last recycle if that is more.
+   */
+  predict?: boolean
+  /**
+   * 0 to 1: spreads the thresholds over replicas and generations, so that they do not go together. Default 0.1.
+   *
+   * Each instance has its thresholds lowered by a share of its own between 0 and this, never raised.
+   */
+  jitter?: number
+  /**
+   * 'exclusive': waits for the call or lease that has the replica, then hands state over. 'rolling': new calls go to the fresh
+   * instance at once, and the old one goes when whoever is inside has left; no state is handed over, so it is refused together with
+   * `saveState`. 'reset': puts the replica back to the newest snapshot in place, without a new generation; where there is no
+   * snapshot, and where `saveState` must be able to fail without loss, it is 'exclusive'. Default 'exclusive'.
+   */
+  strategy?: 'exclusive' | 'rolling' | 'reset'
+  /**
+   * Milliseconds before a recycle that failed is tried again, doubled with each failure up to `maxMs`. The old instance serves on.
+   * Default `{ initialMs: 100, maxMs: 30_000 }`. From 1; `maxMs` not below `initialMs`.
+   *
+   * Replacements of trapped instances that fail (their `initialize` throws) back off as well; five in a row with nothing left to
+   * serve end in state 'failed'.
+   */
+  backoff?: { initialMs?: number; maxMs?: number }
+}
+
+/**
+ * A threshold was crossed.
+ *
+ * Without `recycle` the thresholds are 75% of the limit, prediction, and the budget of the process.
+ */
+export interface Pressure {
+  /** 'memory', 'predicted', 'calls', 'age' or 'budget'. */
+  reason: string
+  /** The replica, from 0. */
+  instance: number
+  /** What served. */
+  generation: number
+  /** Linear-memory bytes of the replica. */
+  memoryBytes: number
+  /** What was crossed, jitter included: bytes for 'memory', the limit for 'predicted', the budget for 'budget'; absent for 'calls' and 'age'. */
+  thresholdBytes?: number
+  /** Calls that the instance has run. */
+  calls: number
+  /** The estimate that predictions are made with; 0 where nothing grows. */
+  growthBytesPerCall: number
+}
+
+/** What a recycle did. */
+export interface RecycleReport extends Omit<ReloadReport, 'strategy'> {
+  /** How it was done in the end. With 'reset' `generation` and `previousGeneration` are the same. */
+  strategy: 'exclusive' | 'rolling' | 'reset'
+  /** The replica, from 0. */
+  instance: number
+  /** Calls that the old instance had run. */
+  calls: number
+  /** Milliseconds that it had lived. */
+  ageMs: number
+  /** Bytes in pages that belonged to the old instance alone, as the system counted them just before they were let go of. */
+  expectedBytes: number
+  /**
+   * By how much the resident set of the process fell when they were. undefined where the system does not say (Linux does).
+   *
+   * Other threads allocate at the same time, so single figures are rough. Where less than half of 8 MiB or more came back, twice
+   * in a row, a process warning with the code WASM_MOLT_MEMORY_NOT_RETURNED says so, once for each manager.
+   */
+  returnedBytes?: number
+}
+
+/**
+ * One allowance of linear memory over all managers of the process, those of worker threads included. null: none (default).
+ *
+ * When it is exceeded, replicas of managers with `recycle` are recycled, reason 'budget', whoever gives back the most for the time
+ * that it takes first, idle ones included, until the sum is within it. Managers without `recycle` are not touched, and told by `pressure`.
+ * It is judged after calls, so memory may exceed it by what one call allocates. Bytes from 1.
+ *
+ * Errors: ERR_WASM_INVALID_ARGUMENT, and the budget stays as it was.
+ */
+export function setMemoryBudget(bytes: number | null): void
+
+/** One word for a server's readiness endpoint, over all managers that it needs. */
+export interface Readiness {
+  /** Every manager can take calls now, or soon without being asked (a reload is under way): `status` is 'serving'. */
+  isReady: boolean
+  /** The worst of the managers: 'failed', 'draining' (closing or closed), 'starting', 'serving'. */
+  status: 'starting' | 'serving' | 'draining' | 'failed'
+  managers: { name: string; state: WasmModuleManager['state']; status: Readiness['status']; generation: number }[]
+}
+
+/** See {@link Readiness}. With no manager it is ready. Cheap: reads states alone. */
+export function readiness(...managers: Pick<WasmModuleManager, 'name' | 'state' | 'generation'>[]): Readiness
+
+/**
+ * The context of the tracing channel 'wasm-molt:call': every `call`, `callSync` and `invoke` of managers and `call` of leases.
+ * Functions of `exports` are not told of; they are too quick to be looked at each time.
+ */
+export interface CallTrace {
+  manager: string
+  /** What served when the call was made. */
+  generation: number
+  /** The export. */
+  name: string
+  kind: 'call' | 'callSync' | 'invoke' | 'leased'
+  result?: unknown
+  error?: unknown
+}
+
+/** The context of the tracing channel 'wasm-molt:reset': every `reset()` and `resetSync()`. */
+export interface ResetTrace {
+  manager: string
+  generation: number
+  result?: ResetReport
+  error?: unknown
+}
+
+/**
+ * The context of the tracing channel 'wasm-molt:recycle': `start` and `end` when the decision is made, then `asyncStart` and
+ * `asyncEnd` with its outcome, `error` before them if it failed. Every decision has exactly one outcome.
+ *
+ * `pressure` is what was crossed. A replica that something else replaced meanwhile (a reload, a trap, the end of the manager) has
+ * neither `result` nor `error`.
+ */
+export interface RecycleTrace {
+  manager: string
+  generation: number
+  reason: string
+  instance: number
+  pressure: Pressure
+  result?: RecycleReport
+  error?: unknown
+}
+
+/** The message of the channel 'wasm-molt:trap'. */
+export interface TrapMessage {
+  manager: string
+  generation: number
+  error: WasmError
 }
 
 // ---------------------------------------------------------------- errors
@@ -1265,14 +1480,18 @@ export interface ManagerStats {
    */
   calls: { completed: number; failed: number; trapped: number; interrupted: number; rejected: number }
   /**
-   * By reason: 'manual', 'trap', or the caller's own words. Beyond 64 different ones, further ones count as 'other'.
+   * By reason: 'manual', 'trap', 'memory', 'predicted', 'calls', 'age', 'budget', or the caller's own words. Beyond 64 different
+   * ones, further ones count as 'other'.
    *
-   * 'trap' counts replicas that were replaced because a call trapped or was stopped.
+   * 'trap' counts replicas that were replaced because a call trapped or was stopped; the reasons of a policy count replicas that
+   * were recycled, those that were reset among them.
    */
   reloads: Record<string, number>
-  /** Reloads and replacements that did not happen. */
+  /** Reloads, replacements and recycles that did not happen. */
   reloadsFailed: number
-  /** Resets that succeeded; those of `isolation: 'per-call'` are not counted. */
+  /** Replicas that are to be recycled, and have not been yet: waiting for their turn, for whoever is inside, or for a backoff. */
+  recyclesDue: number
+  /** Resets that succeeded, those of policies included; those of `isolation: 'per-call'` are not counted. */
   resets: number
   /** Snapshots that can be used. */
   snapshots: number

@@ -13,10 +13,13 @@ const { WasmError } = require('./lib/errors.js')
 const { loadGlue } = require('./lib/glue/manager.js')
 const { WasmModuleManager } = require('./lib/manager.js')
 const { WebAssembly } = require('./lib/namespace.js')
+const { readiness } = require('./lib/readiness.js')
 
 exports.WasmModuleManager = WasmModuleManager
 exports.WasmError = WasmError
 exports.WebAssembly = WebAssembly
 exports.loadGlue = loadGlue
+exports.readiness = readiness
+exports.setMemoryBudget = binding.setMemoryBudget
 exports.errorCodes = Object.freeze(binding.errorCodes())
 exports.version = binding.version()

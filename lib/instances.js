@@ -6,11 +6,22 @@ const binding = require('../binding.js')
 const { WasmError } = require('./errors.js')
 const { LinearMemory } = require('./memory.js')
 const { checkKeys, withSignal } = require('./options.js')
+const { calls, isTraced } = require('./tracing.js')
 
 const CALL_OPTIONS = ['signal', 'timeoutMs']
 
+async function call(instance, name, args, options) {
+  checkKeys(options, CALL_OPTIONS)
+  return withSignal(
+    options?.signal,
+    (canAbort) => binding.leaseCall(leaseOf(instance), name, args, options?.timeoutMs, canAbort),
+    binding.abort,
+  )
+}
+
 class LeasedInstance {
   #lease
+  #manager
   #exports
   #memory
 
@@ -21,6 +32,12 @@ class LeasedInstance {
   /** The handle of a lease, for the package's own use. */
   static leaseOf(instance) {
     return instance.#lease
+  }
+
+  /** Says whose it is, by the manager's name: for what is told of its calls. */
+  static adopt(instance, manager) {
+    instance.#manager = manager
+    return instance
   }
 
   get generation() {
@@ -37,13 +54,11 @@ class LeasedInstance {
     return this.#memory
   }
 
-  async call(name, args, options) {
-    checkKeys(options, CALL_OPTIONS)
-    return withSignal(
-      options?.signal,
-      (canAbort) => binding.leaseCall(this.#lease, name, args, options?.timeoutMs, canAbort),
-      binding.abort,
-    )
+  call(name, args, options) {
+    if (!isTraced(calls)) return call(this, name, args, options)
+    const { generation } = this
+    const context = { manager: this.#manager, generation, name, kind: 'leased' }
+    return calls.tracePromise(() => call(this, name, args, options), context)
   }
 
   release() {
@@ -55,7 +70,8 @@ class LeasedInstance {
   }
 }
 
-const { leaseOf } = LeasedInstance
+const { adopt, leaseOf } = LeasedInstance
+delete LeasedInstance.adopt
 delete LeasedInstance.leaseOf
 
 class Snapshot {
@@ -125,4 +141,4 @@ class InstanceContext {
   }
 }
 
-module.exports = { CALL_OPTIONS, InstanceContext, LeasedInstance, Snapshot, leaseOf, snapshotOf: handleOf }
+module.exports = { CALL_OPTIONS, InstanceContext, LeasedInstance, Snapshot, adopt, leaseOf, snapshotOf: handleOf }

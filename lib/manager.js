@@ -2,39 +2,35 @@
 
 // What both kinds of managers are: reloads, snapshots, resets, the end; and the one of a single module.
 
-const { channel, tracingChannel } = require('node:diagnostics_channel')
 const { EventEmitter } = require('node:events')
 const binding = require('../binding.js')
 const { WasmError } = require('./errors.js')
-const { CALL_OPTIONS, snapshotOf } = require('./instances.js')
+const { CALL_OPTIONS, adopt, snapshotOf } = require('./instances.js')
 const { LinearMemory } = require('./memory.js')
 const { checkKeys, deferred, toReload, toSource, withSignal } = require('./options.js')
-const { isInHook, withScopes } = require('./scopes.js')
+const { makeRecycling } = require('./recycling.js')
+const { hasAsyncHooks, isInHook, withScopes } = require('./scopes.js')
+const { calls, isTraced, reloads, resets, steps, traps } = require('./tracing.js')
 
 const LEASE_OPTIONS = ['signal']
 const CLOSE_OPTIONS = ['drainTimeoutMs']
 const SNAPSHOT_OPTIONS = ['signal']
-const FORK_OPTIONS = ['name', 'imports', 'limits']
+const FORK_OPTIONS = ['name', 'imports', 'limits', 'recycle']
 const STATS_OPTIONS = ['pages']
-
-const reloads = tracingChannel('wasm-molt:reload')
-const steps = channel('wasm-molt:reload:step')
-
-/** Older runtimes tell it of each channel, not of all five. */
-function isTraced({ start, end, asyncStart, asyncEnd, error }) {
-  return [start, end, asyncStart, asyncEnd, error].some((one) => one.hasSubscribers)
-}
 
 // Managers come from functions that start them.
 const construction = Symbol('construction')
 
 let handleOf
+let lend
 let mayWait
 let inHookError
 
 class Managed extends EventEmitter {
   static {
     handleOf = (manager) => manager.#handle
+    // A lease says in what is told of its calls whose it is.
+    lend = (manager, instance) => manager.#token.adopt(instance)
     // What cannot begin at once must not wait inside a hook.
     mayWait = (manager) => {
       if (isInHook(manager.#token) && binding.wouldWait(manager.#handle)) throw manager.#inHook('the call')
@@ -54,12 +50,24 @@ class Managed extends EventEmitter {
     super()
     // Weak: the native side must not keep a forgotten manager alive.
     const self = new WeakRef(this)
-    const tell = (kind, payload) => {
+    let name
+    this.#token.adopt = (instance) => {
+      name ??= self.deref()?.name
+      return adopt(instance, name)
+    }
+    const recycling = makeRecycling(
+      () => self.deref()?.name ?? name,
+      (event, payload) => self.deref()?.emit(event, payload),
+    )
+    const tell = (kind, payload, decision) => {
+      if (kind === 'trap' && traps.hasSubscribers) {
+        traps.publish({ manager: payload.manager, generation: payload.generation, error: payload })
+      }
       if (kind === 'step') steps.publish(payload)
       else if (kind === 'replaced') told?.(payload)
-      else self.deref()?.emit(kind, ...(kind === 'close' ? [] : [payload]))
+      else if (!recycling(kind, payload, decision)) self.deref()?.emit(kind, ...(kind === 'close' ? [] : [payload]))
     }
-    this.#handle = binding.newManager(withScopes(this.#token, options), tell, isRealm)
+    this.#handle = binding.newManager(withScopes(this.#token, options), tell, isRealm, hasAsyncHooks(options))
   }
 
   get name() {
@@ -80,18 +88,25 @@ class Managed extends EventEmitter {
   }
 
   async reload(options) {
-    if (isInHook(this.#token)) throw this.#inHook('reload()')
-    const source = toReload(options)
-    this.#watch()
-    if (!isTraced(reloads)) return binding.reload(this.#handle, source)
-    return reloads.tracePromise(() => binding.reload(this.#handle, source), this.#trace(options))
+    const reload = () => {
+      if (isInHook(this.#token)) throw this.#inHook('reload()')
+      const source = toReload(options)
+      this.#watch()
+      return binding.reload(this.#handle, source)
+    }
+    if (!isTraced(reloads)) return reload()
+    // `async`: what is refused at once is told of like what fails later.
+    return reloads.tracePromise(async () => reload(), this.#trace(options))
   }
 
   reloadSync(options) {
-    const source = toReload(options)
-    this.#watch()
-    if (!isTraced(reloads)) return binding.reloadSync(this.#handle, source)
-    return reloads.traceSync(() => binding.reloadSync(this.#handle, source), this.#trace(options))
+    const reload = () => {
+      const source = toReload(options)
+      this.#watch()
+      return binding.reloadSync(this.#handle, source)
+    }
+    if (!isTraced(reloads)) return reload()
+    return reloads.traceSync(reload, this.#trace(options))
   }
 
   async snapshot(options) {
@@ -125,12 +140,18 @@ class Managed extends EventEmitter {
   }
 
   async reset(options) {
-    if (isInHook(this.#token)) throw this.#inHook('reset()')
-    return binding.reset(this.#handle, options, snapshotOf(options?.to))
+    const reset = () => {
+      if (isInHook(this.#token)) throw this.#inHook('reset()')
+      return binding.reset(this.#handle, options, snapshotOf(options?.to))
+    }
+    if (!isTraced(resets)) return reset()
+    return resets.tracePromise(async () => reset(), { manager: this.name, generation: this.generation })
   }
 
   resetSync(options) {
-    return binding.resetSync(this.#handle, options, snapshotOf(options?.to))
+    const reset = () => binding.resetSync(this.#handle, options, snapshotOf(options?.to))
+    if (!isTraced(resets)) return reset()
+    return resets.traceSync(reset, { manager: this.name, generation: this.generation })
   }
 
   stats(options) {
@@ -177,6 +198,35 @@ class Managed extends EventEmitter {
   }
 }
 
+/** The context of what is told of a call. */
+const callTrace = ({ name: manager, generation }, name, kind) => ({ manager, generation, name, kind })
+
+// Not `async`: the native promise is the answer, and a second one around it would cost.
+function call(manager, name, args, options) {
+  try {
+    mayWait(manager)
+    if (options === undefined) return binding.call(handleOf(manager), name, args)
+    checkKeys(options, CALL_OPTIONS)
+    return withSignal(
+      options?.signal,
+      (canAbort) => binding.call(handleOf(manager), name, args, options?.timeoutMs, canAbort),
+      binding.abort,
+    )
+  } catch (error) {
+    return Promise.reject(error)
+  }
+}
+
+async function invoke(manager, name, input, options) {
+  mayWait(manager)
+  checkKeys(options, CALL_OPTIONS)
+  return withSignal(
+    options?.signal,
+    (canAbort) => binding.invoke(handleOf(manager), name, input, options?.timeoutMs, canAbort),
+    binding.abort,
+  )
+}
+
 class WasmModuleManager extends Managed {
   #exports
   #options
@@ -207,40 +257,25 @@ class WasmModuleManager extends Managed {
     return this.#exports
   }
 
-  // Not `async`: the native promise is the answer, and a second one around it would cost.
   call(name, args, options) {
-    try {
-      mayWait(this)
-      if (options === undefined) return binding.call(handleOf(this), name, args)
-      checkKeys(options, CALL_OPTIONS)
-      return withSignal(
-        options?.signal,
-        (canAbort) => binding.call(handleOf(this), name, args, options?.timeoutMs, canAbort),
-        binding.abort,
-      )
-    } catch (error) {
-      return Promise.reject(error)
-    }
+    if (!isTraced(calls)) return call(this, name, args, options)
+    return calls.tracePromise(() => call(this, name, args, options), callTrace(this, name, 'call'))
   }
 
   callSync(name, args) {
-    return binding.callSync(handleOf(this), name, args)
+    if (!isTraced(calls)) return binding.callSync(handleOf(this), name, args)
+    return calls.traceSync(() => binding.callSync(handleOf(this), name, args), callTrace(this, name, 'callSync'))
   }
 
-  async invoke(name, input, options) {
-    mayWait(this)
-    checkKeys(options, CALL_OPTIONS)
-    return withSignal(
-      options?.signal,
-      (canAbort) => binding.invoke(handleOf(this), name, input, options?.timeoutMs, canAbort),
-      binding.abort,
-    )
+  invoke(name, input, options) {
+    if (!isTraced(calls)) return invoke(this, name, input, options)
+    return calls.tracePromise(() => invoke(this, name, input, options), callTrace(this, name, 'invoke'))
   }
 
   async acquire(options) {
     mayWait(this)
     checkKeys(options, LEASE_OPTIONS)
-    return withSignal(
+    const instance = await withSignal(
       options?.signal,
       (canAbort) => {
         const pair = binding.acquire(handleOf(this))
@@ -248,6 +283,7 @@ class WasmModuleManager extends Managed {
       },
       (id, reason) => binding.cancelAcquire(handleOf(this), id, reason),
     )
+    return lend(this, instance)
   }
 
   async use(fn, options) {

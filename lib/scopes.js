@@ -1,16 +1,19 @@
 'use strict'
 
 const { AsyncLocalStorage } = require('node:async_hooks')
-const { isPromise } = require('node:util').types
+const { isAsyncFunction, isPromise } = require('node:util').types
+
+const HOOKS = ['initialize', 'saveState', 'restoreState', 'reseed']
 
 // What runs inside a hook, so that it is not made to wait for the very swap that waits for the hook. Only
 // in use while there is a hook: following asynchronous contexts makes every promise of the process dearer.
 const hookScope = new AsyncLocalStorage()
 let hooksRunning = 0
 
-/** * `token`: stands for the manager, which the hook must not keep alive. */
+/** * `token`: stands for the manager, which the hook must not keep alive; takes the instance that the hook is given. */
 function scoped(token, hook) {
   return (...args) => {
+    token.adopt(args[0])
     const scope = { token, outer: hookScope.getStore(), isOver: true }
     const begin = () => {
       scope.isOver = false
@@ -78,11 +81,16 @@ function namespaceHere() {
 function withScopes(token, options) {
   if (typeof options !== 'object' || options === null) return options
   const hooks = {}
-  for (const name of ['initialize', 'saveState', 'restoreState', 'reseed']) {
+  for (const name of HOOKS) {
     const hook = options[name]
     if (typeof hook === 'function') hooks[name] = { value: scoped(token, hook), enumerable: true }
   }
   return Object.create(options, hooks)
 }
 
-module.exports = { giveNamespace, isInHook, namespaceHere, withScopes }
+/** Some hook is sure to return a promise; others may. */
+function hasAsyncHooks(options) {
+  return HOOKS.some((name) => isAsyncFunction(options?.[name]))
+}
+
+module.exports = { giveNamespace, hasAsyncHooks, isInHook, namespaceHere, withScopes }

@@ -57,6 +57,7 @@ pub(crate) const FUNCTIONS: &[(&str, Native)] = &[
     ("reset", reset),
     ("resetSync", reset_sync),
     ("fork", fork),
+    ("setMemoryBudget", set_memory_budget),
     ("watchSteps", watch_steps),
     ("wouldWait", would_wait),
     ("close", close),
@@ -141,7 +142,7 @@ fn side(js: Js, args: &[Val]) -> JsResult<Rc<ManagerSide>> {
 
 // ---------------------------------------------------------------------- life
 
-/// `(options, onEvent, isRealm) => handle`
+/// `(options, onEvent, isRealm, hasAsyncHooks) => handle`
 fn new_manager(js: Js, args: &[Val]) -> JsResult<Val> {
     static NEXT_ID: AtomicU64 = AtomicU64::new(1);
     let env = EnvState::of(js)?;
@@ -160,6 +161,9 @@ fn new_manager(js: Js, args: &[Val]) -> JsResult<Val> {
         env.throw(&e, &place)
     })?;
     let home = home.ok_or_else(|| env.throw(&Error::internal("no home"), &place))?;
+    if js.get_bool(arg(args, 3)).unwrap_or(false) {
+        manager.hooks_are_async();
+    }
     let side = Rc::new(ManagerSide {
         id,
         manager,
@@ -398,6 +402,15 @@ fn fork(js: Js, args: &[Val]) -> JsResult<Val> {
     let (promise, done) = pausing(&env, &side, |env, _, ()| Ok(env.js().undefined()))?;
     side.manager.fork(&child.manager, done);
     Ok(promise)
+}
+
+/// `(bytes | null) => void`
+fn set_memory_budget(js: Js, args: &[Val]) -> JsResult<Val> {
+    let env = EnvState::of(js)?;
+    let bytes =
+        options::budget(js, arg(args, 0)).map_err(|e| refused(&env, e, &Place::default()))?;
+    wasm_molt_engine::set_memory_budget(bytes);
+    Ok(js.undefined())
 }
 
 /// `(handle, watch) => void`: whether steps of reloads are told.

@@ -557,6 +557,9 @@ impl Record {
         drop(inside);
         manager.completed.set(manager.completed.get() + 1);
         side.before_js(self.env.js());
+        if side.replica.note_call() {
+            self.judge(&side);
+        }
         Ok(())
     }
 
@@ -582,7 +585,23 @@ impl Record {
         let manager = &*self.manager;
         manager.completed.set(manager.completed.get() + 1);
         side.before_js(self.env.js());
+        if side.replica.note_call() {
+            self.judge(side);
+        }
         Ok(())
+    }
+
+    /// The call has ended, and what it left of the instance is a matter for the policy.
+    #[cold]
+    #[inline(never)]
+    fn judge(&self, side: &Rc<ReplicaSide>) {
+        let manager = &*self.manager;
+        // Somebody further out on the stack is inside, or a swap is at it.
+        let is_outermost = manager.home.depth() == 0 && manager.stack.borrow().is_empty();
+        if is_outermost && manager.is_current(side) {
+            manager.flush_counts();
+            manager.manager.judge_at_home(&manager.home, &side.replica);
+        }
     }
 
     #[inline(always)]
@@ -667,7 +686,12 @@ impl Record {
         // filled after its signature.
         let call = || unsafe { side.replica.call_raw(&func, raw) };
         let outcome = self.timed(&entry, &side, call);
-        self.settle(entry, &side, outcome.err())
+        let is_outermost = !matches!(entry, Entry::Again);
+        self.settle(entry, &side, outcome.err())?;
+        if is_outermost && side.replica.note_call() {
+            self.judge(&side);
+        }
+        Ok(())
     }
 
     #[inline(never)]
@@ -748,8 +772,13 @@ impl Record {
             Ok(values) => (values, None),
             Err(error) => (Vec::new(), Some(error)),
         };
+        let is_outermost = !matches!(entry, Entry::Again);
         self.settle(entry, &side, error)?;
-        self.env.results(&values, Some(&side))
+        let results = self.env.results(&values, Some(&side));
+        if is_outermost && side.replica.note_call() {
+            self.judge(&side);
+        }
+        results
     }
 
     /// The guest is on a pool thread that waits for JavaScript: it runs the call, this thread waits.
@@ -779,6 +808,8 @@ impl Record {
         let is_outermost = !matches!(entry, Entry::Again);
         match &error {
             Some(error) if is_outermost => {
+                // Those before it have completed.
+                self.manager.flush_counts();
                 self.manager.manager.call_failed_at_home(error);
             }
             None => self.count(&entry),

@@ -487,9 +487,26 @@ fn emit(env: &Rc<EnvState>, side: &Rc<ManagerSide>, event: &Event) {
             Event::ReloadFailed(error) => ("reload:failed", env.error_value(error, &side.place())?),
             Event::Trap(error) => ("trap", env.error_value(error, &side.place())?),
             Event::Step(step) => ("step", report::step(js, side.manager.name(), step)?),
+            Event::Pressure(pressure) => ("pressure", report::pressure(js, pressure)?),
+            Event::Recycled { outcome, .. } => match outcome {
+                Ok(Some(report)) => ("recycle", report::recycle(js, report)?),
+                Ok(None) => ("recycle:superseded", js.undefined()),
+                Err(error) => ("recycle:failed", env.error_value(error, &side.place())?),
+            },
+            Event::MemoryKept(freed) => ("memory:kept", report::freed(js, freed)?),
             Event::Close => ("close", js.undefined()),
         };
-        js.call(env.helper(listener)?, &[js.string(kind)?, payload])?;
+        // Which decision it is, so that what follows it can be told from others.
+        let decision = match event {
+            Event::Pressure(pressure) => pressure.decision,
+            Event::Recycled { decision, .. } => Some(*decision),
+            _ => None,
+        };
+        let decision = match decision {
+            Some(id) => js.number(id as f64)?,
+            None => js.undefined(),
+        };
+        js.call(env.helper(listener)?, &[js.string(kind)?, payload, decision])?;
         Ok(())
     };
     // A listener that throws is the user's affair: it is reported as an uncaught exception.

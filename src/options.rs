@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use napi::sys;
 use wasm_molt_engine::{
-    BufferAbi, BufferReturns, CacheChoice, EngineOptions, Error, ImageKind, Isolation, Limits,
-    ManagerOptions, OnDrainTimeout, ReloadOptions, ResetOptions, Source, Strategy,
+    Backoff, BufferAbi, BufferReturns, CacheChoice, EngineOptions, Error, ImageKind, Isolation,
+    Limits, ManagerOptions, MemoryThreshold, OnDrainTimeout, OnTrap, RecycleOptions,
+    RecycleStrategy, ReloadOptions, ResetOptions, Source, Strategy,
 };
 
 use crate::convert::invalid;
@@ -118,17 +119,21 @@ impl<'a> Reader<'a> {
         Ok(self.choice("onDrainTimeout", choices)?.unwrap_or_default())
     }
 
-    /// One of two words.
-    fn choice<T>(&self, name: &str, choices: [(&str, T); 2]) -> Read<Option<T>> {
+    /// One of some words.
+    fn choice<T, const N: usize>(&self, name: &str, choices: [(&str, T); N]) -> Read<Option<T>> {
         let Some(word) = self.text(name)? else {
             return Ok(None);
         };
-        let [(first, _), (second, _)] = choices;
+        let words = choices.each_ref().map(|(word, _)| format!("'{word}'"));
         let chosen = choices.into_iter().find(|(known, _)| *known == word);
         chosen.map(|(_, value)| Some(value)).ok_or_else(|| {
+            let [most @ .., last] = &words[..] else {
+                return invalid(format!("{}.{name} is '{word}'", self.path)).into();
+            };
             invalid(format!(
-                "{}.{name} is '{word}'; it must be '{first}' or '{second}'",
-                self.path
+                "{}.{name} is '{word}'; it must be {} or {last}",
+                self.path,
+                most.join(", ")
             ))
             .into()
         })
@@ -172,6 +177,7 @@ fn read_manager(js: Js, object: Val, hooks: &mut Hooks) -> Read<ManagerOptions> 
         "isolation",
         "snapshots",
         "reseed",
+        "recycle",
     ];
     let mut options = ManagerOptions {
         has_home: true,
@@ -204,6 +210,7 @@ fn read_manager(js: Js, object: Val, hooks: &mut Hooks) -> Read<ManagerOptions> 
     ];
     options.isolation = reader.choice("isolation", isolations)?.unwrap_or_default();
     snapshots(js, js.property(object, c"snapshots")?, &mut options)?;
+    options.recycle = recycle(js, js.property(object, c"recycle")?)?;
     match reader.get("reseed")? {
         None => {}
         Some((value, Kind::String)) => options.reseed = Some(js.get_string(value)?),
@@ -235,6 +242,70 @@ fn snapshots(js: Js, object: Val, options: &mut ManagerOptions) -> Read<()> {
     options.images = reader.choice("images", kinds)?.unwrap_or_default();
     options.prepares_snapshots = reader.boolean("prepare")?;
     Ok(())
+}
+
+fn recycle(js: Js, object: Val) -> Read<Option<RecycleOptions>> {
+    let known = [
+        "memory", "calls", "ageMs", "onTrap", "predict", "jitter", "strategy", "backoff",
+    ];
+    let Some(reader) = Reader::open(js, "options.recycle", object, &known)? else {
+        return Ok(None);
+    };
+    let mut recycle = RecycleOptions {
+        memory: memory_threshold(&reader)?,
+        calls: reader.count("calls", 1)?,
+        age: reader.count("ageMs", 1)?.map(Duration::from_millis),
+        predict: reader.boolean("predict")?,
+        ..RecycleOptions::default()
+    };
+    let on_trap = [("reload", OnTrap::Reload), ("keep", OnTrap::Keep)];
+    recycle.on_trap = reader.choice("onTrap", on_trap)?.unwrap_or_default();
+    if let Some((value, _)) = reader.get("jitter")? {
+        let Some(jitter) = js.get_number(value) else {
+            return reader.wrong("jitter", "a number from 0 to 1");
+        };
+        recycle.jitter = jitter;
+    }
+    let strategies = [
+        ("exclusive", RecycleStrategy::Exclusive),
+        ("rolling", RecycleStrategy::Rolling),
+        ("reset", RecycleStrategy::Reset),
+    ];
+    recycle.strategy = reader.choice("strategy", strategies)?.unwrap_or_default();
+    recycle.backoff = backoff(js, js.property(object, c"backoff")?)?;
+    Ok(Some(recycle))
+}
+
+/// Bytes, or text such as '75%'.
+fn memory_threshold(reader: &Reader<'_>) -> Read<Option<MemoryThreshold>> {
+    let Some((value, Kind::String)) = reader.get("memory")? else {
+        return Ok(reader.count("memory", 1)?.map(MemoryThreshold::Bytes));
+    };
+    let text = reader.js.get_string(value)?;
+    let share = text.strip_suffix('%').map(str::trim).map(str::parse::<f64>);
+    match share {
+        Some(Ok(percent)) => Ok(Some(MemoryThreshold::Share(percent / 100.0))),
+        _ => reader.wrong(
+            "memory",
+            &format!("a whole number of bytes, or a share such as '75%', and is '{text}'"),
+        ),
+    }
+}
+
+fn backoff(js: Js, object: Val) -> Read<Backoff> {
+    let default = Backoff::default();
+    let known = ["initialMs", "maxMs"];
+    let Some(reader) = Reader::open(js, "options.recycle.backoff", object, &known)? else {
+        return Ok(default);
+    };
+    let ms = |name| Ok::<_, Refused>(reader.count(name, 1)?.map(Duration::from_millis));
+    let (initial, max) = (ms("initialMs")?, ms("maxMs")?);
+    // Where only one is given, the other follows it.
+    let initial = initial.unwrap_or_else(|| max.map_or(default.initial, |max| default.initial.min(max)));
+    Ok(Backoff {
+        initial,
+        max: max.unwrap_or_else(|| default.max.max(initial)),
+    })
 }
 
 fn limits(js: Js, object: Val) -> Read<Limits> {
@@ -364,6 +435,20 @@ pub(crate) fn reset(js: Js, object: Val) -> Read<ResetOptions> {
     }
     options.on_drain_timeout = reader.on_drain_timeout()?;
     Ok(options)
+}
+
+/// A budget in bytes; `None` for null.
+pub(crate) fn budget(js: Js, value: Val) -> Read<Option<u64>> {
+    if js.kind(value)? == Kind::Null {
+        return Ok(None);
+    }
+    match js.get_number(value) {
+        Some(v) if v.fract() == 0.0 && (1.0..=MAX_SAFE).contains(&v) => Ok(Some(v as u64)),
+        _ => Err(invalid(
+            "the memory budget must be a whole number of bytes from 1 to 2^53 - 1, or null for none",
+        )
+        .into()),
+    }
 }
 
 /// A count of milliseconds; `None` for undefined.

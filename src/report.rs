@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use wasm_molt_engine::{
-    Histogram, ManagerStats, MemoryUsage, ReloadReport, ReloadStep, ResetReport,
+    Freed, Histogram, ManagerStats, MemoryUsage, Pressure, RecycleReport, ReloadReport, ReloadStep,
+    ResetReport,
 };
 
 use crate::js::{Js, JsResult, Val};
@@ -33,6 +34,50 @@ pub(crate) fn reload(js: Js, report: &ReloadReport) -> JsResult<Val> {
     number(c"memoryBytesBefore", report.memory_bytes_before as f64)?;
     number(c"memoryBytesAfter", report.memory_bytes_after as f64)?;
     Ok(object)
+}
+
+/// `RecycleReport`.
+pub(crate) fn recycle(js: Js, report: &RecycleReport) -> JsResult<Val> {
+    let object = reload(js, &report.reload)?;
+    js.set(object, c"strategy", js.string(report.strategy.as_str())?)?;
+    let number = |name, v: f64| js.set(object, name, js.number(v)?);
+    number(c"instance", report.slot as f64)?;
+    number(c"calls", report.calls as f64)?;
+    number(c"ageMs", ms(report.age))?;
+    let Freed {
+        expected_bytes,
+        returned_bytes,
+    } = report.freed;
+    number(c"expectedBytes", expected_bytes as f64)?;
+    if let Some(returned) = returned_bytes {
+        number(c"returnedBytes", returned as f64)?;
+    }
+    Ok(object)
+}
+
+/// `Pressure`.
+pub(crate) fn pressure(js: Js, pressure: &Pressure) -> JsResult<Val> {
+    let object = js.object()?;
+    let number = |name, v: f64| js.set(object, name, js.number(v)?);
+    js.set(object, c"reason", js.string(pressure.reason.as_str())?)?;
+    number(c"instance", pressure.slot as f64)?;
+    number(c"generation", pressure.generation.get() as f64)?;
+    number(c"memoryBytes", pressure.memory_bytes as f64)?;
+    if let Some(threshold) = pressure.threshold_bytes {
+        number(c"thresholdBytes", threshold as f64)?;
+    }
+    number(c"calls", pressure.calls as f64)?;
+    number(c"growthBytesPerCall", pressure.growth_bytes_per_call)?;
+    Ok(object)
+}
+
+/// `[expectedBytes, returnedBytes]`
+pub(crate) fn freed(js: Js, freed: &Freed) -> JsResult<Val> {
+    let pair = js.array(2)?;
+    js.set_element(pair, 0, js.number(freed.expected_bytes as f64)?)?;
+    let returned = freed.returned_bytes.unwrap_or_default();
+    js.set_element(pair, 1, js.number(returned as f64)?)?;
+    Ok(pair)
 }
 
 /// `ReloadStep`.
@@ -92,6 +137,7 @@ pub(crate) fn stats(js: Js, stats: &ManagerStats, usage: Option<&MemoryUsage>) -
     }
     js.set(object, c"reloads", reloads)?;
     number(object, c"reloadsFailed", stats.reloads_failed as f64)?;
+    number(object, c"recyclesDue", stats.recycles_due as f64)?;
     number(object, c"resets", stats.resets as f64)?;
     number(object, c"snapshots", stats.snapshots as f64)?;
     if let Some(usage) = usage {

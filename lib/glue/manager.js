@@ -20,7 +20,7 @@ const { makeTimers } = require('./timers.js')
 
 const GLUE_OPTIONS = [
   ...['initialize', 'saveState', 'restoreState', 'expose', 'include', 'parentURL'],
-  ...['name', 'threads', 'limits', 'maxQueue', 'cache', 'engine', 'snapshots', 'threadPool'],
+  ...['name', 'threads', 'limits', 'maxQueue', 'cache', 'engine', 'snapshots', 'threadPool', 'recycle'],
 ]
 
 // Another build of a module is no matter of glue, which brings its own.
@@ -415,7 +415,7 @@ class GlueManager extends Managed {
 /** What the native side takes. */
 function pick(options) {
   const picked = {}
-  for (const key of ['threads', 'limits', 'maxQueue', 'cache', 'engine', 'snapshots']) {
+  for (const key of ['threads', 'limits', 'maxQueue', 'cache', 'engine', 'snapshots', 'recycle']) {
     if (options[key] !== undefined) picked[key] = options[key]
   }
   return picked

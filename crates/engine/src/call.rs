@@ -349,8 +349,10 @@ impl CallJob {
             unsafe { isolation.clear(replica) };
         }
         shared.stats.ran(ran, &outcome);
-        if let Err(error) = &outcome {
-            shared.tell_trap(error);
+        let _ = replica.note_call();
+        match &outcome {
+            Ok(_) => shared.recycling.call_completed(),
+            Err(error) => shared.tell_trap(error),
         }
         // The seat goes back before the answer: whoever gets the answer finds the instance free.
         // `settling` keeps a swap, or the end, from overtaking the answer.

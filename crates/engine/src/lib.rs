@@ -11,6 +11,7 @@
 //!   instance is given that state again; *fork*: a manager begins with it.
 //! - **Poisoned**: a call did not end normally, so the instance is replaced before it serves again.
 
+mod budget;
 mod call;
 mod capture;
 mod deadline;
@@ -44,7 +45,9 @@ mod trap;
 mod value;
 mod wait;
 mod watch;
+mod wear;
 
+pub use budget::set_memory_budget;
 pub use call::{CallControl, CallLimits, Outcome, Settle, Work};
 pub use discard::memory_discard;
 pub use error::{Error, ErrorCode, Result, TrapInfo};
@@ -52,13 +55,17 @@ pub use host::{HomeStep, Host, HostCall, HostFunction, ImportValue};
 pub use interrupt::{Interrupter, Stop};
 pub use lease::{Lease, LeaseInside};
 pub use limits::Limits;
-pub use manager::{Done, Event, Job, LeaseDone, Manager, ManagerState, ManagerStats, Replaced};
+pub use manager::{
+    Done, Event, Freed, Job, LeaseDone, Manager, ManagerState, ManagerStats, Pressure,
+    RecycleReport, Replaced,
+};
 pub use memory::{
     ImageKind, MemoryRecord, MemoryUsage, MemoryView, OutOfBounds, Pin, memory_changes,
 };
 pub use module::{Export, ExportType, ExportedFunction, Import, ImportKind, Module, assemble_text};
 pub use options::{
-    BufferAbi, BufferReturns, CacheChoice, EngineOptions, Isolation, ManagerOptions, Source,
+    BufferAbi, BufferReturns, CacheChoice, EngineOptions, Isolation, ManagerOptions, OnTrap,
+    RecycleOptions, RecycleStrategy, Source,
 };
 pub use pause::{ResetOptions, ResetReport, SnapshotControl};
 pub use realm::{Exception, RealmExport, RealmImport};
@@ -71,7 +78,7 @@ pub use threads::{GuestThread, ThreadCall};
 pub use value::{FuncHandle, HostRef, Signature, Value, ValueType};
 pub use wait::Attendant;
 pub use wasm_molt_lifecycle::{
-    Away, FailedPhase, Generation, Home, Inside, OnDrainTimeout, PoolCounts, PoolState, Step,
-    WaitId,
+    Away, Backoff, FailedPhase, Generation, Home, Inside, MemoryThreshold, OnDrainTimeout,
+    PoolCounts, PoolState, Reason, Step, WaitId,
 };
 pub use watch::Watch;

@@ -25,15 +25,19 @@ use wasm_molt_lifecycle::{
 mod end;
 mod lending;
 mod realm;
+mod recycle;
 mod reload;
 mod repair;
 mod start;
 
 pub(crate) use lending::{HookScope, impatient};
+pub(crate) use recycle::{Due, Recycling};
+pub use recycle::{Freed, Pressure, RecycleReport};
 pub(crate) use start::Making;
 
 pub(crate) use realm::Compiled;
 
+use crate::budget;
 use crate::call::{CallControl, CallJob, CallLimits, Queue, Seat, Settle, Work};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorCode, Result};
@@ -42,7 +46,7 @@ use crate::interrupt::Stop;
 use crate::invoke;
 use crate::lease::Lease;
 use crate::module::Module;
-use crate::options::{Isolation, ManagerOptions, Source};
+use crate::options::{Isolation, ManagerOptions, RecycleStrategy, Source};
 use crate::pause::{ResetOptions, ResetReport, SnapshotControl, Terms};
 use crate::pool::{Pool, thread_name};
 use crate::replica::{Blueprint, Replica};
@@ -113,6 +117,17 @@ pub enum Event {
     ReloadFailed(Error),
     /// A guest trapped.
     Trap(Error),
+    /// A threshold was crossed.
+    Pressure(Pressure),
+    /// The one outcome of a decision to recycle; `None`: something else has replaced the instance.
+    Recycled {
+        /// As in [`Pressure::decision`].
+        decision: u64,
+        /// What came of it.
+        outcome: Result<Option<Arc<RecycleReport>>>,
+    },
+    /// After recycles memory did not come back. Once.
+    MemoryKept(Freed),
     /// The manager is closed.
     Close,
 }
@@ -218,6 +233,8 @@ pub(crate) enum Op {
         done: Done<()>,
     },
     Reload(PendingReload),
+    /// Of a realm.
+    Recycle(Due),
     Snapshot {
         control: SnapshotControl,
         done: Done<Arc<Snapshot>>,
@@ -257,6 +274,10 @@ struct Control {
     is_repairing_home: bool,
     /// Slots that wait for a swap to end.
     repairs_due: Vec<usize>,
+    /// What is to be recycled, in the order of the decisions.
+    recycles: VecDeque<Due>,
+    /// One of them is being carried out; its slot is in `repairing`.
+    recycling: bool,
     /// Threads that wait for an earlier generation to be left.
     seeing_off: usize,
     /// When a close has waited long enough for hooks.
@@ -314,6 +335,7 @@ pub(crate) struct Shared {
     /// Somebody has wanted a snapshot, and will want one of the next build.
     has_captured: AtomicBool,
     compiled: Compiled,
+    pub(crate) recycling: Recycling,
 }
 
 /// A module and its instances, replaceable while in use.
@@ -353,6 +375,8 @@ pub struct ManagerStats {
     pub reloads: BTreeMap<String, u64>,
     /// Reloads that failed.
     pub reloads_failed: u64,
+    /// Instances that are to be recycled, and have not been yet.
+    pub recycles_due: usize,
     /// Resets that succeeded, those after isolated calls not among them.
     pub resets: u64,
     /// Snapshots that can be used.
@@ -409,7 +433,9 @@ impl Manager {
             snapshots: Mutex::default(),
             has_captured: AtomicBool::new(false),
             compiled: Compiled::default(),
+            recycling: Recycling::default(),
         });
+        budget::register(&shared);
         Ok((Self { shared }, home))
     }
 
@@ -554,6 +580,13 @@ impl Manager {
     fn admit(&self, home: Option<&Home<Job>>, job: Job) -> WaitId {
         let shared = &self.shared;
         let id = shared.gate.reserve_id();
+        if shared.state() == ManagerState::Failed
+            && let Some(error) = shared.recycling.given_up()
+        {
+            let _settling = shared.settling();
+            job.refuse(error);
+            return id;
+        }
         if let Job::Call(call) = &job
             && let Some(control) = &call.control
         {
@@ -635,6 +668,28 @@ impl Manager {
     /// Counts synchronous calls that ended well.
     pub fn count_completed(&self, calls: u64) {
         self.shared.stats.ran_at_home(calls);
+        if calls > 0 {
+            self.shared.recycling.call_completed();
+        }
+    }
+
+    /// Hooks are known to return promises, so that nothing tries them where they would have to be synchronous.
+    pub fn hooks_are_async(&self) {
+        self.shared.recycling.has_async_hooks();
+    }
+
+    /// A synchronous call has ended on the home thread, in that instance, and asks for a judgement
+    /// ([`Replica::note_call`]); nobody is inside slot 0. It may be recycled in here.
+    pub fn judge_at_home(&self, home: &Home<Job>, replica: &Arc<Replica>) {
+        let shared = &self.shared;
+        if let Some(due) = shared.judge(replica) {
+            // Leaving may have handed the slot to a call that has waited for it.
+            if shared.options.is_realm || home.enter().is_none() {
+                shared.enqueue(due);
+            } else {
+                shared.recycle_at_home(due);
+            }
+        }
     }
 
     /// A synchronous call failed: counts it and tells of traps.
@@ -660,6 +715,15 @@ fn parallelism() -> usize {
 }
 
 fn check(options: &ManagerOptions, host: &dyn Host) -> Result<()> {
+    if let Some(recycle) = &options.recycle {
+        recycle.check()?;
+        if recycle.strategy == RecycleStrategy::Rolling && host.saves_state() {
+            return Err(Error::invalid(
+                "options.recycle.strategy is 'rolling', and there is a saveState hook: two instances that serve \
+                 at the same time cannot hand state over; use 'exclusive'",
+            ));
+        }
+    }
     const MOST: usize = 4096;
     if options.instances == 0 || options.instances > MOST {
         return Err(Error::invalid(format!(
@@ -825,7 +889,7 @@ impl Shared {
     /// A ticket goes back; a poisoned instance does not serve on. Returns its slot, for
     /// [`repair_lost`](Self::repair_lost): retired first, repaired then, because a repair that came before the
     /// retirement would have its fresh instance retired.
-    pub(crate) fn give_back(&self, ticket: Ticket<Job>, replica: &Replica) -> Option<usize> {
+    pub(crate) fn give_back(self: &Arc<Self>, ticket: Ticket<Job>, replica: &Replica) -> Option<usize> {
         let slot = ticket.slot();
         let serves = self
             .replica(slot)
@@ -833,6 +897,9 @@ impl Shared {
         if serves && replica.must_be_replaced() {
             ticket.retire();
             return Some(slot);
+        }
+        if serves && replica.wear().wants_a_look() {
+            self.judge_slot(slot);
         }
         drop(ticket);
         None
@@ -950,6 +1017,7 @@ impl Shared {
                 Box::new(move || done(outcome))
             }
             Op::Reload(pending) => self.run_reload(pending),
+            Op::Recycle(due) => self.recycle_realm(due),
             Op::Snapshot { control, done } => {
                 let outcome = self.paused(|scope| {
                     self.take_snapshot(&Terms {
@@ -1015,6 +1083,7 @@ impl Shared {
             calls: self.stats.calls(),
             reloads,
             reloads_failed,
+            recycles_due: self.recycling.due(),
             resets: self.stats.resets(),
             snapshots: self.lock_snapshots().alive().len(),
             times: self.stats.times(),

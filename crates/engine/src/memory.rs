@@ -21,6 +21,9 @@ mod poll;
 mod record;
 mod region;
 mod reservation;
+#[cfg_attr(target_os = "linux", path = "memory/resident_linux.rs")]
+#[cfg_attr(not(target_os = "linux"), path = "memory/resident_portable.rs")]
+mod resident;
 #[cfg(any(not(unix), test))]
 mod sys_portable;
 #[cfg(unix)]
@@ -36,7 +39,9 @@ pub(crate) use host::{
 pub(crate) use image::Image;
 pub use image::ImageKind;
 pub(crate) use poll::{HAS_POLL_PAGE, PollPage, is_poll_fault};
+pub(crate) use record::memory_total;
 pub use record::{MemoryRecord, MemoryUsage, MemoryView, OutOfBounds, memory_changes};
+pub(crate) use resident::resident_bytes;
 pub use reservation::Pin;
 
 /// Everything is rounded up to this: a wasm page, and a multiple of every host page size in use.

@@ -1,7 +1,11 @@
 //! What a manager is asked to be.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
+use wasm_molt_lifecycle::{Backoff, MemoryThreshold, Policy};
+
+use crate::error::{Error, Result};
 use crate::limits::Limits;
 use crate::memory::ImageKind;
 
@@ -111,6 +115,121 @@ pub enum Isolation {
     PerCall,
 }
 
+/// What becomes of an instance that has trapped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnTrap {
+    /// It is replaced before it serves again.
+    #[default]
+    Reload,
+    /// It serves on.
+    Keep,
+}
+
+/// How an instance is recycled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum RecycleStrategy {
+    /// A fresh one takes its place once nobody is inside, and gets its state.
+    #[default]
+    Exclusive,
+    /// A fresh one takes its place at once, and it goes when nobody is inside.
+    Rolling,
+    /// It is put back to the newest snapshot, where there is one.
+    Reset,
+}
+
+impl RecycleStrategy {
+    /// The word for it in the public interface.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Exclusive => "exclusive",
+            Self::Rolling => "rolling",
+            Self::Reset => "reset",
+        }
+    }
+}
+
+/// When instances are replaced without being asked.
+#[derive(Debug, Clone)]
+pub struct RecycleOptions {
+    /// Linear memory of one instance.
+    pub memory: Option<MemoryThreshold>,
+    /// Calls of one instance. From 1.
+    pub calls: Option<u64>,
+    /// Age of one instance.
+    pub age: Option<Duration>,
+    /// What becomes of an instance that has trapped.
+    pub on_trap: OnTrap,
+    /// Before its growth would cross the limit. Default: if `memory` is set.
+    pub predict: Option<bool>,
+    /// 0 to 1: how far thresholds are spread.
+    pub jitter: f64,
+    /// How.
+    pub strategy: RecycleStrategy,
+    /// After failures.
+    pub backoff: Backoff,
+}
+
+impl RecycleOptions {
+    /// 0.1.
+    pub const DEFAULT_JITTER: f64 = 0.1;
+
+    pub(crate) fn policy(&self) -> Policy {
+        Policy {
+            memory: self.memory,
+            calls: self.calls,
+            age: self.age,
+            predicts: self.predict.unwrap_or(self.memory.is_some()),
+            jitter: self.jitter,
+        }
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        let wrong = |what: String| Err(Error::invalid(format!("options.recycle.{what}")));
+        match self.memory {
+            Some(MemoryThreshold::Bytes(0)) => {
+                return wrong("memory is 0; it must be 1 byte or more".into());
+            }
+            Some(MemoryThreshold::Share(share)) if !(share > 0.0 && share <= 1.0) => {
+                return wrong(format!(
+                    "memory is '{}%'; it must lie above '0%' and up to '100%'",
+                    share * 100.0
+                ));
+            }
+            _ => {}
+        }
+        if !(0.0..=1.0).contains(&self.jitter) {
+            return wrong(format!(
+                "jitter is {}; it must lie between 0 and 1",
+                self.jitter
+            ));
+        }
+        let Backoff { initial, max } = self.backoff;
+        if max < initial {
+            return wrong(format!(
+                "backoff.maxMs is {}; it must not be less than initialMs, which is {}",
+                max.as_millis(),
+                initial.as_millis()
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl Default for RecycleOptions {
+    fn default() -> Self {
+        Self {
+            memory: None,
+            calls: None,
+            age: None,
+            on_trap: OnTrap::default(),
+            predict: None,
+            jitter: Self::DEFAULT_JITTER,
+            strategy: RecycleStrategy::default(),
+            backoff: Backoff::default(),
+        }
+    }
+}
+
 /// Everything a manager is made of.
 #[derive(Debug, Clone)]
 pub struct ManagerOptions {
@@ -143,6 +262,8 @@ pub struct ManagerOptions {
     /// An export that gives the guest other random numbers than the instance that it is a copy of has;
     /// takes nothing, an i32 or an i64.
     pub reseed: Option<String>,
+    /// When instances are replaced without being asked. Default: after traps and stops only.
+    pub recycle: Option<RecycleOptions>,
     /// Slot 0 is entered synchronously by one home thread (the JS thread).
     pub has_home: bool,
 }
@@ -163,6 +284,7 @@ impl Default for ManagerOptions {
             images: ImageKind::default(),
             prepares_snapshots: None,
             reseed: None,
+            recycle: None,
             has_home: false,
         }
     }

@@ -498,6 +498,7 @@ impl Shared {
                 .at_home(Box::new(move |_| shared.host.rewound(&replicas)));
         }
         outcome?;
+        self.begin_wear(&replicas);
         self.stats.was_reset();
         Ok(ResetReport {
             generation,

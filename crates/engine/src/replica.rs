@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use smallvec::SmallVec;
-use wasm_molt_lifecycle::Generation;
+use wasm_molt_lifecycle::{Generation, Policy};
 use wasmtime::{
     AsContextMut, Caller, Extern, ExternType, Instance, RootScope, Store, StoreContextMut, Val,
     ValRaw,
@@ -34,6 +34,7 @@ use crate::memory::{
     with_plan_and_poll,
 };
 use crate::module::{Import, ImportKind, Module};
+use crate::options::OnTrap;
 use crate::realm::{Realm, Twin};
 use crate::snapshot::{Origin, Snapshot};
 use crate::threads::Threads;
@@ -41,6 +42,7 @@ use crate::trap::triage;
 use crate::value::{FuncHandle, Signature, Value, ValueType, default_val, null_ref};
 use crate::wait::{Attendant, provide};
 use crate::watch::Watch;
+use crate::wear::Wear;
 
 /// Externrefs made between two collections of the guest's reference heap.
 const EXTERNREFS_PER_COLLECTION: u64 = 4096;
@@ -129,6 +131,9 @@ pub struct Replica {
     threads: Arc<Threads>,
     /// What it is a twin of, if it belongs to such a thread.
     twin: OnceLock<Twin>,
+    wear: Wear,
+    /// It serves on after a trap.
+    outlives_traps: bool,
     /// Entered only by the thread that holds the replica. `None` once released.
     store: UnsafeCell<Option<Store<Guest>>>,
 }
@@ -160,6 +165,9 @@ pub(crate) struct Blueprint {
     pub(crate) prepares_snapshots: bool,
     /// The host makes instances by itself, beside the module's.
     pub(crate) is_realm: bool,
+    /// What its instances are held to.
+    pub(crate) policy: Policy,
+    pub(crate) on_trap: OnTrap,
 }
 
 impl Blueprint {
@@ -265,6 +273,8 @@ impl Blueprint {
             watch,
             threads: Arc::default(),
             twin: OnceLock::new(),
+            wear: Wear::new(self.policy.for_instance(slot, generation.get())),
+            outlives_traps: self.on_trap == OnTrap::Keep,
             store: UnsafeCell::new(Some(store)),
         })
     }
@@ -311,6 +321,24 @@ impl Replica {
 
     pub(crate) fn threads(&self) -> &Arc<Threads> {
         &self.threads
+    }
+
+    /// What it has behind it.
+    pub(crate) fn wear(&self) -> &Wear {
+        &self.wear
+    }
+
+    /// One more call has ended, by the thread that holds the replica; whether it is to be judged.
+    #[inline]
+    pub fn note_call(&self) -> bool {
+        self.wear.note_call()
+    }
+
+    /// What its memories may have, all together.
+    pub(crate) fn memory_limit_bytes(&self) -> u64 {
+        let mut sum = 0_u64;
+        self.each_memory(|record| sum = sum.saturating_add(record.most_bytes() as u64));
+        sum
     }
 
     pub(crate) fn twin(&self) -> &OnceLock<Twin> {
@@ -945,7 +973,8 @@ impl Replica {
         }
         // Glue goes on after a trap, as it does on other engines; what to do about it is up to who owns it.
         // Not where other threads of the guest may be in the middle of what has broken off.
-        let goes_on = self.is_realm() && error.code() != Some(ErrorCode::Internal);
+        let goes_on = self.is_realm() && error.code() != Some(ErrorCode::Internal)
+            || self.outlives_traps && matches!(error, Error::Trap { .. });
         if error.poisons_instance() && !(goes_on && self.threads.is_empty()) {
             self.poison_with(&error);
             self.threads.stop();
@@ -1231,11 +1260,21 @@ impl Replica {
         sum
     }
 
+    /// Gives pages back bit by bit, ahead of the [release](Self::release): the system keeps everybody who
+    /// grows a memory waiting while it takes pages away, and that takes long where they are many.
+    ///
+    /// # Safety
+    /// As for the release: whatever looks finds zeros.
+    pub(crate) unsafe fn shed(&self) {
+        self.each_memory(MemoryRecord::shed);
+    }
+
     /// Drops the store: memory goes back to the system here. Idempotent.
     ///
     /// # Safety
     /// The calling thread holds the replica, and nobody will enter it any more.
     pub(crate) unsafe fn release(&self) {
+        self.wear.end();
         // Those that do not end keep the memory, and nothing else.
         let _ = self.end_threads();
         self.is_released.store(true, Ordering::Release);

@@ -17,15 +17,19 @@ pub(crate) struct Serving {
     pub(crate) pool: Arc<Pool>,
     /// Goes up together with the gate's, in the same step at home.
     cohort: u64,
+    /// By slot, as in the gate; those that are missing are 0.
+    cohorts: Vec<u64>,
     left: Vec<Left>,
 }
 
-/// Instances of an earlier generation that somebody may still be inside.
+/// An instance that was replaced while somebody was inside.
 struct Left {
-    cohort: u64,
+    /// The roll that has left it behind.
+    by: u64,
+    ticket: TicketId,
     generation: Generation,
-    replicas: Vec<Arc<Replica>>,
-    /// Theirs alone, so that a call that does not end keeps no thread from the next generation.
+    replica: Arc<Replica>,
+    /// Not that of what serves, so that a call that does not end keeps no thread from it.
     pool: Arc<Pool>,
 }
 
@@ -37,66 +41,93 @@ impl Serving {
             blueprint: None,
             replicas: Vec::new(),
             cohort: 0,
+            cohorts: Vec::new(),
             left: Vec::new(),
         }
     }
 
+    fn cohort_of(&self, slot: usize) -> u64 {
+        self.cohorts.get(slot).copied().unwrap_or_default()
+    }
+
     /// The instance that a ticket is for, and the threads that it runs on.
     pub(crate) fn place_of(&self, ticket: TicketId) -> Option<(Arc<Replica>, Arc<Pool>)> {
-        if ticket.cohort == self.cohort {
+        if ticket.cohort == self.cohort_of(ticket.slot) {
             let replica = self.replicas.get(ticket.slot)?;
             return Some((Arc::clone(replica), Arc::clone(&self.pool)));
         }
-        let left = self.left.iter().find(|left| left.cohort == ticket.cohort)?;
-        let is_meant = |replica: &&Arc<Replica>| replica.slot() == ticket.slot;
-        let replica = left.replicas.iter().find(is_meant)?;
-        Some((Arc::clone(replica), Arc::clone(&left.pool)))
+        let left = self.left.iter().find(|left| left.ticket == ticket)?;
+        Some((Arc::clone(&left.replica), Arc::clone(&left.pool)))
     }
 
-    /// What served so far is left behind; `replicas` serve, on `pool`. Returns the cohort that was.
+    /// What served so far is left behind; `replicas` serve, on `pool`. Returns the number of the roll.
     pub(crate) fn roll(
         &mut self,
         generation: Generation,
-        replicas: Vec<Arc<Replica>>,
+        replicas: &[Arc<Replica>],
         pool: Arc<Pool>,
     ) -> u64 {
-        let left = Left {
-            cohort: self.cohort,
-            generation: std::mem::replace(&mut self.generation, generation),
-            replicas: std::mem::replace(&mut self.replicas, replicas),
-            pool: std::mem::replace(&mut self.pool, pool),
-        };
-        let cohort = left.cohort;
-        self.left.push(left);
+        let generation = std::mem::replace(&mut self.generation, generation);
+        let pool = std::mem::replace(&mut self.pool, pool);
         self.cohort += 1;
-        cohort
+        for (slot, replica) in replicas.iter().enumerate() {
+            self.leave(slot, generation, &pool);
+            self.set(slot, replica);
+        }
+        self.cohort
     }
 
-    /// Takes out what a cohort has left behind, except where one of `stragglers` may be inside.
+    /// The same for one slot.
+    pub(crate) fn roll_slot(&mut self, replica: &Arc<Replica>, pool: Arc<Pool>) -> u64 {
+        let generation = std::mem::replace(&mut self.generation, replica.generation());
+        let pool = std::mem::replace(&mut self.pool, pool);
+        self.cohort += 1;
+        self.leave(replica.slot(), generation, &pool);
+        self.set(replica.slot(), replica);
+        self.cohort
+    }
+
+    fn leave(&mut self, slot: usize, generation: Generation, pool: &Arc<Pool>) {
+        let cohort = self.cohort_of(slot);
+        if let Some(replica) = self.replicas.get(slot) {
+            self.left.push(Left {
+                by: self.cohort,
+                ticket: TicketId { cohort, slot },
+                generation,
+                replica: Arc::clone(replica),
+                pool: Arc::clone(pool),
+            });
+        }
+    }
+
+    fn set(&mut self, slot: usize, replica: &Arc<Replica>) {
+        if let Some(place) = self.replicas.get_mut(slot) {
+            *place = Arc::clone(replica);
+        }
+        if self.cohorts.len() < self.replicas.len() {
+            self.cohorts.resize(self.replicas.len(), 0);
+        }
+        if let Some(cohort) = self.cohorts.get_mut(slot) {
+            *cohort = self.cohort;
+        }
+    }
+
+    /// Takes out, with its generation, what was left behind up to a roll, except where one of `stragglers`
+    /// may be inside; and tells whether such are left. Of later rolls the gate may not know yet.
     pub(crate) fn take_left(
         &mut self,
-        cohort: u64,
+        roll: u64,
         stragglers: &[TicketId],
-    ) -> (Vec<Arc<Replica>>, Generation) {
-        let Some(left) = self.left.iter_mut().find(|left| left.cohort == cohort) else {
-            return (Vec::new(), self.generation);
-        };
-        let generation = left.generation;
-        let is_used = |replica: &Arc<Replica>| {
-            let slot = replica.slot();
-            stragglers.contains(&TicketId { cohort, slot })
-        };
-        let (kept, gone) = std::mem::take(&mut left.replicas)
-            .into_iter()
-            .partition(is_used);
-        left.replicas = kept;
-        self.left.retain(|left| !left.replicas.is_empty());
-        (gone, generation)
+    ) -> (Vec<(Arc<Replica>, Generation)>, bool) {
+        let is_gone = |left: &mut Left| left.by <= roll && !stragglers.contains(&left.ticket);
+        let gone = self.left.extract_if(.., is_gone);
+        let gone = gone.map(|left| (left.replica, left.generation)).collect();
+        (gone, self.left.iter().any(|left| left.by <= roll))
     }
 
-    /// Everything that an earlier generation has left behind.
+    /// Everything that was left behind.
     pub(crate) fn left(&self) -> Vec<Arc<Replica>> {
-        let replicas = self.left.iter().flat_map(|left| &left.replicas);
+        let replicas = self.left.iter().map(|left| &left.replica);
         replicas.cloned().collect()
     }
 
@@ -109,7 +140,7 @@ impl Serving {
 
     /// Bytes of linear memory over all that exists.
     pub(crate) fn memory_bytes(&self) -> usize {
-        let left = self.left.iter().flat_map(|left| &left.replicas);
+        let left = self.left.iter().map(|left| &left.replica);
         let all = self.replicas.iter().chain(left);
         all.map(|replica| replica.memory_bytes()).sum()
     }

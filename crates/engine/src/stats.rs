@@ -99,6 +99,11 @@ impl Stats {
         self.lock().resets += 1;
     }
 
+    /// How long a call on a pool thread takes.
+    pub(crate) fn mean_run(&self) -> Duration {
+        Duration::from_nanos(self.lock().run.mean() as u64)
+    }
+
     pub(crate) fn resets(&self) -> u64 {
         self.lock().resets
     }

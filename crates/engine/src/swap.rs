@@ -11,7 +11,7 @@ use wasm_molt_lifecycle::{
 };
 
 use crate::error::{Error, ErrorCode, Result};
-use crate::manager::{Event, HookScope, Making, ManagerState, Replaced, Shared, impatient};
+use crate::manager::{Event, Freed, HookScope, Making, ManagerState, Replaced, Shared, impatient};
 use crate::options::Source;
 use crate::pool::Pool;
 use crate::replica::{Blueprint, Replica};
@@ -54,6 +54,8 @@ pub struct ReloadOptions {
     pub on_drain_timeout: OnDrainTimeout,
     /// Leave state behind.
     pub skip_save: bool,
+    /// Asked for by a policy: what becomes of the memory is measured.
+    pub is_recycle: bool,
 }
 
 impl ReloadOptions {
@@ -70,6 +72,7 @@ impl Default for ReloadOptions {
             drain_timeout: Some(Self::DEFAULT_DRAIN_TIMEOUT),
             on_drain_timeout: OnDrainTimeout::Abort,
             skip_save: false,
+            is_recycle: false,
         }
     }
 }
@@ -118,6 +121,8 @@ pub struct ReloadReport {
     pub memory_bytes_before: usize,
     /// Linear memory of the new ones, bytes.
     pub memory_bytes_after: usize,
+    /// What became of the old ones' memory, where that was measured.
+    pub freed: Option<Freed>,
 }
 
 impl ReloadReport {
@@ -141,6 +146,7 @@ impl ReloadReport {
             restore: Duration::ZERO,
             memory_bytes_before: 0,
             memory_bytes_after: 0,
+            freed: None,
         }
     }
 }
@@ -281,7 +287,7 @@ struct Swap<'a> {
 /// What the commit has done, noted at home: the control thread hears of it late where the cores are
 /// taken, when callers have long been served.
 struct Published {
-    /// Rolling: the cohort that the old instances served, and how many of it are still inside.
+    /// Rolling: the number of the roll, and how many are still inside what it has left behind.
     left_behind: Option<(u64, usize)>,
     /// Exclusive: who waited when the gate opened.
     queued: usize,
@@ -292,16 +298,25 @@ struct Published {
 impl Swap<'_> {
     /// After the commit: the old instances go, and with them their memory.
     fn finish(self, timings: &Timings) -> ReloadReport {
+        let mut freed = None;
         match self.published.get() {
             Some(Published {
-                left_behind: Some((cohort, _)),
+                left_behind: Some((roll, _)),
                 ..
-            }) => self.shared.see_off(*cohort, self.options),
+            }) => self.shared.see_off(*roll, self.options),
             _ => {
-                for replica in &self.old {
-                    // SAFETY: the gate was drained, so nobody was inside; at the commit every handle
-                    // on it expired and its slot went to a new instance.
-                    unsafe { replica.release() };
+                let release = || {
+                    for replica in &self.old {
+                        // SAFETY: the gate was drained, so nobody was inside; at the commit every handle
+                        // on it expired and its slot went to a new instance.
+                        unsafe { replica.release() };
+                    }
+                };
+                if self.options.is_recycle {
+                    let pages = self.old.iter().map(|old| old.memory_usage().private_bytes);
+                    freed = Some(Freed::measure(pages.sum(), release));
+                } else {
+                    release();
                 }
             }
         }
@@ -320,6 +335,7 @@ impl Swap<'_> {
             restore: timings.restore,
             memory_bytes_before: self.memory_bytes_before,
             memory_bytes_after: self.next.iter().map(|r| r.memory_bytes()).sum(),
+            freed,
         }
     }
 
@@ -493,6 +509,8 @@ impl Backend for Swap<'_> {
                 serving.replicas.clone_from(&change.new);
             }
             shared.adopt(&blueprint.module, captured);
+            shared.begin_wear(&change.new);
+            shared.recycling.recovered();
             shared.stats.reloaded(&reason);
             shared.set_state(ManagerState::Ready);
             for old in &change.old {
@@ -528,13 +546,15 @@ impl Backend for Swap<'_> {
                 return;
             }
             let started = Instant::now();
-            let cohort = {
+            let roll = {
                 let mut serving = shared.lock_serving();
                 serving.blueprint = Some(Arc::clone(&blueprint));
                 let pool = pool.unwrap_or_else(|| Arc::clone(&serving.pool));
-                serving.roll(change.generation, change.new.clone(), pool)
+                serving.roll(change.generation, &change.new, pool)
             };
             shared.adopt(&blueprint.module, captured);
+            shared.begin_wear(&change.new);
+            shared.recycling.recovered();
             shared.stats.reloaded(&reason);
             shared.set_state(ManagerState::Ready);
             // A panic of the host's must not leave the gate behind what serves.
@@ -547,7 +567,7 @@ impl Backend for Swap<'_> {
             };
             let left = shared.gate.counts().stragglers;
             let _ = published.set(Published {
-                left_behind: Some((cohort, left)),
+                left_behind: Some((roll, left)),
                 queued: 0,
                 pause: started.elapsed(),
             });

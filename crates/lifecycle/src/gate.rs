@@ -385,6 +385,24 @@ impl<W: Waiter> Gate<W> {
         self.wait_for_none(timeout, too_many, give_up)
     }
 
+    /// The same for the stragglers of one slot, until there is none.
+    ///
+    /// # Errors
+    ///
+    /// After `timeout`, and if it gave up, with how many are left.
+    pub fn wait_straggler(
+        &self,
+        slot: usize,
+        timeout: Option<Duration>,
+        give_up: impl Fn() -> bool,
+    ) -> Result<(), InFlight> {
+        let left = |state: &State<W>| {
+            let of_slot = |straggler: &&TicketId| straggler.slot == slot;
+            state.stragglers().iter().filter(of_slot).count()
+        };
+        self.wait_for_none(timeout, left, give_up)
+    }
+
     /// Takes every waiter out of the queue, in arrival order; the gate goes on admitting.
     #[must_use = "the waiters have to be told"]
     pub fn take_waiting(&self) -> Vec<W> {

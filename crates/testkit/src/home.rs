@@ -95,6 +95,11 @@ impl Desk {
         if replica.is_poisoned() {
             inside.retire();
             self.manager.retired_at_home();
+            return outcome;
+        }
+        drop(inside);
+        if replica.note_call() && self.home.depth() == 0 {
+            self.manager.judge_at_home(&self.home, &replica);
         }
         outcome
     }

@@ -138,6 +138,7 @@ impl Shared {
         let control = self.wait_repaired(self.lock_control());
         let is_seeing_off = |c: &mut Control| c.seeing_off > 0;
         drop(self.control_changed.wait_while(control, is_seeing_off));
+        self.forget_recycles();
         let (replicas, generation, pool) = {
             let mut serving = self.lock_serving();
             let replicas = std::mem::take(&mut serving.replicas);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use wasm_molt_lifecycle::{Home, InFlight, OnDrainTimeout, TicketId};
+use wasm_molt_lifecycle::{Home, InFlight, OnDrainTimeout};
 
 use super::lending::{HookScope, impatient};
 use super::{Answer, Control, Done, Event, Job, ManagerState, Op, PendingReload, Shared, guarded};
@@ -51,6 +51,7 @@ impl Shared {
         for slot in due {
             self.request_repair(slot);
         }
+        self.recycle_next();
     }
 
     /// Returns the slots whose repair has waited for the swap to end.
@@ -85,6 +86,7 @@ impl Shared {
         for slot in due {
             self.request_repair(slot);
         }
+        self.recycle_next();
         Box::new(move || {
             for done in done {
                 done(outcome.clone());
@@ -130,8 +132,8 @@ impl Shared {
     }
 
     /// Releases what a roll has left behind, now where nobody is inside, else as soon as they leave.
-    pub(crate) fn see_off(self: &Arc<Self>, cohort: u64, options: &ReloadOptions) {
-        if self.release_left(cohort).is_none() {
+    pub(crate) fn see_off(self: &Arc<Self>, roll: u64, options: &ReloadOptions) {
+        if self.release_left(roll).is_none() {
             return;
         }
         self.lock_control().seeing_off += 1;
@@ -142,7 +144,7 @@ impl Shared {
         self.spawn("old", move |shared| {
             let _ = guarded(|| {
                 loop {
-                    let Some(stragglers) = shared.release_left(cohort) else {
+                    let Some(stragglers) = shared.release_left(roll) else {
                         return Ok(());
                     };
                     let started = Instant::now();
@@ -160,14 +162,16 @@ impl Shared {
         });
     }
 
-    /// Releases what nobody is inside. Returns how many stragglers there are, if one is of that cohort.
-    pub(super) fn release_left(self: &Arc<Self>, cohort: u64) -> Option<usize> {
+    /// Releases what a roll, or an earlier one, has left behind and nobody is inside. Returns how many
+    /// stragglers there are; `None` if none of them is in its way.
+    pub(super) fn release_left(self: &Arc<Self>, roll: u64) -> Option<usize> {
         // Read first: a straggler that leaves afterwards is seen off in the next round.
         let stragglers = self.gate.stragglers();
-        let (gone, generation) = self.lock_serving().take_left(cohort, &stragglers);
-        let _ = self.discard(gone, generation);
-        let is_meant = |ticket: &TicketId| ticket.cohort == cohort;
-        stragglers.iter().any(is_meant).then_some(stragglers.len())
+        let (gone, is_any_left) = self.lock_serving().take_left(roll, &stragglers);
+        for (replica, generation) in gone {
+            let _ = self.discard(vec![replica], generation);
+        }
+        is_any_left.then_some(stragglers.len())
     }
 
     pub(super) fn swap_ended(self: &Arc<Self>, outcome: &Result<Arc<ReloadReport>>) {

@@ -19,6 +19,9 @@ impl Shared {
         if self.is_over() && self.is_destroyed() {
             return;
         }
+        if self.gives_up_replacing() || self.replaces_later(slot) {
+            return;
+        }
         let mut control = self.lock_control();
         if control.repairing.contains(&slot) {
             return;
@@ -44,6 +47,7 @@ impl Shared {
                 Ok(()) if shared.repairable(slot).is_some() => shared.request_repair(slot),
                 Ok(()) => {}
             }
+            shared.recycle_next();
         });
     }
 
@@ -72,6 +76,12 @@ impl Shared {
         if self.is_over() {
             return Err(self.closed());
         }
+        if self.gives_up_replacing() {
+            return Err(self.recycling.given_up().unwrap_or_else(|| self.closed()));
+        }
+        if let Some(error) = self.recycling.repair_waits() {
+            return Err(error);
+        }
         {
             let mut control = self.lock_control();
             if control.is_swapping || control.is_repairing_home {
@@ -82,6 +92,11 @@ impl Shared {
         let outcome = guarded(|| self.repair(0, true));
         self.lock_control().is_repairing_home = false;
         self.control_changed.notify_all();
+        if let Err(error) = &outcome {
+            let backoff = self.options.recycle.as_ref().map(|recycle| recycle.backoff);
+            let _ = self.recycling.repair_failed(error, backoff, self.options.instances == 1);
+        }
+        self.recycle_next();
         outcome
     }
 
@@ -91,7 +106,11 @@ impl Shared {
         control: MutexGuard<'a, Control>,
     ) -> MutexGuard<'a, Control> {
         let is_busy = |c: &mut Control| !c.repairing.is_empty() || c.is_repairing_home;
+        // A recycle that waits for its slot steps back.
+        self.recycling.is_wanted(1);
+        self.gate.ask_again();
         let waited = self.control_changed.wait_while(control, is_busy);
+        self.recycling.is_wanted(-1);
         waited.unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -148,13 +167,29 @@ impl Shared {
 
     /// At home: puts a fresh instance into its slot, unless somebody else already has.
     pub(super) fn publish_repair(
-        &self,
+        self: &Arc<Self>,
         old: &Arc<Replica>,
         fresh: Arc<Replica>,
         captured: Option<Arc<Snapshot>>,
     ) -> Option<Generation> {
+        self.repairable(old.slot())?;
+        if self.recycling.given_up().is_some() {
+            return None;
+        }
+        let published = self.publish_one(old, fresh, captured, "trap")?;
+        self.recycling.was_repaired();
+        Some(published)
+    }
+
+    /// At home: a fresh instance takes the place of that one, if that is still there.
+    pub(super) fn publish_one(
+        self: &Arc<Self>,
+        old: &Arc<Replica>,
+        fresh: Arc<Replica>,
+        captured: Option<Arc<Snapshot>>,
+        reason: &str,
+    ) -> Option<Generation> {
         let slot = old.slot();
-        self.repairable(slot)?;
         let change = {
             let mut serving = self.lock_serving();
             let place = serving
@@ -173,8 +208,13 @@ impl Shared {
         if self.options.is_realm {
             self.adopt(old.module(), captured);
         }
-        self.stats.reloaded("trap");
-        self.host.replaced(&change);
+        self.begin_wear(&change.new);
+        self.stats.reloaded(reason);
+        // A panic of the host's must not leave the gate behind what serves.
+        let _ = guarded(|| {
+            self.host.replaced(&change);
+            Ok(())
+        });
         self.gate.reinstate(slot);
         Some(change.generation)
     }
@@ -183,14 +223,22 @@ impl Shared {
     pub(super) fn repair_failed(self: &Arc<Self>, error: &Error) {
         self.swap_ended(&Err(error.clone()));
         let counts = self.gate.counts();
-        if counts.retired < counts.slots {
+        let serves_nothing = counts.retired >= counts.slots && !self.lock_control().recycling;
+        let backoff = self.options.recycle.as_ref().map(|recycle| recycle.backoff);
+        let error = self.recycling.repair_failed(error, backoff, serves_nothing);
+        if !serves_nothing {
             return;
         }
+        self.refuse_all(error);
+    }
+
+    /// Nothing serves, and nobody may wait for ever.
+    pub(super) fn refuse_all(self: &Arc<Self>, error: Error) {
         self.set_state(ManagerState::Failed);
         let error = if self.is_destroyed() {
             self.closed()
         } else {
-            error.clone()
+            error
         };
         let _settling = self.settling();
         for job in self.gate.take_waiting() {

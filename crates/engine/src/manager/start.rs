@@ -9,7 +9,7 @@ use super::lending::HookScope;
 use super::{ManagerState, Replaced, Shared, guarded, parallelism};
 use crate::error::{Error, Result};
 use crate::module::Module;
-use crate::options::Source;
+use crate::options::{OnTrap, Source};
 use crate::pool::Pool;
 use crate::replica::{Blueprint, Replica};
 use crate::snapshot::{Origin, Snapshot};
@@ -74,6 +74,8 @@ impl Shared {
             images: options.images,
             prepares_snapshots: self.prepares_snapshots(),
             is_realm: options.is_realm,
+            policy: self.policy(),
+            on_trap: options.recycle.as_ref().map_or(OnTrap::Reload, |r| r.on_trap),
         })
     }
 
@@ -150,6 +152,7 @@ impl Shared {
                 serving.blueprint = Some(blueprint);
                 serving.replicas = replicas;
             }
+            shared.begin_wear(&change.new);
             shared.host.replaced(&change);
             shared.set_state(ManagerState::Ready);
             shared.gate.open();

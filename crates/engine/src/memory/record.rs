@@ -54,6 +54,14 @@ const MOST_ABANDONED: usize = 4096;
 
 static CHANGES: AtomicUsize = AtomicUsize::new(0);
 
+/// Bytes of all linear memories of the process.
+static TOTAL: AtomicUsize = AtomicUsize::new(0);
+
+/// How many bytes of linear memory there are in the process.
+pub(crate) fn memory_total() -> usize {
+    TOTAL.load(Ordering::Relaxed)
+}
+
 /// Another number whenever a memory of the process has grown, moved or been reset. Who hears, by whatever
 /// synchronises, of something that happened after the growth, also sees the number.
 pub fn memory_changes() -> usize {
@@ -115,6 +123,7 @@ impl MemoryRecord {
             None => layout.minimum,
         };
         let home = Home::new(&layout, layout.capacity, len, start)?;
+        TOTAL.fetch_add(len, Ordering::Relaxed);
         Ok(Self {
             base: AtomicPtr::new(home.at.base()),
             len: AtomicUsize::new(len),
@@ -157,6 +166,11 @@ impl MemoryRecord {
     /// fail. Unlike a `ResourceLimiter` it holds for shared memories as well.
     pub fn set_limit_bytes(&self, bytes: usize) {
         self.limit.store(bytes, Ordering::Release);
+    }
+
+    /// What the guest may reach: by its limit, and by its type.
+    pub(crate) fn most_bytes(&self) -> usize {
+        self.limit_bytes().min(self.layout.maximum)
     }
 
     /// What [`Self::set_limit_bytes`] said last.
@@ -496,6 +510,20 @@ impl MemoryRecord {
         self.read_home().as_ref().map(f)
     }
 
+    /// Nobody will use it any more: its pages go back, some at a time.
+    pub(crate) fn shed(&self) {
+        const AT_A_TIME: usize = 1 << 20;
+        let home = self.read_home();
+        let Some(home) = home.as_ref() else { return };
+        let len = self.byte_len();
+        for start in (0..len).step_by(AT_A_TIME) {
+            let end = len.min(start + AT_A_TIME);
+            if !home.give_back(start..end) {
+                return;
+            }
+        }
+    }
+
     /// Refuses sizes beyond the limit and the type's maximum.
     fn admit(&self, len: usize) -> io::Result<()> {
         if len > self.limit_bytes().min(self.layout.maximum) {
@@ -510,9 +538,15 @@ impl MemoryRecord {
 
     /// Publishes a new size in the same place.
     fn resized(&self, len: usize) {
-        self.len.store(len, Ordering::Release);
+        self.count(len);
         CHANGES.fetch_add(1, Ordering::Release);
         self.peak.fetch_max(len, Ordering::AcqRel);
+    }
+
+    fn count(&self, len: usize) {
+        let before = self.len.swap(len, Ordering::AcqRel);
+        // Wraps where it shrinks, and so does the sum.
+        TOTAL.fetch_add(len.wrapping_sub(before), Ordering::Relaxed);
     }
 
     /// Publishes a new place and size, under the lock. Returns the old place.
@@ -528,7 +562,7 @@ impl MemoryRecord {
     pub(super) fn release(&self) -> Option<Home> {
         let mut slot = self.write_home();
         self.released.store(true, Ordering::Release);
-        self.len.store(0, Ordering::Release);
+        self.count(0);
         slot.take()
     }
 
@@ -538,5 +572,12 @@ impl MemoryRecord {
 
     fn write_home(&self) -> RwLockWriteGuard<'_, Option<Home>> {
         self.home.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for MemoryRecord {
+    fn drop(&mut self) {
+        // One that was never released.
+        self.count(0);
     }
 }

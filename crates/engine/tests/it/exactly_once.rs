@@ -443,6 +443,7 @@ impl History {
                         wasm_molt_engine::Strategy::Exclusive
                     },
                     source: build.map(|other| self.builds[usize::from(other)].clone()),
+                    is_recycle: false,
                 });
                 self.reloads.push((what, reload));
             }

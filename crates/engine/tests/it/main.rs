@@ -26,6 +26,7 @@ mod load;
 mod memory;
 mod pool;
 mod realm;
+mod recycle;
 mod reload;
 mod repair;
 mod rolling;
