@@ -265,7 +265,7 @@ test('under load every call has one answer, of the state that it was carried ove
   for (const lease of leases) counts.push(lease.exports.count?.() as number)
   for (const lease of leases) lease.release()
   assert.equal((counts[0] ?? 0) + (counts[1] ?? 0), 2000)
-  assert.ok(before.recycles.length >= 20, `${before.recycles.length}`)
+  assert.ok(before.recycles.length >= 8, `${before.recycles.length}`)
   assert.equal(before.failed.length, 0)
 })
 
@@ -473,7 +473,7 @@ test(
     const waits = at.slice(1).map((time, index) => time - (at[index] as number))
     for (const [index, least] of [20, 40, 80].entries()) {
       // Told from the event loop, which may be late for one and in time for the next.
-      assert.ok((waits[index] as number) >= least * 0.7, `${waits}`)
+      assert.ok((waits[index] as number) >= least * 0.8, `${waits}`)
     }
     assert.equal(await manager.call('count'), 20)
     assert.equal(manager.stats().reloadsFailed, 4)
@@ -857,7 +857,8 @@ test('glue is recycled from the event loop, between scopes, with its state', LIM
   assert.equal(manager.module.count(), 31)
   let calls = 31
   while (recycles.length < 4) {
-    manager.module.leak(1)
+    // With state to carry there is a moment in which calls outside of a scope are refused.
+    await manager.use((module) => module.leak(1))
     calls += 1
     await turns(1)
   }

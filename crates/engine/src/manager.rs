@@ -580,9 +580,7 @@ impl Manager {
     fn admit(&self, home: Option<&Home<Job>>, job: Job) -> WaitId {
         let shared = &self.shared;
         let id = shared.gate.reserve_id();
-        if shared.state() == ManagerState::Failed
-            && let Some(error) = shared.recycling.given_up()
-        {
+        if let Some(error) = shared.recycling.given_up() {
             let _settling = shared.settling();
             job.refuse(error);
             return id;
@@ -604,6 +602,10 @@ impl Manager {
             Ok(Admission::Started) => {}
             Ok(Admission::Queued(_)) => {
                 shared.repair_retired();
+                if let Some(error) = shared.recycling.given_up() {
+                    // It was given up in between, and nobody would come for what waits.
+                    shared.refuse_all(error);
+                }
                 // A stop that came before the call was in the queue has found nothing there.
                 if let Some(control) = control {
                     control.queued();

@@ -28,6 +28,9 @@ struct State {
     born: Instant,
     baseline: u64,
     growth: Growth,
+    /// What it had when it was last judged, and by how much it has grown when it last grew.
+    bytes: u64,
+    last_step: u64,
     told: Told,
     /// Runs out when it is too old.
     age: Option<Deadline>,
@@ -61,6 +64,8 @@ impl Wear {
                 born: Instant::now(),
                 baseline: 0,
                 growth: Growth::default(),
+                bytes: 0,
+                last_step: 0,
                 told: Told::default(),
                 age: None,
             }),
@@ -83,6 +88,7 @@ impl Wear {
         state.born = Instant::now();
         state.baseline = bytes as u64;
         state.growth = Growth::beginning_with(bytes as u64);
+        (state.bytes, state.last_step) = (bytes as u64, 0);
         state.told = Told::default();
         let before = std::mem::replace(&mut state.age, age);
         drop(state);
@@ -124,6 +130,10 @@ impl Wear {
         let bytes = bytes as u64;
         let mut state = self.lock();
         state.growth.note(calls, bytes);
+        if bytes != state.bytes {
+            state.last_step = bytes.saturating_sub(state.bytes);
+            state.bytes = bytes;
+        }
         let crossing = self.thresholds.judge(&Worn {
             calls,
             bytes,
@@ -168,6 +178,18 @@ impl Wear {
     /// It has not been recycled, and may become due again.
     pub(crate) fn was_spared(&self) {
         self.is_due.store(false, Ordering::Release);
+    }
+
+    /// Whether it had better run nothing more, now that a replacement is on its way: the next call may reach the
+    /// limit, or it has gone as far beyond its threshold as that is from where it began.
+    pub(crate) fn is_full(&self, limit: u64) -> bool {
+        let state = self.lock();
+        let next = state.bytes.saturating_add(state.last_step);
+        let threshold = self.thresholds.memory(state.baseline, limit);
+        let is_far = |most: u64| {
+            most > state.baseline && state.bytes >= most.saturating_add(most - state.baseline)
+        };
+        state.last_step > 0 && next > limit || threshold.is_some_and(is_far)
     }
 
     pub(crate) fn baseline(&self) -> u64 {

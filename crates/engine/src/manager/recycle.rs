@@ -104,6 +104,29 @@ impl Freed {
         }
     }
 
+    /// Has an instance give its pages back, and asks the system what of them is still there.
+    fn shed(shed: impl FnOnce(), replica: &Replica) -> Self {
+        let expected_bytes = replica.memory_usage().private_bytes;
+        shed();
+        let left = replica.memory_usage().private_bytes;
+        Self {
+            expected_bytes,
+            returned_bytes: resident_bytes().map(|_| expected_bytes.saturating_sub(left)),
+        }
+    }
+
+    /// Runs `free`, which is to give back what is left: that is seen in the whole process only.
+    fn and(self, free: impl FnOnce()) -> Self {
+        let returned = self.returned_bytes.unwrap_or_default();
+        let left = self.expected_bytes.saturating_sub(returned);
+        let rest = Self::measure(left, free);
+        let more = rest.returned_bytes.map(|more| more.min(left));
+        Self {
+            returned_bytes: more.map(|more| returned + more),
+            ..self
+        }
+    }
+
     /// Whether it is plain that memory was kept: less than half came back of an amount that shows.
     fn is_kept(&self) -> bool {
         let Self {
@@ -154,10 +177,12 @@ pub(crate) struct Recycling {
     is_warned: AtomicBool,
     /// Traps in a row, with no call that completed.
     traps: AtomicU32,
+    last_trap: Mutex<Option<Error>>,
     /// Replacements of trapped instances in a row that failed, when the next may be tried, and why.
     repairs: Mutex<(Failures, Option<Error>)>,
-    /// It is given up until a reload.
+    /// It is given up until a reload, for that reason; and whether, for those who ask often.
     given_up: Mutex<Option<Error>>,
+    is_given_up: AtomicBool,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -196,6 +221,9 @@ impl Recycling {
     }
 
     pub(super) fn given_up(&self) -> Option<Error> {
+        if !self.is_given_up.load(Ordering::SeqCst) {
+            return None;
+        }
         self.lock_given_up().clone()
     }
 
@@ -204,8 +232,11 @@ impl Recycling {
     }
 
     /// One trapped instance more was replaced.
-    pub(super) fn was_repaired(&self) {
+    pub(super) fn was_repaired(&self, trap: Option<Error>) {
         self.traps.fetch_add(1, Ordering::Relaxed);
+        if let Some(trap) = trap {
+            *self.last_trap.lock().unwrap_or_else(PoisonError::into_inner) = Some(trap);
+        }
         *self.lock_repairs() = (Failures::default(), None);
     }
 
@@ -228,7 +259,7 @@ impl Recycling {
                 let count = failures.count;
                 what.push_str(&format!(" ({count} times in a row, and nothing serves; reload() tries again)"));
             }
-            *self.lock_given_up() = Some(error.clone());
+            self.give_up(&error);
         }
         *last = Some(error.clone());
         error
@@ -245,11 +276,17 @@ impl Recycling {
     pub(crate) fn recovered(&self) {
         self.traps.store(0, Ordering::Relaxed);
         *self.lock_repairs() = (Failures::default(), None);
+        self.is_given_up.store(false, Ordering::SeqCst);
         *self.lock_given_up() = None;
         self.failures
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clear();
+    }
+
+    fn give_up(&self, error: &Error) {
+        *self.lock_given_up() = Some(error.clone());
+        self.is_given_up.store(true, Ordering::SeqCst);
     }
 
     fn lock_given_up(&self) -> MutexGuard<'_, Option<Error>> {
@@ -309,10 +346,16 @@ impl Shared {
         }
     }
 
-    /// The same for whatever serves in that slot.
+    /// The same for what serves in that slot, by whoever has its ticket.
     pub(super) fn judge_slot(self: &Arc<Self>, slot: usize) {
-        if let Some(replica) = self.replica(slot) {
-            self.judge_now(&replica);
+        let Some(replica) = self.replica(slot) else {
+            return;
+        };
+        self.judge_now(&replica);
+        let wear = replica.wear();
+        if wear.is_due() && !self.options.is_realm && wear.is_full(replica.memory_limit_bytes()) {
+            // To wait for the fresh one is better than to trap, or to grow without bound.
+            self.gate.withdraw(slot);
         }
     }
 
@@ -449,6 +492,8 @@ impl Shared {
             next
         };
         for due in superseded {
+            due.replica.wear().was_spared();
+            self.spare(&due.replica);
             self.recycle_ended(due, Ok(None));
         }
         if let Some(due) = next {
@@ -548,10 +593,11 @@ impl Shared {
                 self.see_recycled_off(due, *reload, roll);
             }
             Ok(Outcome::Superseded) => {
+                self.spare(&due.replica);
                 if self.still_serves(&due.replica) && !self.is_over() {
                     // The home did not answer; if it is not gone, there is another time.
-                    due.replica.wear().was_spared();
                     self.try_again(due.replica.slot());
+                    due.replica.wear().was_spared();
                 }
                 self.recycle_ended(due, Ok(None));
             }
@@ -565,13 +611,15 @@ impl Shared {
 
     fn recycle_failed(self: &Arc<Self>, due: Due, error: Error) {
         let slot = due.replica.slot();
+        // The wait first: whoever judges it from here on must not decide once more at once.
+        self.try_again(slot);
         due.replica.wear().was_spared();
+        self.spare(&due.replica);
         if self.is_over() {
             self.recycle_ended(due, Ok(None));
             return;
         }
         self.swap_ended(&Err(error.clone()));
-        self.try_again(slot);
         self.recycle_ended(due, Err(error));
     }
 
@@ -601,10 +649,12 @@ impl Shared {
         self.look_at(report.freed);
         let slot = report.slot;
         let is_memory = matches!(due.pressure.reason, Reason::Memory | Reason::Predicted);
-        let still_over = self.replica(slot).is_some_and(|now| {
-            let threshold = now.wear().memory_threshold(now.memory_limit_bytes());
-            is_memory && threshold.is_some_and(|most| now.memory_bytes() as u64 >= most)
-        });
+        let after = report.reload.memory_bytes_after as u64;
+        let still_over = is_memory
+            && self.replica(slot).is_some_and(|now| {
+                let threshold = now.wear().memory_threshold(now.memory_limit_bytes());
+                threshold.is_some_and(|most| after >= most)
+            });
         if still_over {
             // A fresh instance has too much itself: doing it again at once would help nobody.
             self.try_again(slot);
@@ -638,14 +688,17 @@ impl Shared {
 
     /// Trapped instances are not replaced any more: it was tried often enough, or whatever is called traps.
     pub(super) fn gives_up_replacing(self: &Arc<Self>) -> bool {
-        if self.recycling.given_up().is_some() {
+        if let Some(error) = self.recycling.given_up() {
+            // Somebody may have come to wait since.
+            self.refuse_all(error);
             return true;
         }
         let traps = self.recycling.traps.load(Ordering::Relaxed);
         if !self.is_recycled() || traps < CRASH_LOOP {
             return false;
         }
-        let last = self.lock_serving().replicas.iter().find_map(|replica| replica.last_trap());
+        let last = self.recycling.last_trap.lock();
+        let last = last.unwrap_or_else(PoisonError::into_inner).clone();
         let cause = last.unwrap_or_else(|| Error::internal("a trap that nobody knows"));
         let what = format!(
             "the replacement of {} ({traps} instances in a row trapped without a call that completed; \
@@ -657,7 +710,7 @@ impl Shared {
             phase: FailedPhase::Instantiate,
             cause: Box::new(cause),
         };
-        *self.recycling.lock_given_up() = Some(error.clone());
+        self.recycling.give_up(&error);
         // Those that did not trap serve no more, either.
         for slot in 0..self.options.instances {
             self.gate.withdraw(slot);
@@ -704,6 +757,7 @@ impl Shared {
             due
         };
         for due in due {
+            self.spare(&due.replica);
             self.recycle_ended(due, Ok(None));
         }
     }
@@ -826,8 +880,9 @@ impl Shared {
         };
         let before = self.generation();
         let memory_bytes_before = old.memory_bytes();
-        let others = self.memory_bytes();
-        self.note_peak(others + fresh.memory_bytes());
+        // Before anybody calls it.
+        let memory_bytes_after = fresh.memory_bytes();
+        self.note_peak(self.memory_bytes() + memory_bytes_after);
         let published = guarded(|| Ok(self.publish_recycled(due, &fresh, &blueprint)));
         if !self.serves(&fresh) {
             undo();
@@ -835,14 +890,11 @@ impl Shared {
         }
         let pause = withdrawn_at.elapsed();
         let generation = fresh.generation();
-        let expected = old.memory_usage().private_bytes;
-        let freed = Freed::measure(expected, || {
-            // SAFETY: the slot was withdrawn and empty, and at the publication every handle on the instance
-            // expired and the slot went to the fresh one.
-            unsafe { old.shed() };
-            // SAFETY: as above.
-            unsafe { old.release() };
-        });
+        // SAFETY: the slot was withdrawn and empty, and at the publication every handle on the instance expired
+        // and the slot went to the fresh one.
+        let shed = Freed::shed(|| unsafe { old.shed() }, old);
+        // SAFETY: as above.
+        let freed = shed.and(|| unsafe { old.release() });
         Ok(Outcome::Done(Box::new(RecycleReport {
             reload: ReloadReport {
                 generation,
@@ -857,7 +909,7 @@ impl Shared {
                 instantiate,
                 restore,
                 memory_bytes_before,
-                memory_bytes_after: fresh.memory_bytes(),
+                memory_bytes_after,
                 freed: None,
             },
             strategy: RecycleStrategy::Exclusive,
@@ -1038,7 +1090,8 @@ impl Shared {
             }
         };
         let memory_bytes_before = due.replica.memory_bytes();
-        self.note_peak(self.memory_bytes() + fresh.memory_bytes());
+        let memory_bytes_after = fresh.memory_bytes();
+        self.note_peak(self.memory_bytes() + memory_bytes_after);
         let previous_generation = self.generation();
         let rolled_at = Instant::now();
         let rolled = guarded(|| Ok(self.roll_one(due, &fresh, &blueprint, pool)));
@@ -1061,7 +1114,7 @@ impl Shared {
             instantiate,
             restore: Duration::ZERO,
             memory_bytes_before,
-            memory_bytes_after: fresh.memory_bytes(),
+            memory_bytes_after,
             freed: None,
         };
         Ok(Outcome::Rolled(Box::new(report), roll))
@@ -1137,8 +1190,9 @@ impl Shared {
         let slot = due.replica.slot();
         let finish = move |shared: &Arc<Self>| {
             let _ = shared.gate.wait_straggler(slot, None, || false);
-            let expected = due.replica.memory_usage().private_bytes;
-            let freed = Freed::measure(expected, || {
+            // SAFETY: it does not serve any more, and whoever was inside has left.
+            let shed = Freed::shed(|| unsafe { due.replica.shed() }, &due.replica);
+            let freed = shed.and(|| {
                 let _ = shared.release_left(roll);
             });
             let reading = due.replica.wear().read(shared.recycling.ahead());
@@ -1253,12 +1307,12 @@ impl Shared {
                 self.recycle_ended(due, Ok(Some(report)));
             }
             Err(error) => {
+                self.try_again(due.replica.slot());
                 due.replica.wear().was_spared();
                 if self.is_over() {
                     self.recycle_ended(due, Ok(None));
                     return;
                 }
-                self.try_again(due.replica.slot());
                 self.recycle_ended(due, Err(error));
             }
         }

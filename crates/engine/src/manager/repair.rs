@@ -155,6 +155,10 @@ impl Shared {
             ..ReloadReport::of_repair(generation, before, started.elapsed())
         });
         self.set_state(ManagerState::Ready);
+        if self.recycling.given_up().is_some() {
+            // Another one was the last straw meanwhile.
+            self.set_state(ManagerState::Failed);
+        }
         self.swap_ended(&Ok(report));
         Ok(())
     }
@@ -177,7 +181,7 @@ impl Shared {
             return None;
         }
         let published = self.publish_one(old, fresh, captured, "trap")?;
-        self.recycling.was_repaired();
+        self.recycling.was_repaired(old.last_trap());
         Some(published)
     }
 
@@ -223,7 +227,11 @@ impl Shared {
     pub(super) fn repair_failed(self: &Arc<Self>, error: &Error) {
         self.swap_ended(&Err(error.clone()));
         let counts = self.gate.counts();
-        let serves_nothing = counts.retired >= counts.slots && !self.lock_control().recycling;
+        let is_recycling = {
+            let control = self.lock_control();
+            control.recycling || !control.recycles.is_empty()
+        };
+        let serves_nothing = counts.retired >= counts.slots && !is_recycling;
         let backoff = self.options.recycle.as_ref().map(|recycle| recycle.backoff);
         let error = self.recycling.repair_failed(error, backoff, serves_nothing);
         if !serves_nothing {
