@@ -381,6 +381,7 @@ test('stats is a plain object of that moment, with every member of the contract'
     'queued',
     'reloads',
     'reloadsFailed',
+    'recyclesDue',
     'resets',
     'runTime',
     'snapshots',

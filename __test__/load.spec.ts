@@ -87,7 +87,16 @@ test('require and import give the same package', LIMIT, async () => {
     `,
   )
   assert.deepEqual(reported(ended), [
-    ...['WasmError', 'WasmModuleManager', 'WebAssembly', 'errorCodes', 'loadGlue', 'version'],
+    ...[
+      'WasmError',
+      'WasmModuleManager',
+      'WebAssembly',
+      'errorCodes',
+      'loadGlue',
+      'readiness',
+      'setMemoryBudget',
+      'version',
+    ],
   ])
 })
 

@@ -2,7 +2,8 @@
 import assert from 'node:assert/strict'
 import { tracingChannel } from 'node:diagnostics_channel'
 import { once } from 'node:events'
-import { writeFileSync } from 'node:fs'
+import { readFileSync, writeFileSync } from 'node:fs'
+import { createRequire } from 'node:module'
 import { join } from 'node:path'
 import { type TestContext, test } from 'node:test'
 import { Worker } from 'node:worker_threads'
@@ -15,7 +16,7 @@ import {
   type RecycleReport,
   type RecycleTrace,
   setMemoryBudget,
-  type WasmModuleManager,
+  WasmModuleManager,
 } from '../index.js'
 import { temporaryFolder, wat } from './guests.ts'
 import {
@@ -373,7 +374,6 @@ test('rolling: new calls run on the fresh instance while a lease keeps the old o
 })
 
 test('rolling with saveState is refused, because state cannot be handed over', LIMIT, async () => {
-  const { WasmModuleManager } = await import('../index.js')
   await failure(
     WasmModuleManager.create(leaky, { ...carry, recycle: { strategy: 'rolling' } }),
     'ERR_WASM_INVALID_ARGUMENT',
@@ -819,10 +819,7 @@ test('every decision that is traced has one outcome', LIMIT, async (t) => {
 
 async function glue(t: TestContext, recycle: RecyclePolicy, options: object = {}) {
   const folder = temporaryFolder('leaky-glue')
-  const { WasmModuleManager } = await import('../index.js')
-  void WasmModuleManager
-  const binding = (await import('../binding.js')).default as { __assemble(text: string): Uint8Array }
-  const { readFileSync } = await import('node:fs')
+  const binding = createRequire(import.meta.url)('../binding.js') as { __assemble(text: string): Uint8Array }
   writeFileSync(join(folder, 'leaky.wasm'), binding.__assemble(readFileSync(leaky, 'utf8')))
   writeFileSync(
     join(folder, 'leaky.cjs'),
@@ -886,7 +883,6 @@ test('glue is put back to its snapshot where that is the strategy', LIMIT, async
 // ---------------------------------------------------------------- options
 
 test('policies that are none', LIMIT, async () => {
-  const { WasmModuleManager } = await import('../index.js')
   const bad: [unknown, RegExp][] = [
     [5, /options\.recycle must be an object/],
     [{ memroy: 5 }, /options\.recycle\.memroy is not an option/],

@@ -25,6 +25,9 @@ import {
   type ManagerStats,
   type ModuleSource,
   type PageStats,
+  type Pressure,
+  type Readiness,
+  type RecycleReport,
   type ReloadOptions,
   type ReloadReport,
   type ReloadStep,
@@ -51,14 +54,21 @@ declare const signal: AbortSignal
 
 // A CommonJS module has a default as well: the module itself.
 expectTypeOf<Exclude<keyof typeof everything, 'default'>>().toEqualTypeOf<
-  'WasmModuleManager' | 'WasmError' | 'WebAssembly' | 'loadGlue' | 'errorCodes' | 'version'
+  | 'WasmModuleManager'
+  | 'WasmError'
+  | 'WebAssembly'
+  | 'loadGlue'
+  | 'setMemoryBudget'
+  | 'readiness'
+  | 'errorCodes'
+  | 'version'
 >()
 expectTypeOf(errorCodes).toEqualTypeOf<readonly WasmErrorCode[]>()
 expectTypeOf(version).toEqualTypeOf<string>()
 // @ts-expect-error the list is frozen
 errorCodes.push('ERR_WASM_TRAP')
 // @ts-expect-error names of later capabilities are absent, not stubs
-everything.setMemoryBudget
+everything.Component
 
 // ---------------------------------------------------------------- making one
 
@@ -88,6 +98,7 @@ expectTypeOf<keyof ManagerOptions>().toEqualTypeOf<
   | 'abi'
   | 'limits'
   | 'maxQueue'
+  | 'recycle'
   | 'cache'
   | 'engine'
   | 'isolation'
@@ -150,8 +161,22 @@ WasmModuleManager.create('x.wasm', { instance: 2 })
 WasmModuleManager.create('x.wasm', { limits: { memory: 1 } })
 // @ts-expect-error [wasi] has not arrived
 WasmModuleManager.create('x.wasm', { wasi: true })
-// @ts-expect-error [recycle] has not arrived
-WasmModuleManager.create('x.wasm', { recycle: { calls: 1 } })
+// @ts-expect-error a misspelt threshold
+WasmModuleManager.create('x.wasm', { recycle: { call: 1 } })
+// @ts-expect-error no such way
+WasmModuleManager.create('x.wasm', { recycle: { strategy: 'fork' } })
+WasmModuleManager.create('x.wasm', {
+  recycle: {
+    memory: '75%',
+    calls: 10_000,
+    ageMs: 3_600_000,
+    onTrap: 'keep',
+    predict: true,
+    jitter: 0.2,
+    strategy: 'reset',
+    backoff: { initialMs: 100, maxMs: 1000 },
+  },
+})
 WasmModuleManager.create('x.wasm', {
   isolation: 'per-call',
   snapshots: { images: 'copy', prepare: true },
@@ -272,7 +297,7 @@ expectTypeOf(manager.reset).toEqualTypeOf<(options?: ResetOptions) => Promise<Re
 expectTypeOf(manager.resetSync).toEqualTypeOf<(options?: ResetOptions) => ResetReport>()
 expectTypeOf(manager.fork).toEqualTypeOf<(options?: ForkOptions) => Promise<WasmModuleManager>>()
 expectTypeOf<ResetOptions>().toExtend<DrainOptions & { to?: Snapshot }>()
-expectTypeOf<ForkOptions>().toEqualTypeOf<Partial<Pick<ManagerOptions, 'name' | 'imports' | 'limits'>>>()
+expectTypeOf<ForkOptions>().toEqualTypeOf<Partial<Pick<ManagerOptions, 'name' | 'imports' | 'limits' | 'recycle'>>>()
 expectTypeOf<Snapshot>().toExtend<Disposable>()
 expectTypeOf<keyof ResetReport>().toEqualTypeOf<
   'generation' | 'memoryBytesBefore' | 'memoryBytesAfter' | 'dirtyBytes' | 'durationMs'
@@ -299,8 +324,8 @@ manager.on('close', (...nothing) => expectTypeOf(nothing).toEqualTypeOf<[]>())
 manager.once('reload', (report) => expectTypeOf(report).toEqualTypeOf<ReloadReport>())
 manager.off('trap', (trap) => expectTypeOf(trap).toEqualTypeOf<WasmError>())
 expectTypeOf(manager.on('close', () => {})).toEqualTypeOf<WasmModuleManager>()
-// @ts-expect-error [recycle] has not arrived
-manager.on('pressure', () => {})
+manager.on('pressure', (pressure) => expectTypeOf(pressure).toEqualTypeOf<Pressure>())
+manager.once('recycle', (report) => expectTypeOf(report).toEqualTypeOf<RecycleReport>())
 // @ts-expect-error Node's 'drain' means something else, and is never emitted
 manager.on('drain', () => {})
 // @ts-expect-error a report is no error
@@ -407,6 +432,7 @@ expectTypeOf<keyof GlueOptions>().toEqualTypeOf<
   | 'cache'
   | 'engine'
   | 'snapshots'
+  | 'recycle'
   | 'threadPool'
   | 'initialize'
   | 'saveState'
@@ -482,3 +508,14 @@ async function scopes() {
   return held.exports
 }
 expectTypeOf(scopes).returns.resolves.toEqualTypeOf<LeasedInstance['exports']>()
+
+// ---------------------------------------------------------------- recycling, readiness
+
+expectTypeOf(everything.setMemoryBudget).toEqualTypeOf<(bytes: number | null) => void>()
+// @ts-expect-error nothing is no budget; null is
+everything.setMemoryBudget()
+expectTypeOf(everything.readiness(manager)).toEqualTypeOf<Readiness>()
+expectTypeOf<Readiness['status']>().toEqualTypeOf<'starting' | 'serving' | 'draining' | 'failed'>()
+expectTypeOf<RecycleReport>().toExtend<Omit<ReloadReport, 'strategy'>>()
+expectTypeOf<RecycleReport['strategy']>().toEqualTypeOf<'exclusive' | 'rolling' | 'reset'>()
+expectTypeOf<RecycleReport['returnedBytes']>().toEqualTypeOf<number | undefined>()

@@ -35,11 +35,11 @@ pub(crate) fn enter_realm<'a>(
     manager: &'a ManagerSide,
     side: &Rc<ReplicaSide>,
 ) -> Result<Entry<'a>, Box<Error>> {
-    if !side.is_expired.get() && side.replica.is_poisoned() {
-        return Err(broken_realm(side).into());
-    }
     if side.is_expired.get() {
         return Err(stale_realm(manager, side).into());
+    }
+    if side.replica.is_poisoned() {
+        return Err(broken_realm(side).into());
     }
     if !side.frames.borrow().is_empty() {
         return Ok(Entry::Again);

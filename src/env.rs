@@ -419,7 +419,6 @@ impl EnvState {
 
     /// Runs what is queued; tells whether there was anything.
     fn drain(&self) -> bool {
-        let js = self.js();
         self.sweep();
         let tasks = self.inbox.take();
         let was_any = self.attend() || !tasks.is_empty();
@@ -427,16 +426,7 @@ impl EnvState {
             self.check_views();
         }
         for task in tasks {
-            // A worker that is being terminated: what is left is dropped, and whoever waits for it sees
-            // its channel close.
-            let may_run = js.scoped(|| {
-                let may_run = self.can_run();
-                if may_run {
-                    self.run_task(task);
-                }
-                may_run
-            });
-            if !may_run {
+            if !self.run_scoped(task) {
                 break;
             }
         }
@@ -456,15 +446,7 @@ impl EnvState {
                 self.check_views();
             }
             was_any = true;
-            let js = self.js();
-            let may_run = js.scoped(|| {
-                let may_run = self.can_run();
-                if may_run {
-                    self.run_task(task);
-                }
-                may_run
-            });
-            if !may_run {
+            if !self.run_scoped(task) {
                 break;
             }
         }
@@ -477,6 +459,18 @@ impl EnvState {
         if self.drain() && self.busy.get() > 0 {
             self.js().scoped(|| self.expect_answer());
         }
+    }
+
+    /// Tells whether it ran. If not, this is a worker being terminated: what is left is dropped, and whoever
+    /// waits for it sees its channel close.
+    fn run_scoped(&self, task: Task) -> bool {
+        self.js().scoped(|| {
+            let may_run = self.can_run();
+            if may_run {
+                self.run_task(task);
+            }
+            may_run
+        })
     }
 
     fn run_task(&self, task: Task) {

@@ -506,7 +506,10 @@ fn emit(env: &Rc<EnvState>, side: &Rc<ManagerSide>, event: &Event) {
             Some(id) => js.number(id as f64)?,
             None => js.undefined(),
         };
-        js.call(env.helper(listener)?, &[js.string(kind)?, payload, decision])?;
+        js.call(
+            env.helper(listener)?,
+            &[js.string(kind)?, payload, decision],
+        )?;
         Ok(())
     };
     // A listener that throws is the user's affair: it is reported as an uncaught exception.

@@ -301,7 +301,8 @@ fn backoff(js: Js, object: Val) -> Read<Backoff> {
     let ms = |name| Ok::<_, Refused>(reader.count(name, 1)?.map(Duration::from_millis));
     let (initial, max) = (ms("initialMs")?, ms("maxMs")?);
     // Where only one is given, the other follows it.
-    let initial = initial.unwrap_or_else(|| max.map_or(default.initial, |max| default.initial.min(max)));
+    let initial =
+        initial.unwrap_or_else(|| max.map_or(default.initial, |max| default.initial.min(max)));
     Ok(Backoff {
         initial,
         max: max.unwrap_or_else(|| default.max.max(initial)),

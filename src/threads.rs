@@ -22,7 +22,6 @@ pub(crate) const FUNCTIONS: &[(&str, Native)] = &[
     ("threadHold", hold),
     ("threadRealm", realm_number),
     ("threadCounts", counts),
-    ("threadsExit", exit),
     ("threadsRecycle", recycle),
 ];
 
@@ -193,16 +192,7 @@ fn run(realm: &Handle, function: Val) -> Result<()> {
     }
 }
 
-/// `(realm, ask) => void`: `ask` has them end in good order.
-fn exit(js: Js, args: &[Val]) -> JsResult<Val> {
-    let realm = realm(js, args)?;
-    let ask = arg(args, 1);
-    let exited = realm.side.replica.exit_threads(|| run(realm, ask));
-    exited.map_err(|error| realm.throw(&error))?;
-    Ok(js.undefined())
-}
-
-/// `(realm, ask, start) => void`
+/// `(realm, ask, start) => void`: `ask` has them end in good order.
 fn recycle(js: Js, args: &[Val]) -> JsResult<Val> {
     let realm = realm(js, args)?;
     let (ask, start) = (arg(args, 1), arg(args, 2));

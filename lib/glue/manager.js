@@ -249,7 +249,8 @@ class GlueManager extends Managed {
 
   async recycleThreads(options) {
     checkKeys(options, LEASE_OPTIONS)
-    const { threadPool, generations } = { threadPool: this.#threadPool, generations: this.#generations }
+    const threadPool = this.#threadPool
+    const generations = this.#generations
     if (threadPool?.exit === undefined) {
       throw new WasmError(
         'ERR_WASM_INVALID_ARGUMENT',

@@ -139,10 +139,11 @@ const unknownWorker = () =>
   )
 
 /** What a worker of wasm-bindgen-rayon does from its beginning to its end. */
-function rayonCalls(exports, receiver, stackBytes = 0) {
+function rayonCalls(exports, receiver) {
   const calls = []
   const { __wbindgen_start: start, __wbindgen_thread_destroy: destroy } = exports
-  if (start !== undefined) calls.push(start.length > 0 ? [start, stackBytes] : [start])
+  // 0: the guest's own default for the stack.
+  if (start !== undefined) calls.push(start.length > 0 ? [start, 0] : [start])
   calls.push([exports.wbg_rayon_start_worker, receiver])
   // Gives stack and thread-local storage back.
   if (destroy !== undefined) calls.push([destroy, ...zeros(destroy)])

@@ -58,7 +58,10 @@ pub(crate) fn enforce() -> Vec<(Arc<Shared>, Due)> {
         return Vec::new();
     };
     IS_OVER.store(true, Ordering::Relaxed);
-    let managers = MANAGERS.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let managers = MANAGERS
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clone();
     let mut candidates = Vec::new();
     let mut on_its_way = 0;
     let mut observers = Vec::new();

@@ -214,6 +214,12 @@ impl Interrupter {
             return state.stop.clone();
         }
         let stop = state.stop.take()?;
+        self.let_go(&mut state);
+        Some(stop)
+    }
+
+    /// What was taken away for a stop is given back.
+    fn let_go(&self, state: &mut State) {
         state.is_called = false;
         if let Some(epochs) = &self.epochs {
             epochs.is_struck.store(false, Ordering::SeqCst);
@@ -222,7 +228,6 @@ impl Interrupter {
         self.grant();
         self.waits.resume();
         while self.cancel.1.try_recv().is_ok() {}
-        Some(stop)
     }
 
     /// What was stopped for good may run once more: its memory is as it was at some better time. Nobody
@@ -234,13 +239,7 @@ impl Interrupter {
         }
         state.is_for_good = false;
         state.stop = None;
-        state.is_called = false;
-        if let Some(epochs) = &self.epochs {
-            epochs.is_struck.store(false, Ordering::SeqCst);
-        }
-        self.grant();
-        self.waits.resume();
-        while self.cancel.1.try_recv().is_ok() {}
+        self.let_go(&mut state);
     }
 
     pub(crate) fn waits(&self) -> &Arc<Waits> {

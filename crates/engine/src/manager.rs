@@ -276,8 +276,8 @@ struct Control {
     repairs_due: Vec<usize>,
     /// What is to be recycled, in the order of the decisions.
     recycles: VecDeque<Due>,
-    /// One of them is being carried out; its slot is in `repairing`.
-    recycling: bool,
+    /// The slot of the one that is being carried out; it is in `repairing` as well.
+    recycling: Option<usize>,
     /// Threads that wait for an earlier generation to be left.
     seeing_off: usize,
     /// When a close has waited long enough for hooks.
@@ -717,6 +717,7 @@ fn parallelism() -> usize {
 }
 
 fn check(options: &ManagerOptions, host: &dyn Host) -> Result<()> {
+    const MOST: usize = 4096;
     if let Some(recycle) = &options.recycle {
         recycle.check()?;
         if recycle.strategy == RecycleStrategy::Rolling && host.saves_state() {
@@ -726,7 +727,6 @@ fn check(options: &ManagerOptions, host: &dyn Host) -> Result<()> {
             ));
         }
     }
-    const MOST: usize = 4096;
     if options.instances == 0 || options.instances > MOST {
         return Err(Error::invalid(format!(
             "instances is {}; it must lie between 1 and {MOST}",
@@ -891,7 +891,11 @@ impl Shared {
     /// A ticket goes back; a poisoned instance does not serve on. Returns its slot, for
     /// [`repair_lost`](Self::repair_lost): retired first, repaired then, because a repair that came before the
     /// retirement would have its fresh instance retired.
-    pub(crate) fn give_back(self: &Arc<Self>, ticket: Ticket<Job>, replica: &Replica) -> Option<usize> {
+    pub(crate) fn give_back(
+        self: &Arc<Self>,
+        ticket: Ticket<Job>,
+        replica: &Replica,
+    ) -> Option<usize> {
         let slot = ticket.slot();
         let serves = self
             .replica(slot)

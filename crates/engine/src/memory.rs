@@ -41,8 +41,8 @@ pub use image::ImageKind;
 pub(crate) use poll::{HAS_POLL_PAGE, PollPage, is_poll_fault};
 pub(crate) use record::memory_total;
 pub use record::{MemoryRecord, MemoryUsage, MemoryView, OutOfBounds, memory_changes};
-pub(crate) use resident::resident_bytes;
 pub use reservation::Pin;
+pub(crate) use resident::resident_bytes;
 
 /// Everything is rounded up to this: a wasm page, and a multiple of every host page size in use.
 const GRANULE: usize = 1 << 16;

@@ -100,7 +100,7 @@ impl Policy {
     }
 }
 
-/// From 0 to less than 1: two rounds of SplitMix64, whose outputs are equidistributed.
+/// From 0 to less than 1: two rounds of `SplitMix64`, whose outputs are equidistributed.
 fn spread(slot: u64, generation: u64) -> f64 {
     let mix = |seed: u64| {
         let z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -186,7 +186,7 @@ impl Thresholds {
                 threshold: Some(threshold),
             });
         }
-        if self.policy.predicts && self.will_cross(wear) {
+        if self.policy.predicts && wear.will_cross() {
             return Some(Crossing {
                 reason: Reason::Predicted,
                 threshold: Some(limit),
@@ -200,14 +200,16 @@ impl Thresholds {
         }
         None
     }
+}
 
+impl Wear<'_> {
     /// An instance that begins at its limit is not to be recycled for that.
-    fn will_cross(&self, wear: &Wear<'_>) -> bool {
-        if wear.bytes <= wear.baseline {
+    fn will_cross(&self) -> bool {
+        if self.bytes <= self.baseline {
             return false;
         }
-        let growth = wear.growth.per_call(wear.calls, wear.ahead);
-        growth > 0.0 && wear.bytes as f64 + growth * wear.ahead as f64 >= wear.limit as f64
+        let growth = self.growth.per_call(self.calls, self.ahead);
+        growth > 0.0 && self.bytes as f64 + growth * self.ahead as f64 >= self.limit as f64
     }
 }
 
@@ -304,7 +306,10 @@ mod tests {
             memory: Some(memory),
             ..NONE
         };
-        for threshold in [MemoryThreshold::Bytes(75 * MIB), MemoryThreshold::Share(0.75)] {
+        for threshold in [
+            MemoryThreshold::Bytes(75 * MIB),
+            MemoryThreshold::Share(0.75),
+        ] {
             let of = |bytes| Wear { bytes, ..begin };
             assert_eq!(reason(memory(threshold), &of(75 * MIB - 1)), None);
             let crossing = memory(threshold).for_instance(0, 1).judge(&of(75 * MIB));

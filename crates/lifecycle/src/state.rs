@@ -623,9 +623,13 @@ impl<W> State<W> {
             && !is_retirement_lost
             && !is_recall_lost
             && self.held == count(Slot::is_in_flight)
-            && self.stragglers.iter().all(|s| s.cohort < self.cohorts[s.slot])
+            && self
+                .stragglers
+                .iter()
+                .all(|s| s.cohort < self.cohorts[s.slot])
             && self.cohorts.iter().all(|cohort| *cohort <= self.cohort)
-            && (self.slots.iter().zip(&self.withdrawing)).all(|(slot, is)| !is || *slot == Slot::Held)
+            && (self.slots.iter().zip(&self.withdrawing))
+                .all(|(slot, is)| !is || *slot == Slot::Held)
             && self.retired == count(|slot| slot == Slot::Retired)
             && self.queue.len() <= self.max_queue
             && free.iter().copied().eq(expected)

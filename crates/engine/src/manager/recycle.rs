@@ -6,15 +6,20 @@
 //! A synchronous call that ends has it done on its own thread, if its hooks allow that.
 //! Swaps and pauses come first: a recycle that still waits for its slot steps back for them.
 
+use std::fmt::Write as _;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
-use wasm_molt_lifecycle::{Backoff, Crossing, FailedPhase, Generation, Home, InFlight, Policy, Reason};
+use wasm_molt_lifecycle::{
+    Backoff, Crossing, FailedPhase, Generation, Home, InFlight, Policy, Reason,
+};
 
 use super::start::Making;
-use super::{Answer, Event, HookScope, Job, ManagerState, Op, PendingReload, Replaced, Shared, guarded};
+use super::{
+    Answer, Event, HookScope, Job, ManagerState, Op, PendingReload, Replaced, Shared, guarded,
+};
 use crate::budget;
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorCode, Result};
@@ -30,7 +35,8 @@ use crate::wear::Reading;
 const PATIENCE: Duration = Duration::from_secs(30);
 /// The same where another replica is due as well, and may be free: some times the length of a call, within
 /// these bounds. Whoever has it for longer holds a lease.
-const PATIENCE_IN_A_QUEUE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+const PATIENCE_IN_A_QUEUE: (Duration, Duration) =
+    (Duration::from_millis(20), Duration::from_secs(1));
 const CALLS_OF_PATIENCE: u32 = 4;
 /// Calls that predictions look ahead, at least.
 const LEAST_AHEAD: u64 = 16;
@@ -217,7 +223,8 @@ impl Recycling {
 
     /// A swap begins to wait; the recycle under way is to step back.
     pub(super) fn is_wanted(&self, delta: isize) {
-        self.wanted.fetch_add(delta.cast_unsigned(), Ordering::AcqRel);
+        self.wanted
+            .fetch_add(delta.cast_unsigned(), Ordering::AcqRel);
     }
 
     pub(super) fn given_up(&self) -> Option<Error> {
@@ -235,7 +242,10 @@ impl Recycling {
     pub(super) fn was_repaired(&self, trap: Option<Error>) {
         self.traps.fetch_add(1, Ordering::Relaxed);
         if let Some(trap) = trap {
-            *self.last_trap.lock().unwrap_or_else(PoisonError::into_inner) = Some(trap);
+            *self
+                .last_trap
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner) = Some(trap);
         }
         *self.lock_repairs() = (Failures::default(), None);
     }
@@ -251,13 +261,17 @@ impl Recycling {
         let mut repairs = self.lock_repairs();
         let (failures, last) = &mut *repairs;
         failures.count = failures.count.saturating_add(1);
-        let wait = (failures.count > 1).then(|| backoff.unwrap_or_default().after(failures.count - 1));
+        let wait =
+            (failures.count > 1).then(|| backoff.unwrap_or_default().after(failures.count - 1));
         failures.not_before = wait.and_then(|wait| Instant::now().checked_add(wait));
         let mut error = error.clone();
         if serves_nothing && backoff.is_some() && failures.count >= MOST_FAILED_REPAIRS {
             if let Error::ReloadFailed { what, .. } = &mut error {
                 let count = failures.count;
-                what.push_str(&format!(" ({count} times in a row, and nothing serves; reload() tries again)"));
+                let _ = write!(
+                    what,
+                    " ({count} times in a row, and nothing serves; reload() tries again)"
+                );
             }
             self.give_up(&error);
         }
@@ -308,7 +322,11 @@ impl Recycling {
     fn took(&self, time: Duration) {
         let now = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX).max(1);
         let before = self.cost_ns.load(Ordering::Relaxed);
-        let smoothed = if before == 0 { now } else { before / 4 * 3 + now / 4 };
+        let smoothed = if before == 0 {
+            now
+        } else {
+            before / 4 * 3 + now / 4
+        };
         self.cost_ns.store(smoothed.max(1), Ordering::Relaxed);
     }
 }
@@ -377,7 +395,11 @@ impl Shared {
     }
 
     /// A threshold is crossed: tells of it, once. `Some`: it is to be recycled, and whoever gets this sees to it.
-    pub(crate) fn decide(self: &Arc<Self>, replica: &Arc<Replica>, crossing: Crossing) -> Option<Due> {
+    pub(crate) fn decide(
+        self: &Arc<Self>,
+        replica: &Arc<Replica>,
+        crossing: Crossing,
+    ) -> Option<Due> {
         static NEXT_ID: AtomicU64 = AtomicU64::new(1);
         let wear = replica.wear();
         let is_policy = self.is_recycled();
@@ -472,17 +494,17 @@ impl Shared {
         let next = {
             let mut control = self.lock_control();
             let is_kept_off = control.is_swapping
-                || control.recycling
+                || control.recycling.is_some()
                 || control.is_repairing_home
                 || self.recycling.wanted.load(Ordering::Acquire) > 0;
+            if is_kept_off {
+                return;
+            }
             let mut next = None;
-            while !is_kept_off {
-                let Some(due) = control.recycles.pop_front() else {
-                    break;
-                };
+            while let Some(due) = control.recycles.pop_front() {
                 let slot = due.replica.slot();
                 if self.still_serves(&due.replica) && !control.repairing.contains(&slot) {
-                    control.recycling = true;
+                    control.recycling = Some(slot);
                     control.repairing.push(slot);
                     next = Some(due);
                     break;
@@ -520,9 +542,9 @@ impl Shared {
             let is_free = !control.is_running
                 && control.repairing.is_empty()
                 && !control.is_repairing_home
-                && !control.recycling;
+                && control.recycling.is_none();
             if is_free {
-                control.recycling = true;
+                control.recycling = Some(due.replica.slot());
                 control.repairing.push(due.replica.slot());
             }
             is_free
@@ -553,7 +575,7 @@ impl Shared {
     fn recycle_is_over(self: &Arc<Self>, slot: usize, has_more_to_say: bool) {
         {
             let mut control = self.lock_control();
-            control.recycling = false;
+            control.recycling = None;
             control.repairing.retain(|s| *s != slot);
             control.seeing_off += usize::from(has_more_to_say);
         }
@@ -631,7 +653,9 @@ impl Shared {
         let weak = Arc::downgrade(self);
         let again = move || {
             let shared = weak.upgrade();
-            if let Some((shared, replica)) = shared.and_then(|s| Some((Arc::clone(&s), s.replica(slot)?))) {
+            if let Some((shared, replica)) =
+                shared.and_then(|s| Some((Arc::clone(&s), s.replica(slot)?)))
+            {
                 shared.judge_now(&replica);
             }
         };
@@ -644,8 +668,11 @@ impl Shared {
     /// It was done: what is to be learnt from that.
     fn recycled(self: &Arc<Self>, due: &Due, report: &RecycleReport) {
         let meanwhile = report.calls.saturating_sub(due.pressure.calls);
-        self.recycling.calls_meanwhile.store(meanwhile, Ordering::Relaxed);
-        self.recycling.took(report.reload.instantiate + report.reload.pause);
+        self.recycling
+            .calls_meanwhile
+            .store(meanwhile, Ordering::Relaxed);
+        self.recycling
+            .took(report.reload.instantiate + report.reload.pause);
         self.look_at(report.freed);
         let slot = report.slot;
         let is_memory = matches!(due.pressure.reason, Reason::Memory | Reason::Predicted);
@@ -665,7 +692,9 @@ impl Shared {
 
     /// Warns once, if memory has stayed twice in a row: one look may have been at somebody else's memory.
     fn look_at(&self, freed: Freed) {
-        let Recycling { kept, is_warned, .. } = &self.recycling;
+        let Recycling {
+            kept, is_warned, ..
+        } = &self.recycling;
         if !freed.is_kept() {
             if freed.expected_bytes >= LEAST_PROVABLE_BYTES {
                 kept.store(0, Ordering::Relaxed);
@@ -766,8 +795,15 @@ impl Shared {
 
     fn recycle(self: &Arc<Self>, due: &Due, is_sync: bool) -> Result<Outcome> {
         let scope = self.hook_scope(is_sync);
-        match self.options.recycle.as_ref().map(|recycle| recycle.strategy) {
-            Some(RecycleStrategy::Reset) if self.may_reset(&due.replica) => self.recycle_by_reset(due, &scope),
+        match self
+            .options
+            .recycle
+            .as_ref()
+            .map(|recycle| recycle.strategy)
+        {
+            Some(RecycleStrategy::Reset) if self.may_reset(&due.replica) => {
+                self.recycle_by_reset(due, &scope)
+            }
             Some(RecycleStrategy::Rolling) if !is_sync => self.recycle_by_roll(due, &scope),
             _ => self.recycle_by_swap(due, &scope),
         }
@@ -776,7 +812,8 @@ impl Shared {
     /// A reset cannot be undone, so there must be no state that `restoreState` may fail to put back.
     fn may_reset(&self, replica: &Replica) -> bool {
         let newest = self.lock_snapshots().origin();
-        let fits = newest.is_some_and(|newest| Arc::ptr_eq(newest.snapshot.module(), replica.module()));
+        let fits =
+            newest.is_some_and(|newest| Arc::ptr_eq(newest.snapshot.module(), replica.module()));
         fits && !self.host.saves_state() && !replica.is_poisoned()
     }
 
@@ -827,7 +864,11 @@ impl Shared {
         }
     }
 
-    fn make_fresh(self: &Arc<Self>, due: &Due, scope: &HookScope) -> Result<(Arc<Replica>, Arc<Blueprint>, Duration)> {
+    fn make_fresh(
+        self: &Arc<Self>,
+        due: &Due,
+        scope: &HookScope,
+    ) -> Result<(Arc<Replica>, Arc<Blueprint>, Duration)> {
         let started = Instant::now();
         let blueprint = self.blueprint()?;
         let making = Making {
@@ -883,10 +924,13 @@ impl Shared {
         // Before anybody calls it.
         let memory_bytes_after = fresh.memory_bytes();
         self.note_peak(self.memory_bytes() + memory_bytes_after);
-        let published = guarded(|| Ok(self.publish_recycled(due, &fresh, &blueprint)));
+        let published = guarded(|| {
+            self.publish_recycled(due, &fresh, &blueprint);
+            Ok(())
+        });
         if !self.serves(&fresh) {
             undo();
-            return published.map(|_| Outcome::Superseded);
+            return published.map(|()| Outcome::Superseded);
         }
         let pause = withdrawn_at.elapsed();
         let generation = fresh.generation();
@@ -968,7 +1012,9 @@ impl Shared {
         let reason = due.pressure.reason;
         let module = Arc::clone(&blueprint.module);
         let published = self.host.at_home(Box::new(move |_| {
-            let is_same = shared.module().is_some_and(|now| Arc::ptr_eq(&now, &module));
+            let is_same = shared
+                .module()
+                .is_some_and(|now| Arc::ptr_eq(&now, &module));
             if is_same && shared.recycling.given_up().is_none() {
                 shared.publish_one(&old, made, None, reason.as_str());
             }
@@ -1207,7 +1253,11 @@ impl Shared {
             shared.recycled(&due, &report);
             shared.recycle_ended(due, Ok(Some(report)));
         };
-        if self.gate.wait_straggler(slot, Some(Duration::ZERO), || false).is_ok() {
+        if self
+            .gate
+            .wait_straggler(slot, Some(Duration::ZERO), || false)
+            .is_ok()
+        {
             finish(self);
             return;
         }
@@ -1231,7 +1281,11 @@ impl Shared {
             return Box::new(move || shared.recycle_ended(due, Ok(None)));
         }
         let reading = due.replica.wear().read(self.recycling.ahead());
-        let strategy = self.options.recycle.as_ref().map(|recycle| recycle.strategy);
+        let strategy = self
+            .options
+            .recycle
+            .as_ref()
+            .map(|recycle| recycle.strategy);
         if strategy == Some(RecycleStrategy::Reset) && self.may_reset(&due.replica) {
             let outcome = self.reset_realm(&due, reading);
             return Box::new(move || shared.realm_recycled(due, outcome));

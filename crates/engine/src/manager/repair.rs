@@ -94,7 +94,9 @@ impl Shared {
         self.control_changed.notify_all();
         if let Err(error) = &outcome {
             let backoff = self.options.recycle.as_ref().map(|recycle| recycle.backoff);
-            let _ = self.recycling.repair_failed(error, backoff, self.options.instances == 1);
+            let _ = self
+                .recycling
+                .repair_failed(error, backoff, self.options.instances == 1);
         }
         self.recycle_next();
         outcome
@@ -229,7 +231,7 @@ impl Shared {
         let counts = self.gate.counts();
         let is_recycling = {
             let control = self.lock_control();
-            control.recycling || !control.recycles.is_empty()
+            control.recycling.is_some() || !control.recycles.is_empty()
         };
         let serves_nothing = counts.retired >= counts.slots && !is_recycling;
         let backoff = self.options.recycle.as_ref().map(|recycle| recycle.backoff);

@@ -75,7 +75,10 @@ impl Shared {
             prepares_snapshots: self.prepares_snapshots(),
             is_realm: options.is_realm,
             policy: self.policy(),
-            on_trap: options.recycle.as_ref().map_or(OnTrap::Reload, |r| r.on_trap),
+            on_trap: options
+                .recycle
+                .as_ref()
+                .map_or(OnTrap::Reload, |r| r.on_trap),
         })
     }
 

@@ -510,9 +510,10 @@ impl MemoryRecord {
         self.read_home().as_ref().map(f)
     }
 
-    /// Nobody will use it any more: its pages go back, some at a time.
+    /// Nobody will use it any more: its pages go back, some at a time, and whoever else wants the core has it
+    /// in between.
     pub(crate) fn shed(&self) {
-        const AT_A_TIME: usize = 1 << 20;
+        const AT_A_TIME: usize = 512 << 10;
         let home = self.read_home();
         let Some(home) = home.as_ref() else { return };
         let len = self.byte_len();
@@ -521,6 +522,7 @@ impl MemoryRecord {
             if !home.give_back(start..end) {
                 return;
             }
+            std::thread::yield_now();
         }
     }
 

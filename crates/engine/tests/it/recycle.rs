@@ -66,7 +66,10 @@ fn outcomes(rig: &Rig) -> BTreeMap<u64, Option<Result<bool>>> {
             Event::Recycled { decision, outcome } => {
                 let outcome = outcome.map(|report| report.is_some());
                 let before = decisions.insert(decision, Some(outcome));
-                assert!(matches!(before, Some(None)), "one outcome, after the decision");
+                assert!(
+                    matches!(before, Some(None)),
+                    "one outcome, after the decision"
+                );
             }
             _ => {}
         }
@@ -81,13 +84,27 @@ fn wait_settled(rig: &Rig) {
 }
 
 fn recycled(rig: &Rig) -> usize {
-    let is_done = |event: &Event| matches!(event, Event::Recycled { outcome: Ok(Some(_)), .. });
+    let is_done = |event: &Event| {
+        matches!(
+            event,
+            Event::Recycled {
+                outcome: Ok(Some(_)),
+                ..
+            }
+        )
+    };
     rig.host.count(is_done)
 }
 
 fn wait_recycled(rig: &Rig, count: usize) {
     rig.host.wait_for("recycle", count, |event| {
-        matches!(event, Event::Recycled { outcome: Ok(Some(_)), .. })
+        matches!(
+            event,
+            Event::Recycled {
+                outcome: Ok(Some(_)),
+                ..
+            }
+        )
     });
 }
 
@@ -142,7 +159,11 @@ impl Cell {
 
 fn run(cell: Cell) {
     let is_exclusive = cell.strategy == RecycleStrategy::Exclusive;
-    let script = if is_exclusive { carrying() } else { Script::new() };
+    let script = if is_exclusive {
+        carrying()
+    } else {
+        Script::new()
+    };
     let rig = counter(RecycleOptions {
         calls: Some(CALLS),
         strategy: cell.strategy,
@@ -217,7 +238,7 @@ fn run(cell: Cell) {
             }
         }
     }
-    assert_eq!(hold.is_some(), false, "{cell:?}: nobody came by");
+    assert!(hold.is_none(), "{cell:?}: nobody came by");
     if let Some(ended) = ended {
         assert!(ended.get().is_ok(), "{cell:?}");
         assert_eq!(rig.manager.state(), ManagerState::Closed);
@@ -315,7 +336,10 @@ fn memory_is_judged_where_a_replica_is_left_whoever_had_it() {
         rig.number("grow", &[20]);
         wait_recycled(&rig, 1);
         let lease = rig.lease();
-        assert_eq!(number(rig.call_in(&lease, "grow", &[Value::I32(20)]).get()), 1);
+        assert_eq!(
+            number(rig.call_in(&lease, "grow", &[Value::I32(20)]).get()),
+            1
+        );
         assert_eq!(recycled(&rig), 1, "it is held");
         rig.release(&lease);
         wait_recycled(&rig, 2);
@@ -344,9 +368,9 @@ fn a_budget_is_kept_by_who_has_the_most() {
     assert_eq!(reasons.get("budget"), Some(&1));
     wait_settled(&small);
     let told = |rig: &Rig| {
-        rig.host.count(|event| {
-            matches!(event, Event::Pressure(pressure) if pressure.reason == Reason::Budget)
-        })
+        rig.host.count(
+            |event| matches!(event, Event::Pressure(pressure) if pressure.reason == Reason::Budget),
+        )
     };
     assert_eq!(told(&none), 1);
     assert_eq!(none.stats().generation, 1);
@@ -414,7 +438,11 @@ fn rolling_leaves_a_lease_where_it_is_and_releases_what_it_left() {
         assert_eq!(rig.stats().gate.stragglers, 1);
         rig.release(&lease);
         wait_recycled(&rig, 1);
-        let is_released = rig.host.changes().iter().any(|change| change.old.contains(&old));
+        let is_released = rig
+            .host
+            .changes()
+            .iter()
+            .any(|change| change.old.contains(&old));
         assert!(is_released);
         wait_settled(&rig);
     }
