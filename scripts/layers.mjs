@@ -40,7 +40,7 @@ const mayBeUnsafe = [
     'isolation',
     'threads',
     'manager/realm',
-    'manager/recycle',
+    'manager/recycle/ways',
     'manager/repair',
     'manager/start',
   ].map((name) => `crates/engine/src/${name}.rs`),

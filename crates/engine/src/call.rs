@@ -351,7 +351,7 @@ impl CallJob {
         shared.stats.ran(ran, &outcome);
         let _ = replica.note_call();
         match &outcome {
-            Ok(_) => shared.recycling.call_completed(),
+            Ok(_) => shared.crashes.call_completed(),
             Err(error) => shared.tell_trap(error),
         }
         // The seat goes back before the answer: whoever gets the answer finds the instance free.

@@ -19,6 +19,7 @@ mod discard;
 mod engine;
 mod error;
 mod fork;
+mod freed;
 mod host;
 mod instrument;
 mod interrupt;
@@ -51,13 +52,14 @@ pub use budget::set_memory_budget;
 pub use call::{CallControl, CallLimits, Outcome, Settle, Work};
 pub use discard::memory_discard;
 pub use error::{Error, ErrorCode, Result, TrapInfo};
+pub use freed::Freed;
 pub use host::{HomeStep, Host, HostCall, HostFunction, ImportValue};
 pub use interrupt::{Interrupter, Stop};
 pub use lease::{Lease, LeaseInside};
 pub use limits::Limits;
 pub use manager::{
-    Done, Event, Freed, Job, LeaseDone, Manager, ManagerState, ManagerStats, Pressure,
-    RecycleReport, Replaced,
+    Done, Event, Job, LeaseDone, Manager, ManagerState, ManagerStats, Pressure, RecycleReport,
+    Replaced,
 };
 pub use memory::{
     ImageKind, MemoryRecord, MemoryUsage, MemoryView, OutOfBounds, Pin, memory_changes,

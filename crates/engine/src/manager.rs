@@ -22,6 +22,7 @@ use wasm_molt_lifecycle::{
     Waiter,
 };
 
+mod crash;
 mod end;
 mod lending;
 mod realm;
@@ -30,9 +31,10 @@ mod reload;
 mod repair;
 mod start;
 
+use crash::Crashes;
 pub(crate) use lending::{HookScope, impatient};
 pub(crate) use recycle::{Due, Recycling};
-pub use recycle::{Freed, Pressure, RecycleReport};
+pub use recycle::{Pressure, RecycleReport};
 pub(crate) use start::Making;
 
 pub(crate) use realm::Compiled;
@@ -41,6 +43,7 @@ use crate::budget;
 use crate::call::{CallControl, CallJob, CallLimits, Queue, Seat, Settle, Work};
 use crate::deadline::Deadline;
 use crate::error::{Error, ErrorCode, Result};
+use crate::freed::Freed;
 use crate::host::Host;
 use crate::interrupt::Stop;
 use crate::invoke;
@@ -336,6 +339,7 @@ pub(crate) struct Shared {
     has_captured: AtomicBool,
     compiled: Compiled,
     pub(crate) recycling: Recycling,
+    pub(crate) crashes: Crashes,
 }
 
 /// A module and its instances, replaceable while in use.
@@ -434,6 +438,7 @@ impl Manager {
             has_captured: AtomicBool::new(false),
             compiled: Compiled::default(),
             recycling: Recycling::default(),
+            crashes: Crashes::default(),
         });
         budget::register(&shared);
         Ok((Self { shared }, home))
@@ -580,7 +585,7 @@ impl Manager {
     fn admit(&self, home: Option<&Home<Job>>, job: Job) -> WaitId {
         let shared = &self.shared;
         let id = shared.gate.reserve_id();
-        if let Some(error) = shared.recycling.given_up() {
+        if let Some(error) = shared.crashes.given_up() {
             let _settling = shared.settling();
             job.refuse(error);
             return id;
@@ -602,7 +607,7 @@ impl Manager {
             Ok(Admission::Started) => {}
             Ok(Admission::Queued(_)) => {
                 shared.repair_retired();
-                if let Some(error) = shared.recycling.given_up() {
+                if let Some(error) = shared.crashes.given_up() {
                     // It was given up in between, and nobody would come for what waits.
                     shared.refuse_all(error);
                 }
@@ -671,7 +676,7 @@ impl Manager {
     pub fn count_completed(&self, calls: u64) {
         self.shared.stats.ran_at_home(calls);
         if calls > 0 {
-            self.shared.recycling.call_completed();
+            self.shared.crashes.call_completed();
         }
     }
 

@@ -11,7 +11,8 @@ use wasm_molt_lifecycle::{
 };
 
 use crate::error::{Error, ErrorCode, Result};
-use crate::manager::{Event, Freed, HookScope, Making, ManagerState, Replaced, Shared, impatient};
+use crate::freed::Freed;
+use crate::manager::{Event, HookScope, Making, ManagerState, Replaced, Shared, impatient};
 use crate::options::Source;
 use crate::pool::Pool;
 use crate::replica::{Blueprint, Replica};
@@ -510,7 +511,7 @@ impl Backend for Swap<'_> {
             }
             shared.adopt(&blueprint.module, captured);
             shared.begin_wear(&change.new);
-            shared.recycling.recovered();
+            shared.recovered();
             shared.stats.reloaded(&reason);
             shared.set_state(ManagerState::Ready);
             for old in &change.old {
@@ -554,7 +555,7 @@ impl Backend for Swap<'_> {
             };
             shared.adopt(&blueprint.module, captured);
             shared.begin_wear(&change.new);
-            shared.recycling.recovered();
+            shared.recovered();
             shared.stats.reloaded(&reason);
             shared.set_state(ManagerState::Ready);
             // A panic of the host's must not leave the gate behind what serves.

@@ -77,9 +77,9 @@ impl Shared {
             return Err(self.closed());
         }
         if self.gives_up_replacing() {
-            return Err(self.recycling.given_up().unwrap_or_else(|| self.closed()));
+            return Err(self.crashes.given_up().unwrap_or_else(|| self.closed()));
         }
-        if let Some(error) = self.recycling.repair_waits() {
+        if let Some(error) = self.crashes.repair_waits() {
             return Err(error);
         }
         {
@@ -95,7 +95,7 @@ impl Shared {
         if let Err(error) = &outcome {
             let backoff = self.options.recycle.as_ref().map(|recycle| recycle.backoff);
             let _ = self
-                .recycling
+                .crashes
                 .repair_failed(error, backoff, self.options.instances == 1);
         }
         self.recycle_next();
@@ -157,7 +157,7 @@ impl Shared {
             ..ReloadReport::of_repair(generation, before, started.elapsed())
         });
         self.set_state(ManagerState::Ready);
-        if self.recycling.given_up().is_some() {
+        if self.crashes.given_up().is_some() {
             // Another one was the last straw meanwhile.
             self.set_state(ManagerState::Failed);
         }
@@ -179,11 +179,11 @@ impl Shared {
         captured: Option<Arc<Snapshot>>,
     ) -> Option<Generation> {
         self.repairable(old.slot())?;
-        if self.recycling.given_up().is_some() {
+        if self.crashes.given_up().is_some() {
             return None;
         }
         let published = self.publish_one(old, fresh, captured, "trap")?;
-        self.recycling.was_repaired(old.last_trap());
+        self.crashes.was_repaired(old.last_trap());
         Some(published)
     }
 
@@ -235,7 +235,7 @@ impl Shared {
         };
         let serves_nothing = counts.retired >= counts.slots && !is_recycling;
         let backoff = self.options.recycle.as_ref().map(|recycle| recycle.backoff);
-        let error = self.recycling.repair_failed(error, backoff, serves_nothing);
+        let error = self.crashes.repair_failed(error, backoff, serves_nothing);
         if !serves_nothing {
             return;
         }

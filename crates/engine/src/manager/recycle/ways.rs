@@ -1,0 +1,611 @@
+//! The ways in which an instance is recycled, carried out.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::bounded;
+use wasm_molt_lifecycle::{FailedPhase, Generation, Home, InFlight, Reason};
+
+use super::{Due, Outcome, RecycleReport};
+use crate::error::{Error, Result};
+use crate::freed::Freed;
+use crate::manager::{Answer, HookScope, Job, Making, PendingReload, Replaced, Shared, guarded};
+use crate::options::RecycleStrategy;
+use crate::pause::ResetOptions;
+use crate::pool::Pool;
+use crate::replica::{Blueprint, Replica};
+use crate::swap::{ReloadOptions, ReloadReport, Strategy};
+use crate::wear::Reading;
+
+/// Longest wait for whoever is inside.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// The same where another replica is due as well, and may be free: some times the length of a call, within
+/// these bounds. Whoever has it for longer holds a lease.
+const PATIENCE_IN_A_QUEUE: (Duration, Duration) =
+    (Duration::from_millis(20), Duration::from_secs(1));
+const CALLS_OF_PATIENCE: u32 = 4;
+
+impl Shared {
+    pub(super) fn recycle(
+        self: &Arc<Self>,
+        due: &Due,
+        is_sync: bool,
+    ) -> Result<Outcome> {
+        let scope = self.hook_scope(is_sync);
+        match self
+            .options
+            .recycle
+            .as_ref()
+            .map(|recycle| recycle.strategy)
+        {
+            Some(RecycleStrategy::Reset) if self.may_reset(&due.replica) => {
+                self.recycle_by_reset(due, &scope)
+            }
+            Some(RecycleStrategy::Rolling) if !is_sync => self.recycle_by_roll(due, &scope),
+            _ => self.recycle_by_swap(due, &scope),
+        }
+    }
+
+    /// A reset cannot be undone, so there must be no state that `restoreState` may fail to put back.
+    fn may_reset(&self, replica: &Replica) -> bool {
+        let newest = self.lock_snapshots().origin();
+        let fits =
+            newest.is_some_and(|newest| Arc::ptr_eq(newest.snapshot.module(), replica.module()));
+        fits && !self.host.saves_state() && !replica.is_poisoned()
+    }
+
+    fn must_step_back(&self) -> bool {
+        self.recycling.must_step_back() || self.is_over()
+    }
+
+    fn patience_in_a_queue(&self) -> Duration {
+        let (least, most) = PATIENCE_IN_A_QUEUE;
+        (self.stats.mean_run() * CALLS_OF_PATIENCE).clamp(least, most)
+    }
+
+    /// Takes the slot out of service, as soon as nobody is inside. `Ok(false)`: something else comes first.
+    fn withdraw(self: &Arc<Self>, slot: usize, scope: &HookScope) -> Result<bool> {
+        if slot == 0 {
+            let shared = Arc::clone(self);
+            self.host.at_home(Box::new(move |home| match home {
+                Some(home) => home.withdraw(slot),
+                None => shared.gate.withdraw(slot),
+            }))?;
+        } else {
+            self.gate.withdraw(slot);
+        }
+        let give_up = || self.must_step_back() || scope.is_cancelled();
+        let started = Instant::now();
+        loop {
+            let patience = if scope.is_sync {
+                Duration::ZERO
+            } else {
+                self.patience_in_a_queue()
+            };
+            let Err(InFlight(_)) = self.gate.wait_retired(slot, Some(patience), give_up) else {
+                return Ok(true);
+            };
+            let waited = started.elapsed();
+            let is_crowded = self.recycling.due() > 1;
+            if give_up() || scope.is_sync || is_crowded || waited >= PATIENCE {
+                self.gate.reinstate(slot);
+                if self.must_step_back() && !self.is_over() {
+                    return Ok(false);
+                }
+                return Err(Error::DrainTimeout {
+                    what: format!("the recycling of {}", self.name()),
+                    in_flight: 1,
+                    waited_ms: waited.as_millis(),
+                });
+            }
+        }
+    }
+
+    fn make_fresh(
+        self: &Arc<Self>,
+        due: &Due,
+        scope: &HookScope,
+    ) -> Result<(Arc<Replica>, Arc<Blueprint>, Duration)> {
+        let started = Instant::now();
+        let blueprint = self.blueprint()?;
+        let making = Making {
+            blueprint: &blueprint,
+            generation: self.generation().next(),
+            from: self.origin(&blueprint.module),
+            scope: scope.clone(),
+        };
+        let fresh = self
+            .make_replica(&making, due.replica.slot())
+            .map_err(|(phase, cause)| self.recycling_failed(phase, cause))?;
+        Ok((fresh, blueprint, started.elapsed()))
+    }
+
+    fn recycling_failed(&self, phase: FailedPhase, cause: Error) -> Error {
+        self.reload_failed("the recycling", phase, cause)
+    }
+
+    fn recycle_by_swap(self: &Arc<Self>, due: &Due, scope: &HookScope) -> Result<Outcome> {
+        let (old, slot) = (&due.replica, due.replica.slot());
+        let (fresh, blueprint, instantiate) = self.make_fresh(due, scope)?;
+        // Whatever goes wrong, a panic included: nothing is left of the fresh one, and the old one serves on.
+        let undo = || {
+            let discard = || self.discard(vec![Arc::clone(&fresh)], fresh.generation());
+            let _ = guarded(discard);
+            self.spare(old);
+        };
+        let withdrawn_at = Instant::now();
+        match guarded(|| self.withdraw(slot, scope)) {
+            Ok(true) => {}
+            Ok(false) => {
+                undo();
+                return Ok(Outcome::SteppedBack);
+            }
+            Err(error) => {
+                undo();
+                return Err(error);
+            }
+        }
+        let drain = withdrawn_at.elapsed();
+        // From here on nobody is inside, and nobody gets in.
+        let reading = old.wear().read(self.recycling.ahead());
+        let handed_over = guarded(|| self.hand_over(old, &fresh, scope));
+        let (save, restore) = match handed_over {
+            Ok(times) => times,
+            Err(error) => {
+                undo();
+                return Err(error);
+            }
+        };
+        let before = self.generation();
+        let memory_bytes_before = old.memory_bytes();
+        // Before anybody calls it.
+        let memory_bytes_after = fresh.memory_bytes();
+        self.note_peak(self.memory_bytes() + memory_bytes_after);
+        let published = guarded(|| {
+            self.publish_recycled(due, &fresh, &blueprint);
+            Ok(())
+        });
+        if !self.serves(&fresh) {
+            undo();
+            return published.map(|()| Outcome::Superseded);
+        }
+        let pause = withdrawn_at.elapsed();
+        let generation = fresh.generation();
+        // SAFETY: the slot was withdrawn and empty, and at the publication every handle on the instance expired
+        // and the slot went to the fresh one.
+        let shed = Freed::shed(|| unsafe { old.shed() }, old);
+        // SAFETY: as above.
+        let freed = shed.and(|| unsafe { old.release() });
+        Ok(Outcome::Done(Box::new(RecycleReport {
+            reload: ReloadReport {
+                generation,
+                previous_generation: before,
+                reason: due.pressure.reason.as_str().into(),
+                strategy: Strategy::Exclusive,
+                drained: 0,
+                queued: 0,
+                pause,
+                drain,
+                save,
+                instantiate,
+                restore,
+                memory_bytes_before,
+                memory_bytes_after,
+                freed: None,
+            },
+            strategy: RecycleStrategy::Exclusive,
+            slot,
+            calls: reading.calls,
+            age: reading.age,
+            freed,
+        })))
+    }
+
+    /// The old instance serves on, unless a hook has left it in an unknown state.
+    pub(in crate::manager) fn spare(&self, old: &Arc<Replica>) {
+        if self.still_serves(old) && self.crashes.given_up().is_none() {
+            self.gate.reinstate(old.slot());
+        }
+    }
+
+    fn hand_over(
+        self: &Arc<Self>,
+        old: &Arc<Replica>,
+        fresh: &Arc<Replica>,
+        scope: &HookScope,
+    ) -> Result<(Duration, Duration)> {
+        // What isolated calls begin with is in the snapshot; a trapped guest's memory means nothing.
+        if !self.host.saves_state() || self.isolates_calls() || old.is_poisoned() {
+            return Ok((Duration::ZERO, Duration::ZERO));
+        }
+        let slot = old.slot();
+        let started = Instant::now();
+        let state = self
+            .with_lease(old, scope, |lease| self.host.save_state(lease, slot))
+            .map_err(|cause| self.recycling_failed(FailedPhase::Save, cause))?;
+        let save = started.elapsed();
+        let Some(state) = state else {
+            return Ok((save, Duration::ZERO));
+        };
+        let restored = self.with_lease(fresh, scope, |lease| {
+            self.host.restore_state(lease, &state, slot)
+        });
+        // A hook that goes on after a trap leaves an instance that must not serve.
+        let restored = restored.and_then(|()| fresh.last_trap().map_or(Ok(()), Err));
+        restored.map_err(|cause| self.recycling_failed(FailedPhase::Restore, cause))?;
+        Ok((save, started.elapsed().saturating_sub(save)))
+    }
+
+    /// At home: a fresh instance takes the place of the old one, if that is still there.
+    fn publish_recycled(
+        self: &Arc<Self>,
+        due: &Due,
+        fresh: &Arc<Replica>,
+        blueprint: &Arc<Blueprint>,
+    ) {
+        let (tell, told) = bounded(1);
+        let shared = Arc::clone(self);
+        let (old, made) = (Arc::clone(&due.replica), Arc::clone(fresh));
+        let reason = due.pressure.reason;
+        let module = Arc::clone(&blueprint.module);
+        let published = self.host.at_home(Box::new(move |_| {
+            let is_same = shared
+                .module()
+                .is_some_and(|now| Arc::ptr_eq(&now, &module));
+            if is_same && shared.crashes.given_up().is_none() {
+                shared.publish_one(&old, made, None, reason.as_str());
+            }
+            let _ = tell.send(());
+        }));
+        if published.is_ok() {
+            let _ = told.recv();
+        }
+    }
+
+    fn recycle_by_reset(self: &Arc<Self>, due: &Due, scope: &HookScope) -> Result<Outcome> {
+        let (replica, slot) = (&due.replica, due.replica.slot());
+        let withdrawn_at = Instant::now();
+        match guarded(|| self.withdraw(slot, scope)) {
+            Ok(true) => {}
+            Ok(false) => return Ok(Outcome::SteppedBack),
+            Err(error) => {
+                self.spare(replica);
+                return Err(error);
+            }
+        }
+        let drain = withdrawn_at.elapsed();
+        let reading = replica.wear().read(self.recycling.ahead());
+        let before = replica.memory_bytes();
+        let outcome = guarded(|| self.reset_one(replica, scope));
+        let done = match outcome {
+            Ok(freed) => freed,
+            Err(error) => {
+                self.spare(replica);
+                return Err(error);
+            }
+        };
+        let after = replica.memory_bytes();
+        self.begin_wear_of(replica);
+        self.stats.reloaded(due.pressure.reason.as_str());
+        self.stats.was_reset();
+        self.gate.reinstate(slot);
+        let generation = self.generation();
+        Ok(Outcome::Done(Box::new(RecycleReport {
+            reload: ReloadReport {
+                generation,
+                previous_generation: generation,
+                reason: due.pressure.reason.as_str().into(),
+                strategy: Strategy::Exclusive,
+                drained: 0,
+                queued: 0,
+                pause: withdrawn_at.elapsed(),
+                drain,
+                save: Duration::ZERO,
+                instantiate: Duration::ZERO,
+                restore: Duration::ZERO,
+                memory_bytes_before: before,
+                memory_bytes_after: after,
+                freed: None,
+            },
+            strategy: RecycleStrategy::Reset,
+            slot,
+            calls: reading.calls,
+            age: reading.age,
+            freed: done,
+        })))
+    }
+
+    /// Nobody is inside, and nobody gets in.
+    fn reset_one(self: &Arc<Self>, replica: &Arc<Replica>, scope: &HookScope) -> Result<Freed> {
+        let blueprint = self.blueprint()?;
+        let origin = self
+            .lock_snapshots()
+            .choose(None, (&blueprint.module, self.id()))?;
+        let replicas = [Arc::clone(replica)];
+        self.note_peak(self.memory_bytes());
+        if scope.is_sync {
+            // With nobody looking at them, pages can be given back where they are.
+            self.host.rewound(&replicas);
+        }
+        let mut outcome = Ok(0);
+        let expected = replica.memory_usage().private_bytes;
+        let mut freed = Freed::measure(expected, || {
+            // SAFETY: the slot was withdrawn: nobody is inside, and nobody else may enter.
+            outcome = unsafe { replica.reset(&origin, true) };
+        });
+        outcome?;
+        freed.expected_bytes = expected.saturating_sub(replica.memory_usage().private_bytes);
+        self.reseed(replica, scope)?;
+        if !scope.is_sync {
+            let shared = Arc::clone(self);
+            // Without a home nobody has handles.
+            let _ = self
+                .host
+                .at_home(Box::new(move |_| shared.host.rewound(&replicas)));
+        }
+        Ok(freed)
+    }
+
+    fn recycle_by_roll(self: &Arc<Self>, due: &Due, scope: &HookScope) -> Result<Outcome> {
+        let slot = due.replica.slot();
+        let started = Instant::now();
+        let give_up = || self.must_step_back() || scope.is_cancelled();
+        // Never more than two instances for one place.
+        let patience = self.patience_in_a_queue();
+        if let Err(in_flight) = self.gate.wait_straggler(slot, Some(patience), give_up) {
+            if self.must_step_back() && !self.is_over() {
+                return Ok(Outcome::SteppedBack);
+            }
+            return Err(Error::DrainTimeout {
+                what: format!("the recycling of {}", self.name()),
+                in_flight: in_flight.0,
+                waited_ms: started.elapsed().as_millis(),
+            });
+        }
+        let drain = started.elapsed();
+        let (fresh, blueprint, instantiate) = self.make_fresh(due, scope)?;
+        let pool = Arc::clone(&self.lock_serving().pool).another();
+        let pool = match pool {
+            Ok(pool) => Arc::new(pool),
+            Err(error) => {
+                let _ = self.discard(vec![Arc::clone(&fresh)], fresh.generation());
+                return Err(self.recycling_failed(FailedPhase::Instantiate, error));
+            }
+        };
+        let memory_bytes_before = due.replica.memory_bytes();
+        let memory_bytes_after = fresh.memory_bytes();
+        self.note_peak(self.memory_bytes() + memory_bytes_after);
+        let previous_generation = self.generation();
+        let rolled_at = Instant::now();
+        let rolled = guarded(|| Ok(self.roll_one(due, &fresh, &blueprint, pool)));
+        let Ok(Some((roll, generation, drained))) = rolled else {
+            if !self.serves(&fresh) {
+                let _ = guarded(|| self.discard(vec![Arc::clone(&fresh)], fresh.generation()));
+            }
+            return rolled.map(|_| Outcome::Superseded);
+        };
+        let report = ReloadReport {
+            generation,
+            previous_generation,
+            reason: due.pressure.reason.as_str().into(),
+            strategy: Strategy::Rolling,
+            drained,
+            queued: 0,
+            pause: rolled_at.elapsed(),
+            drain,
+            save: Duration::ZERO,
+            instantiate,
+            restore: Duration::ZERO,
+            memory_bytes_before,
+            memory_bytes_after,
+            freed: None,
+        };
+        Ok(Outcome::Rolled(Box::new(report), roll))
+    }
+
+    /// At home: new calls go to the fresh instance. Returns the number of the roll, the generation, and how
+    /// many were left behind.
+    fn roll_one(
+        self: &Arc<Self>,
+        due: &Due,
+        fresh: &Arc<Replica>,
+        blueprint: &Arc<Blueprint>,
+        pool: Arc<Pool>,
+    ) -> Option<(u64, Generation, usize)> {
+        let (tell, told) = bounded(1);
+        let shared = Arc::clone(self);
+        let (old, made) = (Arc::clone(&due.replica), Arc::clone(fresh));
+        let reason = due.pressure.reason;
+        let blueprint = Arc::clone(blueprint);
+        let rolled = self.host.at_home(Box::new(move |home| {
+            let _ = tell.send(shared.roll_here(home, (&old, made), (&blueprint, pool), reason));
+        }));
+        rolled.ok().and_then(|()| told.recv().ok()).flatten()
+    }
+
+    fn roll_here(
+        self: &Arc<Self>,
+        home: Option<&Home<Job>>,
+        (old, fresh): (&Arc<Replica>, Arc<Replica>),
+        (blueprint, pool): (&Arc<Blueprint>, Arc<Pool>),
+        reason: Reason,
+    ) -> Option<(u64, Generation, usize)> {
+        let slot = old.slot();
+        // Steps do not run at home while it is inside; if one did, it must not swap what is in use.
+        if slot == 0 && home.is_some_and(|home| home.depth() > 0) {
+            return None;
+        }
+        let roll = {
+            let mut serving = self.lock_serving();
+            let is_same = |now: &Arc<Replica>| Arc::ptr_eq(now, old);
+            let serves = serving.replicas.get(slot).is_some_and(is_same);
+            let is_build = |now: &Arc<Blueprint>| Arc::ptr_eq(&now.module, &blueprint.module);
+            if !serves || !serving.blueprint.as_ref().is_some_and(is_build) || self.is_over() {
+                return None;
+            }
+            fresh.number(serving.generation.next());
+            serving.roll_slot(&fresh, pool)
+        };
+        let generation = fresh.generation();
+        self.begin_wear_of(&fresh);
+        self.stats.reloaded(reason.as_str());
+        let change = Replaced {
+            old: Vec::new(),
+            new: vec![fresh],
+            generation,
+        };
+        // A panic of the host's must not leave the gate behind what serves.
+        let _ = guarded(|| {
+            self.host.replaced(&change);
+            Ok(())
+        });
+        match home {
+            Some(home) => home.roll_slot(slot),
+            None => self.gate.roll_slot(slot),
+        };
+        let left = self.gate.stragglers();
+        let left = left.iter().filter(|ticket| ticket.slot == slot).count();
+        Some((roll, generation, left))
+    }
+
+    /// The old instance goes as soon as nobody is inside, and then there is something to report.
+    pub(super) fn see_recycled_off(self: &Arc<Self>, due: Due, reload: ReloadReport, roll: u64) {
+        let slot = due.replica.slot();
+        let finish = move |shared: &Arc<Self>| {
+            let _ = shared.gate.wait_straggler(slot, None, || false);
+            // SAFETY: it does not serve any more, and whoever was inside has left.
+            let shed = Freed::shed(|| unsafe { due.replica.shed() }, &due.replica);
+            let freed = shed.and(|| {
+                let _ = shared.release_left(roll);
+            });
+            let reading = due.replica.wear().read(shared.recycling.ahead());
+            let report = Box::new(RecycleReport {
+                reload,
+                strategy: RecycleStrategy::Rolling,
+                slot,
+                calls: reading.calls,
+                age: reading.age,
+                freed,
+            });
+            shared.recycled(&due, &report);
+            shared.recycle_ended(due, Ok(Some(report)));
+        };
+        if self
+            .gate
+            .wait_straggler(slot, Some(Duration::ZERO), || false)
+            .is_ok()
+        {
+            finish(self);
+            return;
+        }
+        self.lock_control().seeing_off += 1;
+        self.spawn("old", move |shared| {
+            let _ = guarded(|| {
+                finish(shared);
+                Ok(())
+            });
+            shared.lock_control().seeing_off -= 1;
+            shared.control_changed.notify_all();
+        });
+    }
+
+    // ------------------------------------------------------------------ realms
+
+    /// The one replica of a realm is recycled by a reload or a reset of the manager, which waits for scopes.
+    pub(in crate::manager) fn recycle_realm(self: &Arc<Self>, due: Due) -> Answer {
+        let shared = Arc::clone(self);
+        if !self.still_serves(&due.replica) {
+            return Box::new(move || shared.recycle_ended(due, Ok(None)));
+        }
+        let reading = due.replica.wear().read(self.recycling.ahead());
+        let strategy = self
+            .options
+            .recycle
+            .as_ref()
+            .map(|recycle| recycle.strategy);
+        if strategy == Some(RecycleStrategy::Reset) && self.may_reset(&due.replica) {
+            let outcome = self.reset_realm(&due, reading);
+            return Box::new(move || shared.realm_recycled(due, outcome));
+        }
+        let strategy = match strategy {
+            Some(RecycleStrategy::Rolling) => (Strategy::Rolling, RecycleStrategy::Rolling),
+            _ => (Strategy::Exclusive, RecycleStrategy::Exclusive),
+        };
+        let options = ReloadOptions {
+            reason: due.pressure.reason.as_str().into(),
+            strategy: strategy.0,
+            is_recycle: true,
+            ..ReloadOptions::default()
+        };
+        let done = Box::new(move |outcome: Result<Arc<ReloadReport>>| {
+            let report = outcome.map(|reload| {
+                Box::new(RecycleReport {
+                    freed: reload.freed.unwrap_or_default(),
+                    reload: (*reload).clone(),
+                    strategy: strategy.1,
+                    slot: 0,
+                    calls: reading.calls,
+                    age: reading.age,
+                })
+            });
+            shared.realm_recycled(due, report);
+        });
+        self.run_reload(PendingReload {
+            options,
+            done: vec![done],
+        })
+    }
+
+    fn reset_realm(self: &Arc<Self>, due: &Due, reading: Reading) -> Result<Box<RecycleReport>> {
+        let expected = due.replica.memory_usage().private_bytes;
+        let mut outcome = None;
+        let mut freed = Freed::measure(expected, || {
+            outcome = Some(self.paused(|scope| self.reset(&ResetOptions::default(), scope)));
+        });
+        let done = outcome.unwrap_or_else(|| Err(Error::internal("a reset without an end")))?;
+        let left = due.replica.memory_usage().private_bytes;
+        freed.expected_bytes = expected.saturating_sub(left);
+        self.stats.reloaded(due.pressure.reason.as_str());
+        Ok(Box::new(RecycleReport {
+            reload: ReloadReport {
+                generation: done.generation,
+                previous_generation: done.generation,
+                reason: due.pressure.reason.as_str().into(),
+                strategy: Strategy::Exclusive,
+                drained: 0,
+                queued: 0,
+                pause: done.took,
+                drain: Duration::ZERO,
+                save: Duration::ZERO,
+                instantiate: Duration::ZERO,
+                restore: Duration::ZERO,
+                memory_bytes_before: done.memory_bytes_before,
+                memory_bytes_after: done.memory_bytes_after,
+                freed: None,
+            },
+            strategy: RecycleStrategy::Reset,
+            slot: 0,
+            calls: reading.calls,
+            age: reading.age,
+            freed,
+        }))
+    }
+
+    fn realm_recycled(self: &Arc<Self>, due: Due, outcome: Result<Box<RecycleReport>>) {
+        match outcome {
+            Ok(report) => {
+                self.recycled(&due, &report);
+                self.recycle_ended(due, Ok(Some(report)));
+            }
+            Err(error) => {
+                self.try_again(due.replica.slot());
+                due.replica.wear().was_spared();
+                if self.is_over() {
+                    self.recycle_ended(due, Ok(None));
+                    return;
+                }
+                self.recycle_ended(due, Err(error));
+            }
+        }
+    }
+}
