@@ -492,7 +492,8 @@ export interface ManagerOptions {
    */
   maxQueue?: number
   /**
-   * Where compiled code is kept between processes. true: the user's cache folder; string: that folder; false: nowhere. Default true.
+   * Where compiled code is kept between processes. true: the user's cache folder; string: the folder `modules` in that one; false:
+   * nowhere. Default true.
    *
    * With true, a process without a usable cache folder runs without; a folder that was named must be usable (ERR_WASM_INVALID_ARGUMENT).
    * Only name a folder that nobody else can write to: compiled code is run as it is.
@@ -891,7 +892,7 @@ export interface GlueOptions
   name?: string
   /**
    * Where compiled code, and what the sources of the glue were turned into, are kept between processes. true: the user's cache
-   * folder (for the sources `wasm-molt/glue` in it); string: that folder (`glue` in it); false: nowhere. Default true.
+   * folder (for the sources `wasm-molt/glue` in it); string: that folder (`modules` and `glue` in it); false: nowhere. Default true.
    *
    * A kept source is used only if it is whole and nobody but the user can have written it.
    */

@@ -817,7 +817,12 @@ impl Record {
         }
         self.leave(entry, side);
         side.before_js(self.env.js());
-        error.map_or(Ok(()), |error| Err(self.throw(&error)))
+        let Some(error) = error else { return Ok(()) };
+        // Before it is thrown, because hooks may run.
+        if is_outermost && !side.replica.is_poisoned() && side.replica.note_call() {
+            self.judge(side);
+        }
+        Err(self.throw(&error))
     }
 
     fn leave(&self, entry: Entry<'_>, side: &ReplicaSide) {

@@ -3,9 +3,10 @@
 //! On the JS thread everything runs directly and must be synchronous. On a control thread it is
 //! posted to the JS thread and waited for; a hook may then return a promise.
 
+use std::collections::HashSet;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crossbeam_channel::{RecvError, Sender, bounded, never, select};
 use wasm_molt_engine::{
@@ -35,10 +36,17 @@ pub(crate) struct JsHost {
     watch: Option<Arc<Watch>>,
     /// Trap events that have not been delivered yet.
     traps_due: Arc<AtomicUsize>,
+    /// The same for what policies do.
+    recycles_due: Arc<AtomicUsize>,
+    /// Decisions that nobody was told of, so that nobody is told of their outcome.
+    untold: Mutex<HashSet<u64>>,
 }
 
 /// A synchronous loop of traps never comes by the inbox; beyond these its events are not kept.
 const MOST_TRAPS_DUE: usize = 256;
+
+/// The same for a synchronous loop that is recycled again and again.
+const MOST_RECYCLES_DUE: usize = 3072;
 
 /// What the JS thread does while it waits inside a guest.
 struct Desk {
@@ -99,7 +107,13 @@ impl JsHost {
             watches_steps: Arc::clone(watches_steps),
             watch: env.watch.clone(),
             traps_due: Arc::default(),
+            recycles_due: Arc::default(),
+            untold: Mutex::default(),
         }
+    }
+
+    fn untold(&self) -> MutexGuard<'_, HashSet<u64>> {
+        self.untold.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn here(&self) -> Result<(Rc<EnvState>, Rc<ManagerSide>)> {
@@ -209,7 +223,11 @@ impl Host for JsHost {
     }
 
     fn at_home(&self, step: HomeStep) -> Result<()> {
-        self.on_js(move |_, side| step(Some(&side.home)))
+        self.on_js(move |_, side| {
+            // What is decided at home is decided with all that has happened there.
+            side.flush_counts();
+            step(Some(&side.home));
+        })
     }
 
     fn replaced(&self, change: &Replaced) {
@@ -297,16 +315,39 @@ impl Host for JsHost {
         if matches!(event, Event::Step(_)) && !self.watches_steps.load(Ordering::Relaxed) {
             return;
         }
-        let is_trap = matches!(event, Event::Trap(_));
-        let traps_due = Arc::clone(&self.traps_due);
-        if is_trap && traps_due.fetch_add(1, Ordering::Relaxed) >= MOST_TRAPS_DUE {
-            traps_due.fetch_sub(1, Ordering::Relaxed);
+        let bound = match &event {
+            Event::Trap(_) => Some((&self.traps_due, MOST_TRAPS_DUE)),
+            Event::Pressure(_) | Event::Recycled { .. } => {
+                Some((&self.recycles_due, MOST_RECYCLES_DUE))
+            }
+            Event::Reload(report) if report.is_recycle => {
+                Some((&self.recycles_due, MOST_RECYCLES_DUE))
+            }
+            _ => None,
+        };
+        if let Event::Recycled { decision, .. } = &event
+            && self.untold().remove(decision)
+        {
+            return;
+        }
+        let counter = bound.map(|(counter, _)| Arc::clone(counter));
+        if let Some((counter, most)) = bound
+            // An outcome is told wherever its decision was.
+            && counter.fetch_add(1, Ordering::Relaxed) >= most
+            && !matches!(event, Event::Recycled { .. })
+        {
+            counter.fetch_sub(1, Ordering::Relaxed);
+            if let Event::Pressure(pressure) = &event
+                && let Some(decision) = pressure.decision
+            {
+                self.untold().insert(decision);
+            }
             return;
         }
         // No environment, no listeners.
         let _ = self.inbox.post(Box::new(move |_| {
-            if is_trap {
-                traps_due.fetch_sub(1, Ordering::Relaxed);
+            if let Some(counter) = counter {
+                counter.fetch_sub(1, Ordering::Relaxed);
             }
             let Some(env) = EnvState::at(address) else {
                 return;

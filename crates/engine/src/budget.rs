@@ -15,6 +15,8 @@ static BUDGET: AtomicU64 = AtomicU64::new(0);
 static EPISODE: AtomicUsize = AtomicUsize::new(0);
 static IS_OVER: AtomicBool = AtomicBool::new(false);
 static MANAGERS: Mutex<Vec<Weak<Shared>>> = Mutex::new(Vec::new());
+/// Bytes of instances that have been replaced, and still have their memory.
+static LEAVING: AtomicU64 = AtomicU64::new(0);
 /// Who decides.
 static DECIDING: Mutex<()> = Mutex::new(());
 
@@ -23,6 +25,22 @@ pub fn set_memory_budget(bytes: Option<u64>) {
     BUDGET.store(bytes.unwrap_or(0), Ordering::Relaxed);
     for (shared, due) in enforce() {
         shared.enqueue(due);
+    }
+}
+
+/// That instance is about to go: its memory counts as given back, until this is dropped.
+pub(crate) fn leaving(replica: &Replica) -> Leaving {
+    let bytes = replica.memory_bytes() as u64;
+    LEAVING.fetch_add(bytes, Ordering::Relaxed);
+    Leaving(bytes)
+}
+
+/// See [`leaving`].
+pub(crate) struct Leaving(u64);
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        LEAVING.fetch_sub(self.0, Ordering::Relaxed);
     }
 }
 
@@ -63,7 +81,7 @@ pub(crate) fn enforce() -> Vec<(Arc<Shared>, Due)> {
         .unwrap_or_else(PoisonError::into_inner)
         .clone();
     let mut candidates = Vec::new();
-    let mut on_its_way = 0;
+    let mut on_its_way = LEAVING.load(Ordering::Relaxed);
     let mut observers = Vec::new();
     for shared in managers.iter().filter_map(Weak::upgrade) {
         let replicas = shared.lock_serving().replicas.clone();

@@ -162,7 +162,8 @@ fn open_cache(choice: &CacheChoice) -> Result<Option<Cache>> {
         CacheChoice::Folder(folder) => {
             // wasmtime takes absolute paths only.
             let folder = std::path::absolute(folder).unwrap_or_else(|_| folder.clone());
-            config.with_directory(folder);
+            // One of its own in it: wasmtime's cleaner deletes whatever it does not know.
+            config.with_directory(folder.join("modules"));
         }
     }
     Cache::new(config).map(Some).map_err(|e| {

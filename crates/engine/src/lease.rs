@@ -28,8 +28,6 @@ const RELEASED: u8 = 2;
 pub struct Lease {
     replica: Arc<Replica>,
     shared: Arc<Shared>,
-    /// Runs its calls; `None` for a hook's, which get threads of their own.
-    pool: Option<Arc<Pool>>,
     /// Serves a hook, under these terms.
     hook: Option<HookScope>,
     word: AtomicU8,
@@ -43,6 +41,8 @@ pub struct Lease {
 #[derive(Default)]
 struct State {
     ticket: Option<Ticket<Job>>,
+    /// Runs its calls, and goes with the ticket; `None` for a hook's, which get threads of their own.
+    pool: Option<Arc<Pool>>,
     is_released: bool,
     is_running: bool,
     next_id: u64,
@@ -85,7 +85,6 @@ impl Lease {
     ) -> Arc<Self> {
         let (ticket, pool) = held.unzip();
         Arc::new(Self {
-            pool,
             replica,
             shared: Arc::clone(shared),
             hook,
@@ -94,6 +93,7 @@ impl Lease {
             has_waiting: AtomicBool::new(false),
             state: Mutex::new(State {
                 ticket,
+                pool,
                 ..State::default()
             }),
             freed: Condvar::new(),
@@ -234,13 +234,14 @@ impl Lease {
             if !state.is_released {
                 self.word.store(POOL_INSIDE, Ordering::Release);
             }
+            let pool = state.pool.clone();
             drop(state);
             let lease = Arc::clone(self);
             let run = move || {
                 let replica = Arc::clone(&lease.replica);
                 job.run(&replica, Seat::Lease(&lease));
             };
-            match &self.pool {
+            match pool {
                 Some(pool) => pool.spawn(run),
                 // The pool may be taken by calls that wait for the very swap that waits for this hook.
                 None => self.shared.spawn("hook", move |_| run()),
@@ -253,7 +254,10 @@ impl Lease {
             return;
         }
         let ticket = state.ticket.take();
+        let pool = state.pool.take();
         drop(state);
+        // A handle that JavaScript has not let go of must not keep the threads of a generation that is gone.
+        drop(pool);
         self.freed.notify_all();
         if let Some(ticket) = ticket {
             let lost = self.shared.give_back(ticket, &self.replica);

@@ -909,8 +909,14 @@ impl Shared {
             ticket.retire();
             return Some(slot);
         }
-        if serves && replica.wear().wants_a_look() {
-            self.judge_slot(slot);
+        if serves && replica.wear().wants_a_look() && self.judge_slot(slot) {
+            // With the ticket, which knows whether the slot has rolled meanwhile.
+            ticket.retire();
+            if !replica.wear().is_due() || self.is_over() {
+                // Its decision has just ended, without knowing of this.
+                self.spare(slot);
+            }
+            return None;
         }
         drop(ticket);
         None

@@ -122,6 +122,8 @@ pub struct ReloadReport {
     pub memory_bytes_before: usize,
     /// Linear memory of the new ones, bytes.
     pub memory_bytes_after: usize,
+    /// A policy has asked for it.
+    pub is_recycle: bool,
     /// What became of the old ones' memory, where that was measured.
     pub freed: Option<Freed>,
 }
@@ -147,6 +149,7 @@ impl ReloadReport {
             restore: Duration::ZERO,
             memory_bytes_before: 0,
             memory_bytes_after: 0,
+            is_recycle: false,
             freed: None,
         }
     }
@@ -336,6 +339,7 @@ impl Swap<'_> {
             restore: timings.restore,
             memory_bytes_before: self.memory_bytes_before,
             memory_bytes_after: self.next.iter().map(|r| r.memory_bytes()).sum(),
+            is_recycle: self.options.is_recycle,
             freed,
         }
     }

@@ -28,6 +28,8 @@ pub(crate) struct Crashes {
     /// It is given up until a reload, for that reason; and whether, for those who ask often.
     given_up: Mutex<Option<Error>>,
     is_given_up: AtomicBool,
+    /// Somebody comes when the wait is over.
+    has_timer: AtomicBool,
 }
 
 /// How often something has failed in a row, and when it may be tried again.
@@ -165,16 +167,21 @@ impl Shared {
     }
 
     /// Whether the next replacement has to wait; it comes by itself.
-    pub(super) fn replaces_later(self: &Arc<Self>, slot: usize) -> bool {
+    pub(super) fn replaces_later(self: &Arc<Self>) -> bool {
         let until = {
             let repairs = self.crashes.lock_repairs();
             repairs.0.not_before.filter(|_| repairs.0.is_waiting())
         };
         let Some(until) = until else { return false };
+        if self.crashes.has_timer.swap(true, Ordering::AcqRel) {
+            // It comes for all of them.
+            return true;
+        }
         let weak = Arc::downgrade(self);
         let again = move || {
             if let Some(shared) = weak.upgrade() {
-                shared.request_repair(slot);
+                shared.crashes.has_timer.store(false, Ordering::Release);
+                shared.repair_retired();
             }
         };
         // Without a timer thread it does not wait.
@@ -183,7 +190,10 @@ impl Shared {
                 deadline.detach();
                 true
             }
-            Err(_) => false,
+            Err(_) => {
+                self.crashes.has_timer.store(false, Ordering::Release);
+                false
+            }
         }
     }
 }

@@ -198,17 +198,16 @@ impl Shared {
         }
     }
 
-    /// The same for what serves in that slot, by whoever has its ticket.
-    pub(super) fn judge_slot(self: &Arc<Self>, slot: usize) {
+    /// The same for what serves in that slot, by whoever has its ticket. Tells whether it had better run nothing
+    /// more: to wait for the fresh one is better than to trap, or to grow without bound.
+    pub(super) fn judge_slot(self: &Arc<Self>, slot: usize) -> bool {
         let Some(replica) = self.replica(slot) else {
-            return;
+            return false;
         };
         self.judge_now(&replica);
         let wear = replica.wear();
-        if wear.is_due() && !self.options.is_realm && wear.is_full(replica.memory_limit_bytes()) {
-            // To wait for the fresh one is better than to trap, or to grow without bound.
-            self.gate.withdraw(slot);
-        }
+        let may_wait = !self.options.is_realm && !self.is_over();
+        may_wait && wear.is_due() && wear.is_full(replica.memory_limit_bytes())
     }
 
     /// Whether the replica is to be recycled, now that somebody leaves it. Tells of pressure.
@@ -307,11 +306,16 @@ impl Shared {
     /// Has a decision carried out as soon as it can be.
     pub(crate) fn enqueue(self: &Arc<Self>, due: Due) {
         if self.options.is_realm {
-            if self.is_over() {
-                self.recycle_ended(due, Ok(None));
-            } else {
-                self.push(Op::Recycle(due));
-            }
+            self.spawn("rec", move |shared| {
+                // Nobody asked for it, so it does not keep scopes away: it comes when there are none.
+                let over = || shared.is_over();
+                let _ = shared.gate.wait_drained_unless(None, over);
+                if over() {
+                    shared.recycle_ended(due, Ok(None));
+                } else {
+                    shared.push(Op::Recycle(due));
+                }
+            });
             return;
         }
         self.lock_control().recycles.push_back(due);
@@ -349,12 +353,18 @@ impl Shared {
         };
         for due in superseded {
             due.replica.wear().was_spared();
-            self.spare(&due.replica);
+            self.spare(due.replica.slot());
             self.recycle_ended(due, Ok(None));
         }
         if let Some(due) = next {
             self.spawn("rec", move |shared| {
                 let outcome = guarded(|| shared.recycle(&due, false));
+                {
+                    let mut control = shared.lock_control();
+                    control.recycling = None;
+                    control.repairing.retain(|s| *s != due.replica.slot());
+                    control.seeing_off += 1;
+                }
                 shared.finish_recycle(due, outcome);
             });
         }
@@ -373,59 +383,50 @@ impl Shared {
     pub(super) fn recycle_at_home(self: &Arc<Self>, due: Due) {
         let may = {
             let mut control = self.lock_control();
+            // Beside one of another replica, which may need this very thread.
             let is_free = !control.is_running
-                && control.repairing.is_empty()
+                && !control.is_swapping
                 && !control.is_repairing_home
-                && control.recycling.is_none();
-            if is_free {
-                control.recycling = Some(due.replica.slot());
-                control.repairing.push(due.replica.slot());
-            }
+                && !control.repairing.contains(&0)
+                && !self.recycling.has_async_hooks.load(Ordering::Relaxed);
+            control.is_repairing_home |= is_free;
             is_free
         };
-        if !may || self.recycling.has_async_hooks.load(Ordering::Relaxed) {
-            if may {
-                self.recycle_is_over(due.replica.slot(), false);
-            }
+        if !may {
             self.enqueue(due);
             return;
         }
         let outcome = guarded(|| self.recycle(&due, true));
-        if let Err(error) = &outcome
-            && is_for_the_event_loop(error)
-        {
-            // What can wait for hooks does it.
-            self.recycling.has_async_hooks();
-            self.recycle_is_over(due.replica.slot(), false);
-            self.enqueue(due);
-            return;
-        }
-        self.finish_recycle(due, outcome);
-    }
-
-    /// The control is free for others.
-    ///
-    /// * `has_more_to_say`: the end of the manager has to wait for that.
-    fn recycle_is_over(self: &Arc<Self>, slot: usize, has_more_to_say: bool) {
         {
             let mut control = self.lock_control();
-            control.recycling = None;
-            control.repairing.retain(|s| *s != slot);
-            control.seeing_off += usize::from(has_more_to_say);
+            control.is_repairing_home = false;
+            control.seeing_off += 1;
         }
+        match outcome {
+            Err(error) if is_for_the_event_loop(&error) => {
+                // What can wait for hooks does it.
+                self.recycling.has_async_hooks();
+                self.enqueue(due);
+                self.stop_seeing_off();
+            }
+            outcome => self.finish_recycle(due, outcome),
+        }
+    }
+
+    fn stop_seeing_off(&self) {
+        self.lock_control().seeing_off -= 1;
         self.control_changed.notify_all();
     }
 
+    /// The control is free for others, and the end of the manager waits until the outcome is told.
     fn finish_recycle(self: &Arc<Self>, due: Due, outcome: Result<Outcome>) {
         let slot = due.replica.slot();
-        // First, so that whoever hears of it finds the control free.
-        self.recycle_is_over(slot, true);
+        self.control_changed.notify_all();
         let _ = guarded(|| {
             self.tell_outcome(due, outcome);
             Ok(())
         });
-        self.lock_control().seeing_off -= 1;
-        self.control_changed.notify_all();
+        self.stop_seeing_off();
         if self.repairable(slot).is_some() {
             self.request_repair(slot);
         }
@@ -449,12 +450,14 @@ impl Shared {
                 self.see_recycled_off(due, *reload, roll);
             }
             Ok(Outcome::Superseded) => {
-                self.spare(&due.replica);
-                if self.still_serves(&due.replica) && !self.is_over() {
+                let slot = due.replica.slot();
+                if self.still_serves(&due.replica) {
                     // The home did not answer; if it is not gone, there is another time.
-                    self.try_again(due.replica.slot());
-                    due.replica.wear().was_spared();
+                    self.try_again(slot);
                 }
+                // In this order: who leaves the instance between the two finds that it is not due.
+                due.replica.wear().was_spared();
+                self.spare(slot);
                 self.recycle_ended(due, Ok(None));
             }
             Ok(Outcome::SteppedBack) => {
@@ -470,7 +473,7 @@ impl Shared {
         // The wait first: whoever judges it from here on must not decide once more at once.
         self.try_again(slot);
         due.replica.wear().was_spared();
-        self.spare(&due.replica);
+        self.spare(due.replica.slot());
         if self.is_over() {
             self.recycle_ended(due, Ok(None));
             return;
@@ -563,7 +566,8 @@ impl Shared {
             due
         };
         for due in due {
-            self.spare(&due.replica);
+            due.replica.wear().was_spared();
+            self.spare(due.replica.slot());
             self.recycle_ended(due, Ok(None));
         }
     }

@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use wasm_molt_lifecycle::{Home, InFlight, OnDrainTimeout};
+use wasm_molt_lifecycle::{Generation, Home, InFlight, OnDrainTimeout};
 
 use super::lending::{HookScope, impatient};
 use super::{Answer, Control, Done, Event, Job, ManagerState, Op, PendingReload, Shared, guarded};
 use crate::error::{Error, ErrorCode, Result};
+use crate::replica::Replica;
 use crate::swap::{self, ReloadOptions, ReloadReport, Strategy};
 
 impl Shared {
@@ -82,7 +83,10 @@ impl Shared {
             let done = current.map(|(_, done)| done).unwrap_or_default();
             (done, Self::end_swapping(&mut control))
         };
-        self.swap_ended(&outcome);
+        // One that a policy wants, and that has not got its turn, is no failure: it comes again.
+        if !(options.is_recycle && matches!(outcome, Err(Error::DrainTimeout { .. }))) {
+            self.swap_ended(&outcome);
+        }
         for slot in due {
             self.request_repair(slot);
         }
@@ -172,6 +176,12 @@ impl Shared {
             let _ = self.discard(vec![replica], generation);
         }
         is_any_left.then_some(stragglers.len())
+    }
+
+    /// What a roll, or an earlier one, has left behind and nobody is inside: whoever gets it releases it.
+    pub(super) fn take_left(&self, roll: u64) -> Vec<(Arc<Replica>, Generation)> {
+        let stragglers = self.gate.stragglers();
+        self.lock_serving().take_left(roll, &stragglers).0
     }
 
     pub(super) fn swap_ended(self: &Arc<Self>, outcome: &Result<Arc<ReloadReport>>) {

@@ -19,7 +19,7 @@ impl Shared {
         if self.is_over() && self.is_destroyed() {
             return;
         }
-        if self.gives_up_replacing() || self.replaces_later(slot) {
+        if self.gives_up_replacing() || self.replaces_later() {
             return;
         }
         let mut control = self.lock_control();
@@ -66,7 +66,10 @@ impl Shared {
     /// Only retired slots: a poisoned instance that somebody is still inside retires when they leave.
     pub(super) fn repair_retired(self: &Arc<Self>) {
         for slot in self.gate.retired_slots() {
-            self.request_repair(slot);
+            // Others wait for a recycle.
+            if self.repairable(slot).is_some() {
+                self.request_repair(slot);
+            }
         }
     }
 
@@ -84,7 +87,9 @@ impl Shared {
         }
         {
             let mut control = self.lock_control();
-            if control.is_swapping || control.is_repairing_home {
+            // A recycle's hook may be inside the instance, on another thread.
+            let is_recycling = control.recycling == Some(0);
+            if control.is_swapping || control.is_repairing_home || is_recycling {
                 return Err(self.reloading());
             }
             control.is_repairing_home = true;

@@ -8,6 +8,7 @@ use wasm_molt_lifecycle::{FailedPhase, Generation};
 use super::lending::HookScope;
 use super::{ManagerState, Replaced, Shared, guarded, parallelism};
 use crate::error::{Error, Result};
+use crate::freed::Freed;
 use crate::module::Module;
 use crate::options::{OnTrap, Source};
 use crate::pool::Pool;
@@ -262,6 +263,30 @@ impl Shared {
             return Err((FailedPhase::Initialize, error));
         }
         Ok(replica)
+    }
+
+    /// The same for one that has served, and nobody is inside, with a look at what the system gets back. `None`
+    /// without a home.
+    pub(super) fn discard_one(
+        self: &Arc<Self>,
+        replica: &Arc<Replica>,
+        generation: Generation,
+    ) -> Option<Freed> {
+        let shared = Arc::clone(self);
+        let old = vec![Arc::clone(replica)];
+        // First of all: whoever has a view of it must not see its pages go.
+        let told = self.host.at_home(Box::new(move |_| {
+            shared.host.replaced(&Replaced {
+                old,
+                new: Vec::new(),
+                generation,
+            });
+        }));
+        // SAFETY: nobody serves on it any more: its handles expired just now, and whoever was inside has left.
+        let shed = Freed::shed(|| unsafe { replica.shed() }, replica);
+        // SAFETY: as above.
+        let freed = shed.and(|| unsafe { replica.release() });
+        told.is_ok().then_some(freed)
     }
 
     /// Releases instances that never served, or do not any more.

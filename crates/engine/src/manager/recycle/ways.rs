@@ -1,12 +1,14 @@
 //! The ways in which an instance is recycled, carried out.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
 use wasm_molt_lifecycle::{FailedPhase, Generation, Home, InFlight, Reason};
 
 use super::{Due, Outcome, RecycleReport};
+use crate::budget;
 use crate::error::{Error, Result};
 use crate::freed::Freed;
 use crate::manager::{Answer, HookScope, Job, Making, PendingReload, Replaced, Shared, guarded};
@@ -26,11 +28,7 @@ const PATIENCE_IN_A_QUEUE: (Duration, Duration) =
 const CALLS_OF_PATIENCE: u32 = 4;
 
 impl Shared {
-    pub(super) fn recycle(
-        self: &Arc<Self>,
-        due: &Due,
-        is_sync: bool,
-    ) -> Result<Outcome> {
+    pub(super) fn recycle(self: &Arc<Self>, due: &Due, is_sync: bool) -> Result<Outcome> {
         let scope = self.hook_scope(is_sync);
         match self
             .options
@@ -65,18 +63,11 @@ impl Shared {
 
     /// Takes the slot out of service, as soon as nobody is inside. `Ok(false)`: something else comes first.
     fn withdraw(self: &Arc<Self>, slot: usize, scope: &HookScope) -> Result<bool> {
-        if slot == 0 {
-            let shared = Arc::clone(self);
-            self.host.at_home(Box::new(move |home| match home {
-                Some(home) => home.withdraw(slot),
-                None => shared.gate.withdraw(slot),
-            }))?;
-        } else {
-            self.gate.withdraw(slot);
-        }
         let give_up = || self.must_step_back() || scope.is_cancelled();
         let started = Instant::now();
         loop {
+            // Each time anew: whoever ended something else may have put it back into service.
+            self.withdraw_slot(slot)?;
             let patience = if scope.is_sync {
                 Duration::ZERO
             } else {
@@ -99,6 +90,19 @@ impl Shared {
                 });
             }
         }
+    }
+
+    fn withdraw_slot(self: &Arc<Self>, slot: usize) -> Result<()> {
+        if slot == 0 {
+            let shared = Arc::clone(self);
+            self.host.at_home(Box::new(move |home| match home {
+                Some(home) => home.withdraw(slot),
+                None => shared.gate.withdraw(slot),
+            }))?;
+        } else {
+            self.gate.withdraw(slot);
+        }
+        Ok(())
     }
 
     fn make_fresh(
@@ -131,7 +135,7 @@ impl Shared {
         let undo = || {
             let discard = || self.discard(vec![Arc::clone(&fresh)], fresh.generation());
             let _ = guarded(discard);
-            self.spare(old);
+            self.spare(slot);
         };
         let withdrawn_at = Instant::now();
         match guarded(|| self.withdraw(slot, scope)) {
@@ -161,11 +165,14 @@ impl Shared {
         // Before anybody calls it.
         let memory_bytes_after = fresh.memory_bytes();
         self.note_peak(self.memory_bytes() + memory_bytes_after);
+        let leaving = budget::leaving(old);
+        // Not what serves now: by then it may have trapped, and been replaced itself.
+        let is_published = Arc::new(AtomicBool::new(false));
         let published = guarded(|| {
-            self.publish_recycled(due, &fresh, &blueprint);
+            self.publish_recycled(due, &fresh, &blueprint, &is_published);
             Ok(())
         });
-        if !self.serves(&fresh) {
+        if !is_published.load(Ordering::Acquire) {
             undo();
             return published.map(|()| Outcome::Superseded);
         }
@@ -176,6 +183,7 @@ impl Shared {
         let shed = Freed::shed(|| unsafe { old.shed() }, old);
         // SAFETY: as above.
         let freed = shed.and(|| unsafe { old.release() });
+        drop(leaving);
         Ok(Outcome::Done(Box::new(RecycleReport {
             reload: ReloadReport {
                 generation,
@@ -191,6 +199,7 @@ impl Shared {
                 restore,
                 memory_bytes_before,
                 memory_bytes_after,
+                is_recycle: true,
                 freed: None,
             },
             strategy: RecycleStrategy::Exclusive,
@@ -201,10 +210,14 @@ impl Shared {
         })))
     }
 
-    /// The old instance serves on, unless a hook has left it in an unknown state.
-    pub(in crate::manager) fn spare(&self, old: &Arc<Replica>) {
-        if self.still_serves(old) && self.crashes.given_up().is_none() {
-            self.gate.reinstate(old.slot());
+    /// The slot goes back into service, whatever serves there now, unless that has trapped: who repairs it gives
+    /// the slot back.
+    pub(in crate::manager) fn spare(&self, slot: usize) {
+        let serves = self
+            .replica(slot)
+            .is_some_and(|now| !now.must_be_replaced());
+        if serves && self.crashes.given_up().is_none() {
+            self.gate.reinstate(slot);
         }
     }
 
@@ -242,18 +255,21 @@ impl Shared {
         due: &Due,
         fresh: &Arc<Replica>,
         blueprint: &Arc<Blueprint>,
+        is_published: &Arc<AtomicBool>,
     ) {
         let (tell, told) = bounded(1);
         let shared = Arc::clone(self);
         let (old, made) = (Arc::clone(&due.replica), Arc::clone(fresh));
         let reason = due.pressure.reason;
         let module = Arc::clone(&blueprint.module);
+        let is_published = Arc::clone(is_published);
         let published = self.host.at_home(Box::new(move |_| {
             let is_same = shared
                 .module()
                 .is_some_and(|now| Arc::ptr_eq(&now, &module));
             if is_same && shared.crashes.given_up().is_none() {
-                shared.publish_one(&old, made, None, reason.as_str());
+                let published = shared.publish_one(&old, made, None, reason.as_str());
+                is_published.store(published.is_some(), Ordering::Release);
             }
             let _ = tell.send(());
         }));
@@ -269,7 +285,7 @@ impl Shared {
             Ok(true) => {}
             Ok(false) => return Ok(Outcome::SteppedBack),
             Err(error) => {
-                self.spare(replica);
+                self.spare(slot);
                 return Err(error);
             }
         }
@@ -280,7 +296,7 @@ impl Shared {
         let done = match outcome {
             Ok(freed) => freed,
             Err(error) => {
-                self.spare(replica);
+                self.spare(slot);
                 return Err(error);
             }
         };
@@ -305,6 +321,7 @@ impl Shared {
                 restore: Duration::ZERO,
                 memory_bytes_before: before,
                 memory_bytes_after: after,
+                is_recycle: true,
                 freed: None,
             },
             strategy: RecycleStrategy::Reset,
@@ -333,15 +350,21 @@ impl Shared {
             // SAFETY: the slot was withdrawn: nobody is inside, and nobody else may enter.
             outcome = unsafe { replica.reset(&origin, true) };
         });
-        outcome?;
+        outcome.map_err(|cause| self.recycling_failed(FailedPhase::Restore, cause))?;
         freed.expected_bytes = expected.saturating_sub(replica.memory_usage().private_bytes);
-        self.reseed(replica, scope)?;
+        let reseeded = self.reseed(replica, scope);
         if !scope.is_sync {
             let shared = Arc::clone(self);
             // Without a home nobody has handles.
             let _ = self
                 .host
                 .at_home(Box::new(move |_| shared.host.rewound(&replicas)));
+        }
+        if let Err(cause) = reseeded {
+            // What it had is gone, and it shares its random numbers with its copies: it is replaced.
+            let error = self.recycling_failed(FailedPhase::Initialize, cause);
+            replica.poison_with(&error);
+            return Err(error);
         }
         Ok(freed)
     }
@@ -398,6 +421,7 @@ impl Shared {
             restore: Duration::ZERO,
             memory_bytes_before,
             memory_bytes_after,
+            is_recycle: true,
             freed: None,
         };
         Ok(Outcome::Rolled(Box::new(report), roll))
@@ -471,13 +495,18 @@ impl Shared {
     /// The old instance goes as soon as nobody is inside, and then there is something to report.
     pub(super) fn see_recycled_off(self: &Arc<Self>, due: Due, reload: ReloadReport, roll: u64) {
         let slot = due.replica.slot();
+        let leaving = budget::leaving(&due.replica);
         let finish = move |shared: &Arc<Self>| {
             let _ = shared.gate.wait_straggler(slot, None, || false);
-            // SAFETY: it does not serve any more, and whoever was inside has left.
-            let shed = Freed::shed(|| unsafe { due.replica.shed() }, &due.replica);
-            let freed = shed.and(|| {
-                let _ = shared.release_left(roll);
-            });
+            let mut freed = Freed::default();
+            for (replica, generation) in shared.take_left(roll) {
+                let is_meant = Arc::ptr_eq(&replica, &due.replica);
+                let of_one = shared.discard_one(&replica, generation);
+                if is_meant {
+                    freed = of_one.unwrap_or_default();
+                }
+            }
+            drop(leaving);
             let reading = due.replica.wear().read(shared.recycling.ahead());
             let report = Box::new(RecycleReport {
                 reload,
@@ -535,6 +564,7 @@ impl Shared {
             reason: due.pressure.reason.as_str().into(),
             strategy: strategy.0,
             is_recycle: true,
+            drain_timeout: Some(self.patience_in_a_queue()),
             ..ReloadOptions::default()
         };
         let done = Box::new(move |outcome: Result<Arc<ReloadReport>>| {
@@ -560,7 +590,11 @@ impl Shared {
         let expected = due.replica.memory_usage().private_bytes;
         let mut outcome = None;
         let mut freed = Freed::measure(expected, || {
-            outcome = Some(self.paused(|scope| self.reset(&ResetOptions::default(), scope)));
+            let options = ResetOptions {
+                drain_timeout: Some(self.patience_in_a_queue()),
+                ..ResetOptions::default()
+            };
+            outcome = Some(self.paused(|scope| self.reset(&options, scope)));
         });
         let done = outcome.unwrap_or_else(|| Err(Error::internal("a reset without an end")))?;
         let left = due.replica.memory_usage().private_bytes;
@@ -581,6 +615,7 @@ impl Shared {
                 restore: Duration::ZERO,
                 memory_bytes_before: done.memory_bytes_before,
                 memory_bytes_after: done.memory_bytes_after,
+                is_recycle: true,
                 freed: None,
             },
             strategy: RecycleStrategy::Reset,
@@ -597,6 +632,8 @@ impl Shared {
                 self.recycled(&due, &report);
                 self.recycle_ended(due, Ok(Some(report)));
             }
+            // Somebody was faster, and has a scope.
+            Err(Error::DrainTimeout { .. }) if !self.is_over() => self.enqueue(due),
             Err(error) => {
                 self.try_again(due.replica.slot());
                 due.replica.wear().was_spared();
