@@ -1,6 +1,6 @@
 // Loading: every kind of source, the cache between processes, and every way a module can be refused.
 import assert from 'node:assert/strict'
-import { readdirSync, readFileSync, statSync, writeFileSync } from 'node:fs'
+import { existsSync, readdirSync, readFileSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { test } from 'node:test'
 import { pathToFileURL } from 'node:url'
@@ -640,6 +640,14 @@ test('compiled code is kept between processes: the second start is several times
   assert.ok(filesIn(folder).length > 0, 'nothing was written to the cache folder')
   const warm = Math.min(await createIn({}, option, module), await createIn({}, option, module))
   assert.ok(warm < cold / 3, `cold ${cold} ms, warm ${warm} ms`)
+})
+
+test('a folder that is named as the cache keeps what else is in it', LIMIT, async () => {
+  const folder = temporaryFolder('shared')
+  writeFileSync(join(folder, 'mine.txt'), 'mine')
+  await createIn({}, JSON.stringify(folder), file(bulky(4), 'beside.wasm'))
+  assert.ok(existsSync(join(folder, 'modules')))
+  assert.equal(readFileSync(join(folder, 'mine.txt'), 'utf8'), 'mine')
 })
 
 test("cache: true is the user's cache folder, cache: false writes nowhere", LIMIT, async () => {

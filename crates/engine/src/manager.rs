@@ -689,7 +689,8 @@ impl Manager {
     /// ([`Replica::note_call`]); nobody is inside slot 0. It may be recycled in here.
     pub fn judge_at_home(&self, home: &Home<Job>, replica: &Arc<Replica>) {
         let shared = &self.shared;
-        if let Some(due) = shared.judge(replica) {
+        let due = shared.judge(replica);
+        if let Some(due) = due.or_else(|| shared.overtake(replica)) {
             // Leaving may have handed the slot to a call that has waited for it.
             if shared.options.is_realm || home.enter().is_none() {
                 shared.enqueue(due);

@@ -379,6 +379,32 @@ impl Shared {
         self.serves(replica) && !replica.must_be_replaced()
     }
 
+    /// The replica at home is full while its decision waits for its turn, or for this very thread, which may not
+    /// come by for long: it is carried out here. What waits in the background then finds it replaced.
+    pub(super) fn overtake(self: &Arc<Self>, replica: &Arc<Replica>) -> Option<Due> {
+        let wear = replica.wear();
+        let has_async_hooks = self.recycling.has_async_hooks.load(Ordering::Relaxed);
+        if has_async_hooks || self.options.is_realm || !wear.is_due() {
+            return None;
+        }
+        let limit = replica.memory_limit_bytes();
+        if !wear.is_full(limit) {
+            return None;
+        }
+        let is_meant = |due: &Due| Arc::ptr_eq(&due.replica, replica);
+        let mut control = self.lock_control();
+        if let Some(place) = control.recycles.iter().position(is_meant) {
+            return control.recycles.remove(place);
+        }
+        if control.recycling != Some(replica.slot()) {
+            return None;
+        }
+        drop(control);
+        wear.was_spared();
+        let crossing = wear.judge(replica.memory_bytes(), limit, self.recycling.ahead())?;
+        self.decide(replica, crossing)
+    }
+
     /// A synchronous call has just ended on the home thread, and nobody is inside: the same, here and now.
     pub(super) fn recycle_at_home(self: &Arc<Self>, due: Due) {
         let may = {
@@ -387,7 +413,7 @@ impl Shared {
             let is_free = !control.is_running
                 && !control.is_swapping
                 && !control.is_repairing_home
-                && !control.repairing.contains(&0)
+                && (!control.repairing.contains(&0) || control.recycling == Some(0))
                 && !self.recycling.has_async_hooks.load(Ordering::Relaxed);
             control.is_repairing_home |= is_free;
             is_free

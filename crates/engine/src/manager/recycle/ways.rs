@@ -150,6 +150,10 @@ impl Shared {
             }
         }
         let drain = withdrawn_at.elapsed();
+        if !self.serves(old) {
+            undo();
+            return Ok(Outcome::Superseded);
+        }
         // From here on nobody is inside, and nobody gets in.
         let reading = old.wear().read(self.recycling.ahead());
         let handed_over = guarded(|| self.hand_over(old, &fresh, scope));
@@ -290,6 +294,10 @@ impl Shared {
             }
         }
         let drain = withdrawn_at.elapsed();
+        if !self.serves(replica) {
+            self.spare(slot);
+            return Ok(Outcome::Superseded);
+        }
         let reading = replica.wear().read(self.recycling.ahead());
         let before = replica.memory_bytes();
         let outcome = guarded(|| self.reset_one(replica, scope));
