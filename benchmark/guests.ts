@@ -1,5 +1,6 @@
 // Small guests as text: wabt turns them into bytes, so that both engines get the same ones.
 import wabt from 'wabt'
+import { converterText } from './converter.ts'
 
 const assembler = await wabt()
 
@@ -63,6 +64,9 @@ export const caller = assemble(
 
 /** Bytes of state that a ledger has: how many entries it took, and where they left their marks. */
 export const ledgerBytes = 64 * 1024
+
+/** Turns text into HTML and leaves about 62 KB behind each time: see converter.ts. */
+export const converter = assemble('converter', converterText)
 
 /** Keeps state: counts its calls at address 0, and each call spends some tens of microseconds on marking the rest. */
 export const ledger = assemble(

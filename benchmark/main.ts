@@ -1,6 +1,6 @@
 // npm run bench [-- GROUP… --smoke --rounds N --strict --save]
 //   GROUP     exports, calls, imports, create, throughput, interruptible, pause, reloads,
-//             forks, snapshots, isolation, warm, glue, threads; default all
+//             forks, snapshots, isolation, warm, glue, threads, recycling; default all
 //   --smoke   one short round, to see that everything runs
 //   --rounds  how often each contestant has its turn (default 9)
 //   --strict  exit 1 when a goal is missed
@@ -19,6 +19,7 @@ import importCalls from './groups/imports.ts'
 import interruptible from './groups/interruptible.ts'
 import isolation from './groups/isolation.ts'
 import pause from './groups/pause.ts'
+import recycling from './groups/recycling.ts'
 import reloads from './groups/reloads.ts'
 import snapshots from './groups/snapshots.ts'
 import threads from './groups/threads.ts'
@@ -41,6 +42,7 @@ const groups: Record<string, (effort: Effort) => Promise<Group>> = {
   warm,
   glue,
   threads,
+  recycling,
 }
 
 const { values: flags, positionals } = readFlags()

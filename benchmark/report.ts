@@ -12,9 +12,18 @@ export type Figure = {
   spread?: [number, number]
 } & ({ ratio: number } | { /** Where the goal is a time. */ ms: number })
 
+/** What is no time. */
+export interface Measure {
+  unit: string
+  /** Median over the rounds. */
+  value: number
+  turns: number[]
+}
+
 export interface Group {
   name: string
   standings: Record<string, Standing>
+  measures?: Record<string, Measure>
   figures: Figure[]
 }
 
@@ -25,12 +34,16 @@ export function passes(figure: Figure): boolean | undefined {
   return 'atMost' in goal ? value <= goal.atMost : value >= goal.atLeast
 }
 
-export function show({ name, standings, figures }: Group): string {
-  const width = Math.max(...Object.keys(standings).map((key) => key.length))
+export function show({ name, standings, measures = {}, figures }: Group): string {
+  const width = Math.max(...[standings, measures].flatMap((all) => Object.keys(all).map((key) => key.length)))
   const lines = [`\n${name}`]
-  for (const [key, { ns, turns }] of Object.entries(standings)) {
-    const spread = turns.length > 1 ? `   ${time(Math.min(...turns))} … ${time(Math.max(...turns))}` : ''
-    lines.push(`  ${key.padEnd(width)}  ${time(ns).padStart(9)}${spread}`)
+  const line = (key: string, value: number, turns: number[], told: (value: number) => string) => {
+    const spread = turns.length > 1 ? `   ${told(Math.min(...turns))} … ${told(Math.max(...turns))}` : ''
+    lines.push(`  ${key.padEnd(width)}  ${told(value).padStart(9)}${spread}`)
+  }
+  for (const [key, { ns, turns }] of Object.entries(standings)) line(key, ns, turns, time)
+  for (const [key, { value, turns, unit }] of Object.entries(measures)) {
+    line(key, value, turns, (value) => `${value < 100 ? Number(value.toFixed(1)) : value.toFixed(0)} ${unit}`)
   }
   return [...lines, ...figures.map(verdict)].join('\n')
 }

@@ -9,6 +9,9 @@ use crate::manager::{Due, Shared};
 use crate::memory::memory_total;
 use crate::replica::Replica;
 
+/// Where the budget cannot be kept, this part of it has to be won all the same.
+const LEAST_SHARE: u64 = 16;
+
 /// Bytes; 0: none.
 static BUDGET: AtomicU64 = AtomicU64::new(0);
 /// How often the sum has come back within it.
@@ -118,7 +121,13 @@ pub(crate) fn enforce() -> Vec<(Arc<Shared>, Due)> {
         let _ = shared.decide(&replica, crossing);
     }
     let offers: Vec<_> = candidates.iter().map(|(offer, ..)| *offer).collect();
-    let chosen = choose(over.saturating_sub(on_its_way), &offers);
+    let over = over.saturating_sub(on_its_way);
+    let offered: u64 = offers.iter().map(|offer| offer.bytes).sum();
+    if offered < over && offered < budget / LEAST_SHARE {
+        // What is too much is what instances begin with: to recycle them over and over would help nobody.
+        return Vec::new();
+    }
+    let chosen = choose(over, &offers);
     let chosen = chosen.into_iter().filter_map(|index| candidates.get(index));
     let decide = |(_, shared, replica): &(Candidate, Arc<Shared>, Arc<Replica>)| {
         Some((Arc::clone(shared), shared.decide(replica, crossing)?))

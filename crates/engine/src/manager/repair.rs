@@ -187,18 +187,22 @@ impl Shared {
         if self.crashes.given_up().is_some() {
             return None;
         }
-        let published = self.publish_one(old, fresh, captured, "trap")?;
+        let tell = |change| self.host.replaced(&change);
+        let published = self.publish_one(old, fresh, captured, "trap", tell)?;
         self.crashes.was_repaired(old.last_trap());
         Some(published)
     }
 
-    /// At home: a fresh instance takes the place of that one, if that is still there.
+    /// A fresh instance takes the place of that one, if that is still there; at home for slot 0.
+    ///
+    /// * `tell`: has the host told, before anybody gets the slot.
     pub(super) fn publish_one(
         self: &Arc<Self>,
         old: &Arc<Replica>,
         fresh: Arc<Replica>,
         captured: Option<Arc<Snapshot>>,
         reason: &str,
+        tell: impl FnOnce(Replaced),
     ) -> Option<Generation> {
         let slot = old.slot();
         let change = {
@@ -221,13 +225,14 @@ impl Shared {
         }
         self.begin_wear(&change.new);
         self.stats.reloaded(reason);
+        let generation = change.generation;
         // A panic of the host's must not leave the gate behind what serves.
         let _ = guarded(|| {
-            self.host.replaced(&change);
+            tell(change);
             Ok(())
         });
         self.gate.reinstate(slot);
-        Some(change.generation)
+        Some(generation)
     }
 
     /// Nothing serves in that slot. If nothing serves at all, nobody may wait for ever.

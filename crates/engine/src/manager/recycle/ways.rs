@@ -1,7 +1,7 @@
 //! The ways in which an instance is recycled, carried out.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::cell::Cell;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
@@ -63,7 +63,12 @@ impl Shared {
 
     /// Takes the slot out of service, as soon as nobody is inside. `Ok(false)`: something else comes first.
     fn withdraw(self: &Arc<Self>, slot: usize, scope: &HookScope) -> Result<bool> {
-        let give_up = || self.must_step_back() || scope.is_cancelled();
+        // Kept: whoever wanted its turn may not want it any more when the wait has ended.
+        let steps_back = Cell::new(false);
+        let give_up = || {
+            steps_back.set(steps_back.get() || self.must_step_back());
+            steps_back.get() || scope.is_cancelled()
+        };
         let started = Instant::now();
         loop {
             // Each time anew: whoever ended something else may have put it back into service.
@@ -80,7 +85,7 @@ impl Shared {
             let is_crowded = self.recycling.due() > 1;
             if give_up() || scope.is_sync || is_crowded || waited >= PATIENCE {
                 self.gate.reinstate(slot);
-                if self.must_step_back() && !self.is_over() {
+                if steps_back.get() && !self.is_over() {
                     return Ok(false);
                 }
                 return Err(Error::DrainTimeout {
@@ -171,16 +176,16 @@ impl Shared {
         self.note_peak(self.memory_bytes() + memory_bytes_after);
         let leaving = budget::leaving(old);
         // Not what serves now: by then it may have trapped, and been replaced itself.
-        let is_published = Arc::new(AtomicBool::new(false));
+        let published_at = Arc::new(OnceLock::new());
         let published = guarded(|| {
-            self.publish_recycled(due, &fresh, &blueprint, &is_published);
+            self.publish_recycled(due, &fresh, &blueprint, &published_at);
             Ok(())
         });
-        if !is_published.load(Ordering::Acquire) {
+        let Some(published_at) = published_at.get() else {
             undo();
             return published.map(|()| Outcome::Superseded);
-        }
-        let pause = withdrawn_at.elapsed();
+        };
+        let pause = *published_at - withdrawn_at;
         let generation = fresh.generation();
         // SAFETY: the slot was withdrawn and empty, and at the publication every handle on the instance expired
         // and the slot went to the fresh one.
@@ -253,32 +258,62 @@ impl Shared {
         Ok((save, started.elapsed().saturating_sub(save)))
     }
 
-    /// At home: a fresh instance takes the place of the old one, if that is still there.
+    /// A fresh instance takes the place of the old one, if that is still there. At home where it is slot 0; in
+    /// another slot nobody can have a handle on the old one by now, so the home hears of it without being waited
+    /// for by whoever wants the slot.
     fn publish_recycled(
         self: &Arc<Self>,
         due: &Due,
         fresh: &Arc<Replica>,
         blueprint: &Arc<Blueprint>,
-        is_published: &Arc<AtomicBool>,
+        published_at: &Arc<OnceLock<Instant>>,
     ) {
-        let (tell, told) = bounded(1);
         let shared = Arc::clone(self);
         let (old, made) = (Arc::clone(&due.replica), Arc::clone(fresh));
         let reason = due.pressure.reason;
         let module = Arc::clone(&blueprint.module);
-        let is_published = Arc::clone(is_published);
-        let published = self.host.at_home(Box::new(move |_| {
+        let published_at = Arc::clone(published_at);
+        let slot = old.slot();
+        let publish = move |tell: &mut dyn FnMut(Replaced)| {
             let is_same = shared
                 .module()
                 .is_some_and(|now| Arc::ptr_eq(&now, &module));
             if is_same && shared.crashes.given_up().is_none() {
-                let published = shared.publish_one(&old, made, None, reason.as_str());
-                is_published.store(published.is_some(), Ordering::Release);
+                let published = shared.publish_one(&old, made, None, reason.as_str(), tell);
+                if published.is_some() {
+                    let _ = published_at.set(Instant::now());
+                }
             }
-            let _ = tell.send(());
-        }));
-        if published.is_ok() {
-            let _ = told.recv();
+        };
+        let shared = Arc::clone(self);
+        if slot == 0 {
+            let (tell, told) = bounded(1);
+            let at_home = self.host.at_home(Box::new(move |_| {
+                publish(&mut |change| shared.host.replaced(&change));
+                let _ = tell.send(());
+            }));
+            if at_home.is_ok() {
+                let _ = told.recv();
+            }
+            return;
+        }
+        let mut changed = None;
+        publish(&mut |change| changed = Some(change));
+        let Some(change) = changed.map(Arc::new) else {
+            return;
+        };
+        // The old one is not released before the home has heard of it, if it still is one.
+        let tell = || {
+            let (tell, told) = bounded(1);
+            let (shared, change) = (Arc::clone(&shared), Arc::clone(&change));
+            self.host.at_home(Box::new(move |_| {
+                shared.host.replaced(&change);
+                let _ = tell.send(());
+            }))?;
+            told.recv().map_err(|_| self.closed())
+        };
+        if guarded(tell).is_err() {
+            let _ = guarded(tell);
         }
     }
 
@@ -380,11 +415,15 @@ impl Shared {
     fn recycle_by_roll(self: &Arc<Self>, due: &Due, scope: &HookScope) -> Result<Outcome> {
         let slot = due.replica.slot();
         let started = Instant::now();
-        let give_up = || self.must_step_back() || scope.is_cancelled();
+        let steps_back = Cell::new(false);
+        let give_up = || {
+            steps_back.set(steps_back.get() || self.must_step_back());
+            steps_back.get() || scope.is_cancelled()
+        };
         // Never more than two instances for one place.
         let patience = self.patience_in_a_queue();
         if let Err(in_flight) = self.gate.wait_straggler(slot, Some(patience), give_up) {
-            if self.must_step_back() && !self.is_over() {
+            if steps_back.get() && !self.is_over() {
                 return Ok(Outcome::SteppedBack);
             }
             return Err(Error::DrainTimeout {
