@@ -15,11 +15,15 @@ const table = [
 ].join('\n')
 const where = `Measured ${result.date.slice(0, 10)} on ${result.cores} cores (${result.cpu}), Node ${result.node}, ${result.system}, load ${Number(result.load ?? 0).toFixed(1)} when it began.`
 
+const apart = result.groups.filter((group) => group.date !== undefined)
+const others = apart.map((group) => `${group.name.split(':')[0]} on ${group.date.slice(0, 10)}`).join(', ')
+const when = apart.length === 0 ? where : `${where}\nOn the same machine at another time: ${others}.`
+
 const path = join(root, 'README.md')
 const readme = readFileSync(path, 'utf8')
 const filled = readme.replace(
   /<!-- figures -->[\s\S]*<!-- \/figures -->/,
-  `<!-- figures -->\n\n${where}\n\n${table}\n\n<!-- /figures -->`,
+  `<!-- figures -->\n\n${when}\n\n${table}\n\n<!-- /figures -->`,
 )
 writeFileSync(path, filled)
 
