@@ -365,6 +365,15 @@ test('a failed create leaves nothing behind and says what failed', LIMIT, async 
 
 // ---------------------------------------------------------------- figures
 
+test('stats can be polled: a thousand looks at sixteen replicas take less than a second', LIMIT, async (t) => {
+  const { manager } = await bench(t, { instances: 16 })
+  await Promise.all(Array.from({ length: 500 }, () => manager.call('add', [1, 2])))
+  const started = performance.now()
+  for (let look = 0; look < 1000; look += 1) manager.stats()
+  const took = performance.now() - started
+  assert.ok(took < 1000, `${took} ms`)
+})
+
 test('stats is a plain object of that moment, with every member of the contract', LIMIT, async (t) => {
   const { manager } = await bench(t, { name: 'figures' })
   const before = manager.stats()

@@ -778,6 +778,23 @@ test('the system says that memory came back', { ...LIMIT, skip: process.platform
   }
 })
 
+test('where memory does not come back a warning of the process says so', LIMIT, async () => {
+  const require = createRequire(import.meta.url)
+  const { makeRecycling } = require('../lib/recycling.js') as {
+    makeRecycling(name: () => string, emit: () => void): (kind: string, payload: unknown) => boolean
+  }
+  const warned = once(process, 'warning')
+  const tell = makeRecycling(
+    () => 'leaky',
+    () => assert.fail('no event'),
+  )
+  assert.equal(tell('memory:kept', [100 * MIB, MIB]), true)
+  assert.equal(tell('reload', {}), false)
+  const [warning] = (await warned) as [Error & { code: string }]
+  assert.equal(warning.code, 'WASM_MOLT_MEMORY_NOT_RETURNED')
+  assert.match(warning.message, /leaky, 104857600 bytes .* 1048576 did/)
+})
+
 test('every decision that is traced has one outcome', LIMIT, async (t) => {
   const events: [string, RecycleTrace][] = []
   const hear = (event: string) => (context: RecycleTrace) => void events.push([event, { ...context }])

@@ -63,3 +63,31 @@ impl Freed {
         self.is_provable() && self.returned_bytes.is_some_and(|returned| returned < half)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_kept_where_less_than_half_of_much_came_back() {
+        let freed = |expected_bytes, returned_bytes| Freed {
+            expected_bytes,
+            returned_bytes,
+        };
+        assert!(freed(100 << 20, Some(49 << 20)).is_kept());
+        assert!(freed(8 << 20, Some(0)).is_kept());
+        assert!(!freed(100 << 20, Some(50 << 20)).is_kept());
+        // Little, or a system that does not say.
+        assert!(!freed((8 << 20) - 1, Some(0)).is_kept());
+        assert!(!freed(100 << 20, None).is_kept());
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn what_is_freed_is_seen() {
+        let mut pages = vec![1_u8; 64 << 20];
+        pages[..].fill(2);
+        let freed = Freed::measure(pages.len(), || drop(pages));
+        assert!(!freed.is_kept(), "{freed:?}");
+    }
+}
