@@ -386,13 +386,26 @@ class GlueManager extends Managed {
       if (pending.scopes === 0) binding.cancelAcquire(handle, id, reason)
     }
     const settled = () => {
+      clearInterval(looking)
       if (this.#pending === pending) this.#pending = undefined
     }
-    pending.promise = acquired.then(
+    const { promise: joined, resolve: join } = deferred()
+    // A swap that gives up leaves the scope that is open, and who waits may be what that scope waits for.
+    const look = () => {
+      const held = this.#held
+      if (held === undefined || held.generation !== this.generation || this.state !== 'ready') return
+      settled()
+      held.scopes += pending.scopes
+      pending.held = held
+      join(held)
+      binding.cancelAcquire(handle, id, new Error('joined'))
+    }
+    const looking = isAlone ? undefined : setInterval(look, 5)
+    const got = acquired.then(
       (instance) => {
         settled()
         const lease = leaseOf(instance)
-        if (pending.scopes === 0) {
+        if (pending.scopes === 0 || pending.held !== undefined) {
           binding.leaseRelease(lease)
           return undefined
         }
@@ -404,9 +417,11 @@ class GlueManager extends Managed {
       },
       (error) => {
         settled()
+        if (pending.held !== undefined) return joined
         throw error
       },
     )
+    pending.promise = Promise.race([got, joined])
     // Nobody may be left to hear of it.
     pending.promise.catch(() => {})
     return pending

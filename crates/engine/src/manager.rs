@@ -910,7 +910,7 @@ impl Shared {
             ticket.retire();
             return Some(slot);
         }
-        if serves && replica.wear().wants_a_look() && self.judge_slot(slot) {
+        if serves && replica.wear().wants_a_look() && self.judge_slot(replica) {
             // With the ticket, which knows whether the slot has rolled meanwhile.
             ticket.retire();
             if !replica.wear().is_due() || self.is_over() {

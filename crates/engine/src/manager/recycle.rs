@@ -25,6 +25,8 @@ use crate::wear::Reading;
 
 mod ways;
 
+/// How long glue that is due waits for a moment without scopes.
+const PATIENCE_WITH_SCOPES: Duration = Duration::from_millis(20);
 /// Calls that predictions look ahead, at least.
 const LEAST_AHEAD: u64 = 16;
 /// What a recycle is taken to cost before there was one.
@@ -74,6 +76,8 @@ pub(crate) struct Due {
     id: u64,
     replica: Arc<Replica>,
     pressure: Pressure,
+    /// How often it has not got its turn, with glue.
+    attempts: u32,
 }
 
 /// How a decision ends.
@@ -200,8 +204,9 @@ impl Shared {
 
     /// The same for what serves in that slot, by whoever has its ticket. Tells whether it had better run nothing
     /// more: to wait for the fresh one is better than to trap, or to grow without bound.
-    pub(super) fn judge_slot(self: &Arc<Self>, slot: usize) -> bool {
-        let Some(replica) = self.replica(slot) else {
+    pub(super) fn judge_slot(self: &Arc<Self>, left: &Replica) -> bool {
+        let now = self.replica(left.slot());
+        let Some(replica) = now.filter(|now| now.id() == left.id()) else {
             return false;
         };
         self.judge_now(&replica);
@@ -270,6 +275,7 @@ impl Shared {
             id,
             replica: Arc::clone(replica),
             pressure,
+            attempts: 0,
         })
     }
 
@@ -307,9 +313,15 @@ impl Shared {
     pub(crate) fn enqueue(self: &Arc<Self>, due: Due) {
         if self.options.is_realm {
             self.spawn("rec", move |shared| {
-                // Nobody asked for it, so it does not keep scopes away: it comes when there are none.
+                // Nobody asked for it, so it rather comes when there is no scope; but under load there always is one.
                 let over = || shared.is_over();
-                let _ = shared.gate.wait_drained_unless(None, over);
+                let is_full = due.replica.wear().is_full(due.replica.memory_limit_bytes());
+                let patience = if is_full {
+                    Duration::ZERO
+                } else {
+                    PATIENCE_WITH_SCOPES
+                };
+                let _ = shared.gate.wait_drained_unless(Some(patience), over);
                 if over() {
                     shared.recycle_ended(due, Ok(None));
                 } else {
@@ -341,7 +353,9 @@ impl Shared {
             let mut next = None;
             while let Some(due) = control.recycles.pop_front() {
                 let slot = due.replica.slot();
-                if self.still_serves(&due.replica) && !control.repairing.contains(&slot) {
+                // Not if somebody has reset it meanwhile.
+                let is_due = due.replica.wear().is_due();
+                if is_due && self.still_serves(&due.replica) && !control.repairing.contains(&slot) {
                     control.recycling = Some(slot);
                     control.repairing.push(slot);
                     next = Some(due);
@@ -359,6 +373,7 @@ impl Shared {
         if let Some(due) = next {
             self.spawn("rec", move |shared| {
                 let outcome = guarded(|| shared.recycle(&due, false));
+                shared.let_off(&due, &outcome);
                 {
                     let mut control = shared.lock_control();
                     control.recycling = None;
@@ -423,13 +438,17 @@ impl Shared {
             return;
         }
         let outcome = guarded(|| self.recycle(&due, true));
+        let is_later = matches!(&outcome, Err(error) if is_for_the_event_loop(error));
+        if !is_later {
+            self.let_off(&due, &outcome);
+        }
         {
             let mut control = self.lock_control();
             control.is_repairing_home = false;
             control.seeing_off += 1;
         }
         match outcome {
-            Err(error) if is_for_the_event_loop(&error) => {
+            Err(_) if is_later => {
                 // What can wait for hooks does it.
                 self.recycling.has_async_hooks();
                 self.enqueue(due);
@@ -475,17 +494,7 @@ impl Shared {
                 self.swap_ended(&Ok(Arc::new((*reload).clone())));
                 self.see_recycled_off(due, *reload, roll);
             }
-            Ok(Outcome::Superseded) => {
-                let slot = due.replica.slot();
-                if self.still_serves(&due.replica) {
-                    // The home did not answer; if it is not gone, there is another time.
-                    self.try_again(slot);
-                }
-                // In this order: who leaves the instance between the two finds that it is not due.
-                due.replica.wear().was_spared();
-                self.spare(slot);
-                self.recycle_ended(due, Ok(None));
-            }
+            Ok(Outcome::Superseded) => self.recycle_ended(due, Ok(None)),
             Ok(Outcome::SteppedBack) => {
                 // Whoever it has stepped back for lets it begin again.
                 self.lock_control().recycles.push_back(due);
@@ -494,12 +503,28 @@ impl Shared {
         }
     }
 
-    fn recycle_failed(self: &Arc<Self>, due: Due, error: Error) {
+    /// The decision ends without a fresh instance: what serves there serves on. While nobody else may begin
+    /// anything with that slot.
+    fn let_off(self: &Arc<Self>, due: &Due, outcome: &Result<Outcome>) {
         let slot = due.replica.slot();
-        // The wait first: whoever judges it from here on must not decide once more at once.
-        self.try_again(slot);
+        let has_failed = match outcome {
+            Err(_) => true,
+            // The home did not answer; if it is not gone, there is another time.
+            Ok(Outcome::Superseded) => {
+                due.replica.wear().is_due() && self.still_serves(&due.replica)
+            }
+            Ok(_) => return,
+        };
+        if has_failed {
+            // The wait first: whoever judges it from here on must not decide once more at once.
+            self.try_again(slot);
+        }
+        // In this order: who leaves the instance between the two finds that it is not due.
         due.replica.wear().was_spared();
-        self.spare(due.replica.slot());
+        self.spare(slot);
+    }
+
+    fn recycle_failed(self: &Arc<Self>, due: Due, error: Error) {
         if self.is_over() {
             self.recycle_ended(due, Ok(None));
             return;

@@ -84,7 +84,7 @@ impl Shared {
             let waited = started.elapsed();
             let is_crowded = self.recycling.due() > 1;
             if give_up() || scope.is_sync || is_crowded || waited >= PATIENCE {
-                self.gate.reinstate(slot);
+                self.spare(slot);
                 if steps_back.get() && !self.is_over() {
                     return Ok(false);
                 }
@@ -186,6 +186,10 @@ impl Shared {
             return published.map(|()| Outcome::Superseded);
         };
         let pause = *published_at - withdrawn_at;
+        if old.is_poisoned() {
+            // Whoever was waited for has trapped: that counts as a replacement for it.
+            self.crashes.was_repaired(old.last_trap());
+        }
         let generation = fresh.generation();
         // SAFETY: the slot was withdrawn and empty, and at the publication every handle on the instance expired
         // and the slot went to the fresh one.
@@ -329,8 +333,8 @@ impl Shared {
             }
         }
         let drain = withdrawn_at.elapsed();
-        if !self.serves(replica) {
-            self.spare(slot);
+        // Somebody else may have reset it meanwhile; and one that has trapped is replaced, as any that has.
+        if !self.still_serves(replica) || !replica.wear().is_due() {
             return Ok(Outcome::Superseded);
         }
         let reading = replica.wear().read(self.recycling.ahead());
@@ -347,7 +351,7 @@ impl Shared {
         self.begin_wear_of(replica);
         self.stats.reloaded(due.pressure.reason.as_str());
         self.stats.was_reset();
-        self.gate.reinstate(slot);
+        self.spare(slot);
         let generation = self.generation();
         Ok(Outcome::Done(Box::new(RecycleReport {
             reload: ReloadReport {
@@ -511,7 +515,8 @@ impl Shared {
             let is_same = |now: &Arc<Replica>| Arc::ptr_eq(now, old);
             let serves = serving.replicas.get(slot).is_some_and(is_same);
             let is_build = |now: &Arc<Blueprint>| Arc::ptr_eq(&now.module, &blueprint.module);
-            if !serves || !serving.blueprint.as_ref().is_some_and(is_build) || self.is_over() {
+            let is_given_up = self.is_over() || self.crashes.given_up().is_some();
+            if !serves || !serving.blueprint.as_ref().is_some_and(is_build) || is_given_up {
                 return None;
             }
             fresh.number(serving.generation.next());
@@ -611,7 +616,7 @@ impl Shared {
             reason: due.pressure.reason.as_str().into(),
             strategy: strategy.0,
             is_recycle: true,
-            drain_timeout: Some(self.patience_in_a_queue()),
+            drain_timeout: Some(patience(due.attempts)),
             ..ReloadOptions::default()
         };
         let done = Box::new(move |outcome: Result<Arc<ReloadReport>>| {
@@ -638,7 +643,7 @@ impl Shared {
         let mut outcome = None;
         let mut freed = Freed::measure(expected, || {
             let options = ResetOptions {
-                drain_timeout: Some(self.patience_in_a_queue()),
+                drain_timeout: Some(patience(due.attempts)),
                 ..ResetOptions::default()
             };
             outcome = Some(self.paused(|scope| self.reset(&options, scope)));
@@ -680,7 +685,10 @@ impl Shared {
                 self.recycle_ended(due, Ok(Some(report)));
             }
             // Somebody was faster, and has a scope.
-            Err(Error::DrainTimeout { .. }) if !self.is_over() => self.enqueue(due),
+            Err(Error::DrainTimeout { .. }) if !self.is_over() => {
+                let attempts = due.attempts.saturating_add(1);
+                self.enqueue(Due { attempts, ..due });
+            }
             Err(error) => {
                 self.try_again(due.replica.slot());
                 due.replica.wear().was_spared();
@@ -692,4 +700,10 @@ impl Shared {
             }
         }
     }
+}
+
+/// How long glue keeps new scopes waiting: longer each time that the open ones did not end in time.
+fn patience(attempts: u32) -> Duration {
+    let (least, most) = PATIENCE_IN_A_QUEUE;
+    least.saturating_mul(1 << attempts.min(6)).min(most)
 }
