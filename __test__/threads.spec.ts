@@ -487,7 +487,8 @@ test('start functions of threads may call imports, while the JS thread waits', L
   const manager = await load(t, {}, other(text, 'note() { env.count = (env.count ?? 0) + 1 }'))
   const { wasm, env } = manager.module
   manager.spawn([[wasm.wake]])
-  assert.equal(wasm.join(), 0)
+  // 1: the thread was there before anybody waited.
+  assert.ok([0, 1].includes(wasm.join()))
   assert.deepEqual([env.count, wasm.started()], [2, 2])
 })
 
