@@ -129,23 +129,23 @@ pub struct ReloadReport {
 }
 
 impl ReloadReport {
-    /// One poisoned instance was replaced while the others served.
-    pub(crate) fn of_repair(
+    /// One instance was replaced, or put back, while the others served. All times and sizes are 0.
+    pub(crate) fn of_one(
         generation: Generation,
         previous_generation: Generation,
-        took: Duration,
+        reason: &str,
     ) -> Self {
         Self {
             generation,
             previous_generation,
-            reason: "trap".into(),
+            reason: reason.into(),
             strategy: Strategy::Exclusive,
             drained: 0,
             queued: 0,
-            pause: took,
+            pause: Duration::ZERO,
             drain: Duration::ZERO,
             save: Duration::ZERO,
-            instantiate: took,
+            instantiate: Duration::ZERO,
             restore: Duration::ZERO,
             memory_bytes_before: 0,
             memory_bytes_after: 0,

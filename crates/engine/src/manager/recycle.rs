@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering}
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use wasm_molt_lifecycle::{Crossing, Generation, Policy, Reason};
+use wasm_molt_lifecycle::{Backoff, Crossing, Generation, Policy, Reason};
 
 use super::crash::Failures;
 use super::{Event, ManagerState, Op, Shared, guarded};
@@ -175,6 +175,15 @@ impl Shared {
         recycle.map_or(Policy::OBSERVED, crate::options::RecycleOptions::policy)
     }
 
+    /// How long what failed waits; `None` without a policy.
+    pub(super) fn backoff(&self) -> Option<Backoff> {
+        Some(self.options.recycle.as_ref()?.backoff)
+    }
+
+    fn strategy(&self) -> Option<RecycleStrategy> {
+        Some(self.options.recycle.as_ref()?.strategy)
+    }
+
     pub(crate) fn is_recycled(&self) -> bool {
         self.options.recycle.is_some()
     }
@@ -292,7 +301,7 @@ impl Shared {
 
     /// Sets what is known of a slot's failures, and returns how long it has to wait.
     fn note_outcome(&self, slot: usize, is_ok: bool) -> Option<Duration> {
-        let backoff = self.options.recycle.as_ref()?.backoff;
+        let backoff = self.backoff()?;
         let failures = self.recycling.failures.lock();
         let mut failures = failures.unwrap_or_else(PoisonError::into_inner);
         if failures.len() <= slot {
@@ -366,9 +375,7 @@ impl Shared {
             next
         };
         for due in superseded {
-            due.replica.wear().was_spared();
-            self.spare(due.replica.slot());
-            self.recycle_ended(due, Ok(None));
+            self.supersede(due);
         }
         if let Some(due) = next {
             self.spawn("rec", move |shared| {
@@ -617,10 +624,15 @@ impl Shared {
             due
         };
         for due in due {
-            due.replica.wear().was_spared();
-            self.spare(due.replica.slot());
-            self.recycle_ended(due, Ok(None));
+            self.supersede(due);
         }
+    }
+
+    /// A decision that nobody has begun with, and nobody need.
+    fn supersede(&self, due: Due) {
+        due.replica.wear().was_spared();
+        self.spare(due.replica.slot());
+        self.recycle_ended(due, Ok(None));
     }
 }
 

@@ -98,10 +98,8 @@ impl Shared {
         self.lock_control().is_repairing_home = false;
         self.control_changed.notify_all();
         if let Err(error) = &outcome {
-            let backoff = self.options.recycle.as_ref().map(|recycle| recycle.backoff);
-            let _ = self
-                .crashes
-                .repair_failed(error, backoff, self.options.instances == 1);
+            let is_only = self.options.instances == 1;
+            let _ = self.crashes.repair_failed(error, self.backoff(), is_only);
         }
         self.recycle_next();
         outcome
@@ -156,10 +154,13 @@ impl Shared {
         // SAFETY: the poisoned instance was retired by whoever held it, and its handles expired when
         // the fresh one was published.
         unsafe { old.release() };
+        let took = started.elapsed();
         let report = Arc::new(ReloadReport {
+            pause: took,
+            instantiate: took,
             memory_bytes_before,
             memory_bytes_after: fresh.memory_bytes(),
-            ..ReloadReport::of_repair(generation, before, started.elapsed())
+            ..ReloadReport::of_one(generation, before, "trap")
         });
         self.set_state(ManagerState::Ready);
         if self.crashes.given_up().is_some() {
@@ -244,8 +245,9 @@ impl Shared {
             control.recycling.is_some() || !control.recycles.is_empty()
         };
         let serves_nothing = counts.retired >= counts.slots && !is_recycling;
-        let backoff = self.options.recycle.as_ref().map(|recycle| recycle.backoff);
-        let error = self.crashes.repair_failed(error, backoff, serves_nothing);
+        let error = self
+            .crashes
+            .repair_failed(error, self.backoff(), serves_nothing);
         if !serves_nothing {
             return;
         }

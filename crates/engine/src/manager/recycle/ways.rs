@@ -30,12 +30,7 @@ const CALLS_OF_PATIENCE: u32 = 4;
 impl Shared {
     pub(super) fn recycle(self: &Arc<Self>, due: &Due, is_sync: bool) -> Result<Outcome> {
         let scope = self.hook_scope(is_sync);
-        match self
-            .options
-            .recycle
-            .as_ref()
-            .map(|recycle| recycle.strategy)
-        {
+        match self.strategy() {
             Some(RecycleStrategy::Reset) if self.may_reset(&due.replica) => {
                 self.recycle_by_reset(due, &scope)
             }
@@ -199,12 +194,6 @@ impl Shared {
         drop(leaving);
         Ok(Outcome::Done(Box::new(RecycleReport {
             reload: ReloadReport {
-                generation,
-                previous_generation: before,
-                reason: due.pressure.reason.as_str().into(),
-                strategy: Strategy::Exclusive,
-                drained: 0,
-                queued: 0,
                 pause,
                 drain,
                 save,
@@ -213,7 +202,7 @@ impl Shared {
                 memory_bytes_before,
                 memory_bytes_after,
                 is_recycle: true,
-                freed: None,
+                ..ReloadReport::of_one(generation, before, due.pressure.reason.as_str())
             },
             strategy: RecycleStrategy::Exclusive,
             slot,
@@ -355,21 +344,12 @@ impl Shared {
         let generation = self.generation();
         Ok(Outcome::Done(Box::new(RecycleReport {
             reload: ReloadReport {
-                generation,
-                previous_generation: generation,
-                reason: due.pressure.reason.as_str().into(),
-                strategy: Strategy::Exclusive,
-                drained: 0,
-                queued: 0,
                 pause: withdrawn_at.elapsed(),
                 drain,
-                save: Duration::ZERO,
-                instantiate: Duration::ZERO,
-                restore: Duration::ZERO,
                 memory_bytes_before: before,
                 memory_bytes_after: after,
                 is_recycle: true,
-                freed: None,
+                ..ReloadReport::of_one(generation, generation, due.pressure.reason.as_str())
             },
             strategy: RecycleStrategy::Reset,
             slot,
@@ -459,21 +439,19 @@ impl Shared {
             return rolled.map(|_| Outcome::Superseded);
         };
         let report = ReloadReport {
-            generation,
-            previous_generation,
-            reason: due.pressure.reason.as_str().into(),
             strategy: Strategy::Rolling,
             drained,
-            queued: 0,
             pause: rolled_at.elapsed(),
             drain,
-            save: Duration::ZERO,
             instantiate,
-            restore: Duration::ZERO,
             memory_bytes_before,
             memory_bytes_after,
             is_recycle: true,
-            freed: None,
+            ..ReloadReport::of_one(
+                generation,
+                previous_generation,
+                due.pressure.reason.as_str(),
+            )
         };
         Ok(Outcome::Rolled(Box::new(report), roll))
     }
@@ -599,11 +577,7 @@ impl Shared {
             return Box::new(move || shared.recycle_ended(due, Ok(None)));
         }
         let reading = due.replica.wear().read(self.recycling.ahead());
-        let strategy = self
-            .options
-            .recycle
-            .as_ref()
-            .map(|recycle| recycle.strategy);
+        let strategy = self.strategy();
         if strategy == Some(RecycleStrategy::Reset) && self.may_reset(&due.replica) {
             let outcome = self.reset_realm(&due, reading);
             return Box::new(move || shared.realm_recycled(due, outcome));
@@ -654,21 +628,15 @@ impl Shared {
         self.stats.reloaded(due.pressure.reason.as_str());
         Ok(Box::new(RecycleReport {
             reload: ReloadReport {
-                generation: done.generation,
-                previous_generation: done.generation,
-                reason: due.pressure.reason.as_str().into(),
-                strategy: Strategy::Exclusive,
-                drained: 0,
-                queued: 0,
                 pause: done.took,
-                drain: Duration::ZERO,
-                save: Duration::ZERO,
-                instantiate: Duration::ZERO,
-                restore: Duration::ZERO,
                 memory_bytes_before: done.memory_bytes_before,
                 memory_bytes_after: done.memory_bytes_after,
                 is_recycle: true,
-                freed: None,
+                ..ReloadReport::of_one(
+                    done.generation,
+                    done.generation,
+                    due.pressure.reason.as_str(),
+                )
             },
             strategy: RecycleStrategy::Reset,
             slot: 0,
