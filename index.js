@@ -2,7 +2,7 @@
 
 // The public face. What is behind it lives in lib/, over the functions of the binding.
 
-const binding = require('./binding.js')
+const binding = require('./lib/binding.js')
 
 // Older runtimes lack the well-known symbols; TypeScript's and Babel's `using` look for the same fallback.
 Symbol.dispose ??= Symbol.for('Symbol.dispose')

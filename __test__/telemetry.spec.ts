@@ -315,7 +315,7 @@ import { join } from 'node:path'
         })
       }
     }
-    const binding = createRequire(process.env.INDEX)('./binding.js')
+    const binding = createRequire(process.env.INDEX)('./lib/binding.js')
     const { call } = binding
     let made
     binding.call = (...args) => (made = call(...args))

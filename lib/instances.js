@@ -2,7 +2,7 @@
 
 // Instances and snapshots as users hold them.
 
-const binding = require('../binding.js')
+const binding = require('./binding.js')
 const { WasmError } = require('./errors.js')
 const { LinearMemory } = require('./memory.js')
 const { checkKeys, withSignal } = require('./options.js')

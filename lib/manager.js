@@ -3,7 +3,7 @@
 // What both kinds of managers are: reloads, snapshots, resets, the end; and the one of a single module.
 
 const { EventEmitter } = require('node:events')
-const binding = require('../binding.js')
+const binding = require('./binding.js')
 const { WasmError } = require('./errors.js')
 const { CALL_OPTIONS, adopt, snapshotOf } = require('./instances.js')
 const { LinearMemory } = require('./memory.js')

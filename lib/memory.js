@@ -1,6 +1,6 @@
 'use strict'
 
-const binding = require('../binding.js')
+const binding = require('./binding.js')
 const { EPOCH, f64 } = require('./scratch.js')
 
 class LinearMemory {

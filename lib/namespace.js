@@ -3,7 +3,7 @@
 // The namespace for code that uses it without a manager. Its realm is made when it is used first, and lives as long as
 // the environment.
 
-const binding = require('../binding.js')
+const binding = require('./binding.js')
 const { WasmError } = require('./errors.js')
 const { Managed, handleOf } = require('./manager.js')
 const { namespaceHere } = require('./scopes.js')

@@ -1,8 +1,10 @@
 'use strict'
 
+const binding = require('./binding.js')
+
 // Numbers cross in memory that both sides see: stores cost less than Node-API calls. That all exports call
 // one and the same native function lets V8 call it directly, also where a call site meets many exports.
-const scratch = new ArrayBuffer(64)
+const scratch = binding.newScratch()
 const f64 = new Float64Array(scratch)
 const i32 = new Int32Array(scratch)
 // In its last place native code counts what makes a LinearMemory mean another buffer.

@@ -3,14 +3,14 @@
 // Hands the native side, once, what must be JavaScript.
 
 const { AsyncLocalStorage } = require('node:async_hooks')
+// Taken now, and not from the global object: a test's fake timers must not get between a call and its answer.
+const { setImmediate } = require('node:timers')
 const { isMainThread } = require('node:worker_threads')
-const binding = require('../binding.js')
+const binding = require('./binding.js')
 const { WasmError } = require('./errors.js')
 const { InstanceContext, LeasedInstance, Snapshot } = require('./instances.js')
 const { f64, i32, scratch } = require('./scratch.js')
 
-// Taken now: a test's fake timers must not get between a call and its answer.
-const { setImmediate } = globalThis
 const look = () => {
   if (binding.look()) setImmediate(look)
 }
@@ -124,7 +124,8 @@ const exportMakers = [
   },
 ]
 
-const callExport = binding.setup({
+// The native side holds them weakly.
+binding.helpers = {
   scratch,
   makeExport: (name, params, kind, at) =>
     Object.defineProperty(exportMakers[params](at, kind), 'name', { value: name, configurable: true }),
@@ -133,6 +134,9 @@ const callExport = binding.setup({
     outside(lookNext)
   },
   error: (code, message, fields, cause) => new WasmError(code, message, fields, cause),
+  typeError: (message) => new TypeError(message),
+  rangeError: (message) => new RangeError(message),
+  toNumber: (value) => +value,
   toBigInt64: (value) => BigInt.asIntN(64, value),
   toArray: (iterable) => [...iterable],
   follow: (thenable, id) => {
@@ -144,4 +148,5 @@ const callExport = binding.setup({
   makeLease: (lease) => new LeasedInstance(lease),
   makeContext: (context) => new InstanceContext(context),
   makeSnapshot: (snapshot) => new Snapshot(snapshot),
-})
+}
+const callExport = binding.setup(binding.helpers)

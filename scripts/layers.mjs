@@ -96,7 +96,7 @@ for (const path of mayBeUnsafe) {
 // o1js → index.js → lib → binding, and in lib/ and o1js/ nothing knows the face or a file above itself but by this table.
 const mayLoad = {
   'index.js': [
-    './binding.js',
+    './lib/binding.js',
     './lib/setup.js',
     './lib/errors.js',
     './lib/manager.js',
@@ -108,33 +108,35 @@ const mayLoad = {
   'bin/wasm-molt.js': ['./check.js'],
   'bin/check.js': ['../index.js', './check-wasm.js'],
   'bin/check-wasm.js': [],
+  // The only one that knows how the native side is loaded.
+  'lib/binding.js': ['../binding.js'],
   'lib/errors.js': [],
-  'lib/scratch.js': [],
+  'lib/scratch.js': ['./binding.js'],
   'lib/scopes.js': [],
   'lib/readiness.js': [],
   'lib/tracing.js': [],
   'lib/recycling.js': ['./tracing.js'],
   'lib/options.js': ['./errors.js'],
-  'lib/memory.js': ['../binding.js', './scratch.js'],
-  'lib/instances.js': ['../binding.js', './errors.js', './memory.js', './options.js', './tracing.js'],
-  'lib/setup.js': ['../binding.js', './errors.js', './instances.js', './scratch.js'],
+  'lib/memory.js': ['./binding.js', './scratch.js'],
+  'lib/instances.js': ['./binding.js', './errors.js', './memory.js', './options.js', './tracing.js'],
+  'lib/setup.js': ['./binding.js', './errors.js', './instances.js', './scratch.js'],
   'lib/manager.js': [
-    ...['../binding.js', './errors.js', './instances.js', './memory.js', './options.js', './recycling.js'],
+    ...['./binding.js', './errors.js', './instances.js', './memory.js', './options.js', './recycling.js'],
     ...['./scopes.js', './tracing.js'],
   ],
   // What glue gets as WebAssembly: is given the binding, so that it can be given another.
   'lib/webassembly.js': [],
-  'lib/namespace.js': ['../binding.js', './errors.js', './manager.js', './scopes.js', './webassembly.js'],
+  'lib/namespace.js': ['./binding.js', './errors.js', './manager.js', './scopes.js', './webassembly.js'],
   // Pure: they know neither the engine nor a manager.
   'lib/glue/load.js': ['acorn', 'acorn-import-phases', 'import-meta-resolve', './conversions.js'],
   'lib/glue/conversions.js': [],
   'lib/glue/face.js': [],
   'lib/glue/finalizers.js': [],
   'lib/glue/timers.js': [],
-  'lib/glue/threads.js': ['../../binding.js', '../errors.js', '../options.js'],
+  'lib/glue/threads.js': ['../binding.js', '../errors.js', '../options.js'],
   'lib/glue/manager.js': [
     ...[
-      '../../binding.js',
+      '../binding.js',
       '../errors.js',
       '../instances.js',
       '../manager.js',

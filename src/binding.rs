@@ -28,6 +28,8 @@ use crate::side::{Handle, ManagerSide, ReplicaSide};
 
 /// Every function, by the name `index.js` uses.
 pub(crate) const FUNCTIONS: &[(&str, Native)] = &[
+    ("isSetUp", is_set_up),
+    ("newScratch", new_scratch),
     ("setup", set_up),
     ("settleHost", settle_host),
     ("look", look),
@@ -104,6 +106,16 @@ fn panic_on_purpose(_js: Js, _args: &[Val]) -> JsResult<Val> {
 
 pub(crate) fn arg(args: &[Val], index: usize) -> Val {
     args.get(index).copied().unwrap_or(std::ptr::null_mut())
+}
+
+/// Whether a copy of the package has this addon already.
+fn is_set_up(js: Js, _: &[Val]) -> JsResult<Val> {
+    js.boolean(EnvState::is_set_up(js))
+}
+
+/// `() => ArrayBuffer`
+fn new_scratch(js: Js, _: &[Val]) -> JsResult<Val> {
+    js.buffer(size_of::<exports::Scratch>())
 }
 
 fn set_up(js: Js, args: &[Val]) -> JsResult<Val> {
@@ -895,7 +907,7 @@ fn memory_buffer(js: Js, args: &[Val]) -> JsResult<Val> {
     let side = memory_side(js, args)?;
     match side.replica.memory() {
         Some(memory) => side.view.buffer(js, memory),
-        None => js.empty_buffer(),
+        None => js.buffer(0),
     }
 }
 

@@ -17,10 +17,17 @@ use crate::js::{Js, JsResult, Val};
 use crate::side::{ManagerSide, ReplicaSide};
 use crate::wake::Wake;
 
-/// Functions of `index.js` that need JavaScript to be written in.
+/// Functions of `index.js` that need JavaScript to be written in. Weak: the copy of the package that they are of keeps
+/// them, and is kept by what it has given for each manager (its listener); else it could never be collected.
 pub(crate) struct Helpers {
     /// `(code, message, fields, cause) => WasmError`
     pub(crate) error: sys::napi_ref,
+    /// `message => TypeError`; Node-API's own would not be that of the realm in which the package was evaluated.
+    pub(crate) type_error: sys::napi_ref,
+    /// `message => RangeError`
+    pub(crate) range_error: sys::napi_ref,
+    /// `value => +value`, whose errors are of that realm, too.
+    pub(crate) to_number: sys::napi_ref,
     /// `value => BigInt.asIntN(64, value)`, `ToBigInt64` of the WebAssembly JS API.
     pub(crate) to_bigint64: sys::napi_ref,
     /// `iterable => [...iterable]`
@@ -91,6 +98,9 @@ impl EnvState {
     ///
     /// Answers what the functions made by `makeExport` call.
     pub(crate) fn set_up(js: Js, helpers: Val) -> JsResult<Val> {
+        if Self::is_set_up(js) {
+            return Err(js.throw_type_error("this addon is another copy's; each needs its own"));
+        }
         let is_main = js.get_bool(js.property(helpers, c"isMainThread")?) == Some(true);
         let scratch = js.property(helpers, c"scratch")?;
         let bytes = js.bytes(scratch)?.filter(|b| {
@@ -99,16 +109,20 @@ impl EnvState {
         let Some(bytes) = bytes else {
             return Err(js.throw_type_error("setup needs a scratch"));
         };
-        // Never given back: it lasts as long as the environment, and is never moved nor detached.
+        // Never given back: it lasts as long as the environment, and is never moved nor detached. It holds nothing:
+        // it was made by `newScratch`, and so is of Node's own realm.
         js.reference(scratch)?;
         let call = js.function(
             "call",
             Some(call_through_scratch),
             bytes.data as *mut c_void,
         )?;
-        let helper = |name| js.reference(js.property(helpers, name)?);
+        let helper = |name| js.weak_reference(js.property(helpers, name)?);
         let helpers = Helpers {
             error: helper(c"error")?,
+            type_error: helper(c"typeError")?,
+            range_error: helper(c"rangeError")?,
+            to_number: helper(c"toNumber")?,
             to_bigint64: helper(c"toBigInt64")?,
             to_array: helper(c"toArray")?,
             follow: helper(c"follow")?,
@@ -151,6 +165,10 @@ impl EnvState {
         // Registered after the wake-up, so it runs before that is gone.
         unsafe { sys::napi_add_env_cleanup_hook(js.raw(), Some(clean_up), js.raw().cast()) };
         Ok(call)
+    }
+
+    pub(crate) fn is_set_up(js: Js) -> bool {
+        find(js.raw()).is_some()
     }
 
     #[inline]
@@ -206,6 +224,11 @@ impl EnvState {
     pub(crate) fn of(js: Js) -> JsResult<Rc<Self>> {
         find(js.raw())
             .ok_or_else(|| js.throw_type_error("wasm-molt is not set up in this environment"))
+    }
+
+    /// A helper, where they are known already.
+    pub(crate) fn known_helper(js: Js, choose: impl Fn(&Helpers) -> sys::napi_ref) -> Option<Val> {
+        js.dereference(choose(&find(js.raw())?.helpers))
     }
 
     /// The state of the environment at that address, if it is this thread's.

@@ -13,6 +13,8 @@ use std::rc::Rc;
 
 use napi::sys;
 
+use crate::env::EnvState;
+
 /// A JavaScript value, valid in the present handle scope on the JS thread.
 pub(crate) type Val = sys::napi_value;
 
@@ -25,6 +27,14 @@ pub(crate) type JsResult<T> = Result<T, Pending>;
 
 /// A function of the binding: arguments in, value out.
 pub(crate) type Native = fn(Js, &[Val]) -> JsResult<Val>;
+
+/// `napi_create_type_error` and its kin.
+type CreateError = unsafe extern "C" fn(
+    sys::napi_env,
+    sys::napi_value,
+    sys::napi_value,
+    *mut sys::napi_value,
+) -> sys::napi_status;
 
 /// The environment of the running callback. Lives on its JS thread only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -137,31 +147,36 @@ impl Js {
     }
 
     pub(crate) fn throw_type_error(self, message: &str) -> Pending {
-        if let Ok(text) = self.string(message) {
-            let mut error = ptr::null_mut();
-            // SAFETY: valid environment and values.
-            unsafe {
-                if sys::napi_create_type_error(self.0, ptr::null_mut(), text, &raw mut error)
-                    == sys::Status::napi_ok
-                {
-                    sys::napi_throw(self.0, error);
-                }
-            }
-        }
-        Pending
+        let maker = EnvState::known_helper(self, |helpers| helpers.type_error);
+        self.throw_built_in(maker, sys::napi_create_type_error, message)
     }
 
     pub(crate) fn throw_range_error(self, message: &str) -> Pending {
-        if let Ok(text) = self.string(message) {
-            let mut error = ptr::null_mut();
-            // SAFETY: valid environment and values.
-            unsafe {
-                if sys::napi_create_range_error(self.0, ptr::null_mut(), text, &raw mut error)
-                    == sys::Status::napi_ok
-                {
-                    sys::napi_throw(self.0, error);
-                }
+        let maker = EnvState::known_helper(self, |helpers| helpers.range_error);
+        self.throw_built_in(maker, sys::napi_create_range_error, message)
+    }
+
+    fn throw_built_in(self, maker: Option<Val>, create: CreateError, message: &str) -> Pending {
+        let Ok(text) = self.string(message) else {
+            return Pending;
+        };
+        let mut error = ptr::null_mut();
+        // SAFETY: valid environment and values. Not by `call`, which comes here when it fails.
+        let status = unsafe {
+            match maker {
+                Some(maker) => sys::napi_call_function(
+                    self.0,
+                    self.undefined(),
+                    maker,
+                    1,
+                    &raw const text,
+                    &raw mut error,
+                ),
+                None => create(self.0, ptr::null_mut(), text, &raw mut error),
             }
+        };
+        if status == sys::Status::napi_ok {
+            return self.throw(error);
         }
         Pending
     }
@@ -370,6 +385,9 @@ impl Js {
 
     #[cold]
     fn coerce_number(self, value: Val) -> JsResult<Val> {
+        if let Some(coerce) = EnvState::known_helper(self, |helpers| helpers.to_number) {
+            return self.call(coerce, &[value]);
+        }
         let mut number = ptr::null_mut();
         napi!(self, napi_coerce_to_number(value, &raw mut number))?;
         Ok(number)
@@ -795,12 +813,13 @@ impl Js {
         Err(Pending)
     }
 
-    pub(crate) fn empty_buffer(self) -> JsResult<Val> {
+    /// An `ArrayBuffer` of zeros.
+    pub(crate) fn buffer(self, len: usize) -> JsResult<Val> {
         let mut data: *mut c_void = ptr::null_mut();
         let mut buffer = ptr::null_mut();
         napi!(
             self,
-            napi_create_arraybuffer(0, &raw mut data, &raw mut buffer)
+            napi_create_arraybuffer(len, &raw mut data, &raw mut buffer)
         )?;
         Ok(buffer)
     }

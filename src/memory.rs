@@ -69,10 +69,10 @@ impl View {
             self.detach(js);
         }
         let Some(view) = memory.view() else {
-            return js.empty_buffer();
+            return js.buffer(0);
         };
         if view.byte_length == 0 {
-            return js.empty_buffer();
+            return js.buffer(0);
         }
         let (base, len) = (view.base, view.byte_length);
         let is_moved = Rc::default();

@@ -116,7 +116,7 @@ impl RealmView {
         {
             return Ok(buffer);
         }
-        let buffer = js.empty_buffer()?;
+        let buffer = js.buffer(0)?;
         let old = self.empty.replace(js.reference(buffer)?);
         if !old.is_null() {
             js.unreference(old);
@@ -166,7 +166,7 @@ impl RealmSide {
         }
         Ok(match views.get(id) {
             Some(view) => view.buffer(js),
-            None => js.empty_buffer(),
+            None => js.buffer(0),
         })
     }
 

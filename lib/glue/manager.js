@@ -4,7 +4,7 @@
 
 const { setImmediate } = require('node:timers/promises')
 
-const binding = require('../../binding.js')
+const binding = require('../binding.js')
 const { WasmError } = require('../errors.js')
 const { leaseOf } = require('../instances.js')
 const { Managed, LEASE_OPTIONS, handleOf, mayWait } = require('../manager.js')

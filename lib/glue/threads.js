@@ -4,7 +4,7 @@
 
 const workerThreads = require('node:worker_threads')
 
-const binding = require('../../binding.js')
+const binding = require('../binding.js')
 const { WasmError } = require('../errors.js')
 const { deferred } = require('../options.js')
 

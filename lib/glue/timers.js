@@ -47,7 +47,8 @@ function makeTimers(isOpen = () => true) {
     }
     Object.defineProperty(start, 'name', { value: name, configurable: true })
     // Their promises call nothing.
-    const promised = globalThis[name][promisify.custom]
+    // Some realms do not have all of them.
+    const promised = globalThis[name]?.[promisify.custom]
     return promised === undefined ? start : Object.defineProperty(start, promisify.custom, { value: promised })
   }
 
