@@ -156,11 +156,6 @@ export class Book {
     this.#events.failed += other.#events.failed
   }
 
-  /** Recycles that were told of elsewhere. */
-  recycledElsewhere(reason: string, times: number): void {
-    add(this.#events.recycle, reason, times)
-  }
-
   /** Reads along with the events of a manager. */
   listen(manager: {
     on(event: 'reload', listener: (report: ReloadReport) => void): unknown
@@ -229,6 +224,49 @@ export class Book {
       same(`recycles for ${reason} that replaced, by the event 'reload'`, this.#replaced.get(reason) ?? 0, told)
     }
   }
+}
+
+/** What a crew has to tell of itself, so that environments can tell each other. */
+export interface Account {
+  name: string
+  asked: number
+  answered: number
+  endings: Map<string, number>
+  recycled: Map<string, number>
+  reloads: Map<string, number>
+  failures: number
+  /** Managers that have come and gone. */
+  gone: number
+  problems: string[]
+  problemCount: number
+}
+
+export function account(name: string, book: Book, gone = 0): Account {
+  const { asked, answered, failures, problemCount } = book
+  const [endings, recycled, reloads] = [new Map(book.endings), new Map(book.recycled), new Map(book.reloads)]
+  return {
+    name,
+    asked,
+    answered,
+    endings,
+    recycled,
+    reloads,
+    failures,
+    gone,
+    problems: [...book.problems],
+    problemCount,
+  }
+}
+
+export function merge(one: Account, other: Account): Account {
+  const both = { ...one }
+  for (const what of ['asked', 'answered', 'failures', 'gone', 'problemCount'] as const) both[what] += other[what]
+  for (const what of ['endings', 'recycled', 'reloads'] as const) {
+    both[what] = new Map(one[what])
+    for (const [key, times] of other[what]) add(both[what], key, times)
+  }
+  both.problems = [...one.problems, ...other.problems].slice(0, told)
+  return both
 }
 
 /** undefined: the manager does not count it, because nothing was called. */

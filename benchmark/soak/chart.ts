@@ -1,5 +1,5 @@
 // The soak as an SVG: a panel for each thing that is held, over time, and one for what was done meanwhile.
-import { type Held, type Sample, tolerances, type Verdict, values } from './samples.ts'
+import { type Held, type Sample, tolerances, type Verdict } from './samples.ts'
 
 const [width, height, gap, left, right, top] = [900, 110, 42, 80, 24, 76]
 const [ink, faint, line, good, bad] = ['#222', '#ddd', '#1f77b4', '#2ca02c', '#d62728']
@@ -79,8 +79,10 @@ function draw({ title, color, points, verdict }: Panel, end: number, y: number):
 }
 
 function points(samples: Sample[], held: Held, unit: number): Panel['points'] {
-  const all = values(samples, held)
-  return samples.slice(-all.length).map(({ seconds }, at) => [seconds, (all[at] ?? 0) / unit])
+  return samples.flatMap((one) => {
+    const value = one[held]
+    return value === undefined ? [] : [[one.seconds, value / unit] as [number, number]]
+  })
 }
 
 function rates(samples: Sample[], what: 'answers' | 'recycles'): Panel['points'] {

@@ -3,7 +3,7 @@ import { setTimeout } from 'node:timers/promises'
 import { WasmError, WasmModuleManager } from '../../index.js'
 import { codes, Deliberate, type Excuse } from './book.ts'
 import { Crew, fn } from './crew.ts'
-import { Random } from './random.ts'
+import type { Random } from './random.ts'
 
 const replicas = 2
 
@@ -13,7 +13,7 @@ export class CounterCrew extends Crew {
   #answered = { count: 0, sum: 0 }
   /** The last that hooks have thrown: what failed must name one of these. */
   readonly #thrown: Deliberate[] = []
-  readonly #hooks = new Random(this.setting.seed, `${this.name}/hooks`)
+  readonly #hooks = this.random('hooks')
 
   async open(): Promise<void> {
     const { book } = this
@@ -50,9 +50,11 @@ export class CounterCrew extends Crew {
       },
     })
     isOpen = true
-    book.listen(this.#manager)
+    this.watch(this.#manager)
     this.#manager.on('reload:failed', (error) => {
-      if (!this.#isOurs(error)) book.problem(`a reload failed with ${error.code}: ${error.message}`)
+      // A recycle that would keep others waiting for a lease for too long is put off.
+      if (!this.#isOurs(error) && error.code !== 'ERR_WASM_DRAIN_TIMEOUT')
+        book.problem(`a reload failed with ${error.code}: ${error.message}`)
     })
   }
 

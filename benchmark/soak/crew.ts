@@ -1,23 +1,36 @@
 // What all crews are made of: a manager, those who use it, and the account of what they did.
 import { setImmediate, setTimeout } from 'node:timers/promises'
-import type { ManagerOptions, RecyclePolicy, WasmModuleManager, WasmResult, WasmValue } from '../../index.js'
-import { Book } from './book.ts'
+import type {
+  GlueManager,
+  ManagerOptions,
+  RecyclePolicy,
+  WasmModuleManager,
+  WasmResult,
+  WasmValue,
+} from '../../index.js'
+import { type Account, account, Book, merge } from './book.ts'
 import type { Guests } from './guests.ts'
 import { Random } from './random.ts'
 
 export interface Setting {
   seed: number
+  /** The environment, and which one of those that come and go: 'main', 'worker 3'. */
+  where: string
   guests: Guests
   /** Compiled code is kept here. */
   cache: string
 }
 
+export type Managed = WasmModuleManager | GlueManager
+
 export abstract class Crew {
   readonly name: string
   readonly book: Book
   /** Of managers that have come and gone. */
-  readonly forks: Book
-  forkCount = 0
+  readonly gone: Book
+  goneCount = 0
+  /** Those that there are now, for whoever looks at all of them. */
+  readonly managers = new Set<Managed>()
   protected readonly setting: Setting
   #isOver = false
   #loops: Promise<void>[] = []
@@ -25,8 +38,21 @@ export abstract class Crew {
   constructor(name: string, setting: Setting) {
     this.name = name
     this.setting = setting
-    this.book = new Book(name)
-    this.forks = new Book(`${name}, a fork`)
+    this.book = this.newBook('')
+    this.gone = this.newBook(', one that has gone')
+  }
+
+  protected newBook(which: string): Book {
+    const { where } = this.setting
+    return new Book(`${where === 'main' ? '' : `${where}, `}${this.name}${which}`)
+  }
+
+  protected random(actor: string): Random {
+    return new Random(this.setting.seed, `${this.setting.where}/${this.name}/${actor}`)
+  }
+
+  get account(): Account {
+    return merge(account(this.name, this.book), account(this.name, this.gone, this.goneCount))
   }
 
   /** Makes the manager. */
@@ -46,7 +72,7 @@ export abstract class Crew {
 
   start(): void {
     this.#loops = this.actors().map(({ name, act, restMs }, at) =>
-      this.#loop(new Random(this.setting.seed, `${this.name}/${name}/${at}`), act, restMs),
+      this.#loop(this.random(`${name}/${at}`), act, restMs),
     )
   }
 
@@ -74,20 +100,29 @@ export abstract class Crew {
     }
   }
 
+  /** Threads have it as well, so that what a worker has left behind is told from ours. */
+  protected get managerName(): string {
+    return `${this.setting.where.charAt(0)}-${this.name}`
+  }
+
   protected base(recycle: RecyclePolicy): ManagerOptions {
     return {
-      name: this.name,
+      name: this.managerName,
       cache: this.setting.cache,
       recycle: { backoff: { initialMs: 20, maxMs: 500 }, ...recycle },
     }
   }
 
+  /** Reads along, and lets others look. */
+  protected watch(manager: Managed, book = this.book): void {
+    book.listen(manager)
+    this.managers.add(manager)
+  }
+
   /** Closes and compares; events are told from the event loop. */
-  protected async closeAndCompare(
-    manager: Pick<WasmModuleManager, 'close' | 'stats'>,
-    book = this.book,
-  ): Promise<void> {
+  protected async closeAndCompare(manager: WasmModuleManager, book = this.book): Promise<void> {
     await manager.close()
+    this.managers.delete(manager)
     for (let turn = 0; turn < 5; turn++) await setImmediate()
     book.compare(manager.stats())
   }

@@ -15,7 +15,7 @@ export class ConverterCrew extends Crew {
       ...this.base({ memory: 8 << 20 }),
       instances: 2,
     })
-    this.book.listen(this.#manager)
+    this.watch(this.#manager)
   }
 
   protected actors() {
@@ -43,7 +43,7 @@ export class ConverterCrew extends Crew {
 
   /** Over all managers here and in the worker: at times it is what recycles. */
   #budget(random: Random): void {
-    const budget = random.pick([null, null, 32 << 20, 48 << 20])
+    const budget = random.pick([null, null, null, 48 << 20, 96 << 20])
     this.book.sync(
       'setMemoryBudget',
       false,
@@ -53,7 +53,6 @@ export class ConverterCrew extends Crew {
   }
 
   protected async close(): Promise<void> {
-    setMemoryBudget(null)
     await this.closeAndCompare(this.#manager)
   }
 }
@@ -66,7 +65,7 @@ export class GofmtCrew extends Crew {
       ...this.base({ memory: 12 << 20, strategy: 'rolling' }),
       instances: 2,
     })
-    this.book.listen(this.#manager)
+    this.watch(this.#manager)
   }
 
   protected actors() {
@@ -116,11 +115,11 @@ export class GlueCrew extends Crew {
   async open(): Promise<void> {
     this.#manager = await loadGlue<Gofmt>('@wasm-fmt/gofmt', {
       parentURL: import.meta.url,
-      name: this.name,
+      name: this.managerName,
       cache: this.setting.cache,
       recycle: { memory: 12 << 20 },
     })
-    this.book.listen(this.#manager)
+    this.watch(this.#manager)
   }
 
   protected actors() {

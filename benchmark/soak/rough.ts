@@ -11,31 +11,32 @@ import {
 } from '../../index.js'
 import { codes, Deliberate, type Excuse, exactly, Stop } from './book.ts'
 import { Crew, fn, type Setting } from './crew.ts'
-import { Random } from './random.ts'
+import { Ledger } from './ledger.ts'
+import type { Random } from './random.ts'
 
 export interface Rough {
   instances: number
   recycle: RecyclePolicy
-  /** Bounds synchronous calls, which nothing else can stop. */
-  fuel: boolean
+  /** One of these two bounds synchronous calls, which nothing else can stop. Time may be up for any call on a busy machine. */
+  fuel?: number
+  timeoutMs?: number
   /** Reloads that stop what is in flight, so that any call may end that way. */
-  interrupts: boolean
-  swaps: boolean
+  interrupts?: boolean
+  swaps?: boolean
   /** How often `initialize` throws. */
-  failing: number
+  failing?: number
 }
 
 /** What an import does when it is asked with a key. */
 type Behaviour = 'value' | 'promise' | 'throw' | 'reject' | 're-enter' | 're-enter later'
 
-const fuel = 20_000_000
-
 export class RoughCrew extends Crew {
   readonly #rough: Rough
   #manager!: WasmModuleManager
+  readonly #ledger = new Ledger(this.book)
   readonly #asks = new Map<number, { behaviour: Behaviour; error: Deliberate }>()
   #nextKey = 1
-  readonly #hooks = new Random(this.setting.seed, `${this.name}/hooks`)
+  readonly #hooks = this.random('hooks')
   /** Builds that may answer: during a swap there are two. */
   #builds = new Set([1])
   #build = 1
@@ -46,20 +47,26 @@ export class RoughCrew extends Crew {
   }
 
   async open(): Promise<void> {
-    const { instances, recycle, failing } = this.#rough
+    const { instances, recycle, fuel, timeoutMs, failing = 0 } = this.#rough
     let isOpen = false
     this.#manager = await WasmModuleManager.create(this.setting.guests.bench[0], {
       ...this.base(recycle),
       instances,
       maxQueue: 64,
-      ...(this.#rough.fuel ? { engine: { fuel: true }, limits: { fuel } } : {}),
-      imports: (instance) => ({ env: { ask: (key: number) => this.#answer(key, instance) } }),
+      engine: { fuel: fuel !== undefined },
+      limits: { ...(fuel === undefined ? {} : { fuel }), ...(timeoutMs === undefined ? {} : { timeoutMs }) },
+      imports: (instance) => ({
+        env: {
+          ask: (key: number) => this.#answer(key, instance),
+          note: (token: number, count: number) => this.#ledger.note(token, count, instance),
+        },
+      }),
       initialize: () => {
         if (isOpen && !this.isOver && this.#hooks.chance(failing)) throw new Deliberate('initialize')
       },
     })
     isOpen = true
-    this.book.listen(this.#manager)
+    this.watch(this.#manager)
   }
 
   protected actors() {
@@ -74,13 +81,18 @@ export class RoughCrew extends Crew {
 
   /** What any call may end with because of what is done to the manager meanwhile. */
   #around(...more: Excuse[]): Excuse {
-    const always = codes('ERR_WASM_QUEUE_FULL', ...(this.#rough.interrupts ? (['ERR_WASM_INTERRUPTED'] as const) : []))
+    const { interrupts, timeoutMs } = this.#rough
+    const always = codes(
+      'ERR_WASM_QUEUE_FULL',
+      ...(interrupts ? (['ERR_WASM_INTERRUPTED'] as const) : []),
+      ...(timeoutMs === undefined ? [] : (['ERR_WASM_TIMEOUT'] as const)),
+    )
     return (error) => always(error) || this.#isFailedReload(error) || more.some((excuse) => excuse(error))
   }
 
   /** `initialize` threw, and nothing was left to serve. */
   #isFailedReload(error: unknown): boolean {
-    if (this.#rough.failing === 0 || !codes('ERR_WASM_RELOAD_FAILED')(error)) return false
+    if (!this.#rough.failing || !codes('ERR_WASM_RELOAD_FAILED')(error)) return false
     const { cause, phase } = error as WasmError
     return cause instanceof Deliberate && cause.message === 'initialize' && phase === 'initialize'
   }
@@ -110,6 +122,7 @@ export class RoughCrew extends Crew {
             this.#around(),
           ),
       ],
+      [15, () => this.#tally((token) => manager.call('tally', [token]))],
       [15, () => this.#ask(random, random.pick(['value', 'promise', 'throw', 'reject', 're-enter', 're-enter later']))],
       [
         10,
@@ -218,6 +231,19 @@ export class RoughCrew extends Crew {
     return act()
   }
 
+  /** What the guest has run it says itself. */
+  async #tally(call: (token: number) => Promise<unknown>): Promise<void> {
+    const token = this.#ledger.begin()
+    const outcome = await this.book.follow(
+      'tally',
+      true,
+      () => call(token),
+      (answer) => answer === (token ^ 0x55555555),
+      this.#around(),
+    )
+    this.#ledger.end(token, 'tally', outcome)
+  }
+
   async #ask(random: Random, behaviour: Behaviour): Promise<void> {
     const key = this.#nextKey++ | 0
     const error = new Deliberate(`import ${key}`)
@@ -260,11 +286,15 @@ export class RoughCrew extends Crew {
   #sync(random: Random): void {
     const { book } = this
     const value = random.below(1 << 30)
-    const excuse: Excuse = (error) => codes('ERR_WASM_BUSY', 'ERR_WASM_RELOADING')(error) || this.#isFailedReload(error)
+    const { fuel, timeoutMs } = this.#rough
+    const isTimedOut: Excuse = (error) => timeoutMs !== undefined && codes('ERR_WASM_TIMEOUT')(error)
+    const excuse: Excuse = (error) =>
+      codes('ERR_WASM_BUSY', 'ERR_WASM_RELOADING')(error) || isTimedOut(error) || this.#isFailedReload(error)
     const how = random.weighted([
       [20, 'add'],
+      [5, 'tally'],
       [2, 'boom'],
-      [this.#rough.fuel ? 0.5 : 0, 'spin'],
+      [fuel ? 0.5 : timeoutMs ? 0.1 : 0, 'spin'],
       [1, 'missing'],
     ] as const)
     switch (how) {
@@ -277,6 +307,18 @@ export class RoughCrew extends Crew {
           excuse,
         )
         return
+      case 'tally': {
+        const token = this.#ledger.begin()
+        const outcome = book.sync(
+          'tally, synchronous',
+          true,
+          () => fn(this.#manager.exports, 'tally')(token),
+          (answer) => answer === (token ^ 0x55555555),
+          excuse,
+        )
+        this.#ledger.end(token, 'tally, synchronous', outcome)
+        return
+      }
       case 'boom':
         book.sync(
           'boom, synchronous',
@@ -357,7 +399,9 @@ export class RoughCrew extends Crew {
       true,
       () => lease.call('add', [value, 1]),
       (answer) => answer === value + 1,
-      this.#rough.interrupts ? codes('ERR_WASM_INTERRUPTED', 'ERR_WASM_STALE_HANDLE') : undefined,
+      (error) =>
+        (this.#rough.interrupts === true && codes('ERR_WASM_INTERRUPTED', 'ERR_WASM_STALE_HANDLE')(error)) ||
+        (this.#rough.timeoutMs !== undefined && codes('ERR_WASM_TIMEOUT')(error)),
     )
     if (random.chance(0.5)) await setTimeout(random.below(3))
     lease.release()
@@ -371,7 +415,11 @@ export class RoughCrew extends Crew {
   async #leased(random: Random, instance: LeasedInstance): Promise<void> {
     const { book } = this
     // An interrupting reload takes leases away; what is called afterwards finds that.
-    const taken = this.#rough.interrupts ? codes('ERR_WASM_STALE_HANDLE', 'ERR_WASM_INTERRUPTED') : () => false
+    const { interrupts, timeoutMs } = this.#rough
+    const taken = codes(
+      ...(interrupts ? (['ERR_WASM_STALE_HANDLE', 'ERR_WASM_INTERRUPTED'] as const) : []),
+      ...(timeoutMs === undefined ? [] : (['ERR_WASM_TIMEOUT'] as const)),
+    )
     let trapped = false
     const excuse: Excuse = (error) => taken(error) || (trapped && codes('ERR_WASM_STALE_HANDLE')(error))
     for (let left = random.between(1, 4); left > 0; left--) {

@@ -8,6 +8,10 @@ export interface Sample {
   resident: number
   /** Bytes, after a collection. */
   heap: number
+  /** Of the worker, while there is one. */
+  workerHeap?: number
+  /** What the heaps of both hold outside of them. */
+  external: number
   /** Not counted where there is no /proc. */
   descriptors?: number
   threads?: number
@@ -15,9 +19,11 @@ export interface Sample {
   /** Since the start. */
   answers: number
   recycles: number
+  /** Both environments were at work. */
+  isWhole: boolean
 }
 
-export type Held = 'resident' | 'heap' | 'descriptors' | 'threads' | 'mappings'
+export type Held = 'resident' | 'heap' | 'workerHeap' | 'external' | 'descriptors' | 'threads' | 'mappings'
 
 interface Tolerance {
   title: string
@@ -32,12 +38,17 @@ interface Tolerance {
 
 const mib = 2 ** 20
 
-/** By how much the last third may lie above the second: the medians of both, so that one busy second says nothing. */
+/**
+ * By how much the last third may lie above the second: the medians of both, so that one busy second says nothing.
+ * Threads and mappings come and go with every change, and on a busy machine they stay for longer.
+ */
 export const tolerances: Record<Held, Tolerance> = {
   resident: { title: 'resident set', share: 0.05, more: 8 * mib, unit: mib, suffix: ' MiB' },
   heap: { title: 'JS heap', share: 0.05, more: 1 * mib, unit: mib, suffix: ' MiB' },
+  workerHeap: { title: "worker's JS heap", share: 0.1, more: 4 * mib, unit: mib, suffix: ' MiB' },
+  external: { title: 'external memory', share: 0.2, more: 16 * mib, unit: mib, suffix: ' MiB' },
   descriptors: { title: 'file descriptors', share: 0, more: 4, unit: 1, suffix: '' },
-  threads: { title: 'threads', share: 0, more: 2, unit: 1, suffix: '' },
+  threads: { title: 'threads', share: 0.05, more: 3, unit: 1, suffix: '' },
   mappings: { title: 'memory mappings', share: 0.05, more: 20, unit: 1, suffix: '' },
 }
 
@@ -47,13 +58,34 @@ export interface Verdict {
   middle: number
   last: number
   most: number
+  /** There were samples enough. */
+  canTell: boolean
   isFlat: boolean
 }
 
-export function sample(since: number, answers: number, recycles: number): Sample {
+/** With fewer samples a third says nothing: in its first minutes a process still gets larger. */
+const fewest = 40
+
+export function sample(
+  since: number,
+  answers: number,
+  recycles: number,
+  worker?: { heap: number; external: number },
+  isWhole = false,
+): Sample {
   globalThis.gc?.()
-  const { rss: resident, heapUsed: heap } = process.memoryUsage()
-  return { seconds: (performance.now() - since) / 1e3, resident, heap, ...fromProc(), answers, recycles }
+  const { rss: resident, heapUsed: heap, external } = process.memoryUsage()
+  return {
+    seconds: (performance.now() - since) / 1e3,
+    resident,
+    heap,
+    ...(worker ? { workerHeap: worker.heap } : {}),
+    external: external + (worker?.external ?? 0),
+    ...fromProc(),
+    answers,
+    recycles,
+    isWhole,
+  }
 }
 
 function fromProc(): Pick<Sample, 'descriptors' | 'threads' | 'mappings'> {
@@ -73,15 +105,17 @@ export function values(samples: Sample[], held: Held): number[] {
   return samples.map((one) => one[held]).filter((value) => value !== undefined)
 }
 
+/** Of a worker that has just begun, or is about to end, there is less of everything: only what is whole is compared. */
 export function judge(samples: Sample[]): Verdict[] {
   const kinds = (Object.keys(tolerances) as Held[]).filter((held) => values(samples, held).length > 0)
-  const [middle, last] = thirds(samples)
+  const [middle, last] = thirds(samples).map((third) => third.filter(({ isWhole }) => isWhole)) as [Sample[], Sample[]]
+  const canTell = Math.min(middle.length, last.length) >= fewest
   return kinds.map((held) => {
     const before = median(values(middle, held))
     const after = median(values(last, held))
     const { share, more } = tolerances[held]
     const most = before * (1 + share) + more
-    return { held, middle: before, last: after, most, isFlat: after <= most }
+    return { held, middle: before, last: after, most, canTell, isFlat: !canTell || after <= most }
   })
 }
 

@@ -1,7 +1,7 @@
 // Snapshots: recycles and resets in place, forks, and calls that each begin with the snapshot.
 import { setTimeout } from 'node:timers/promises'
 import { type Snapshot, type WasmError, WasmModuleManager } from '../../index.js'
-import { Book, codes, type Excuse } from './book.ts'
+import { type Book, codes, type Excuse } from './book.ts'
 import { Crew, fn } from './crew.ts'
 import type { Random } from './random.ts'
 
@@ -22,14 +22,14 @@ export class WarmCrew extends Crew {
         this.book.count('completed')
       },
     })
-    this.book.listen(this.#manager)
+    this.watch(this.#manager)
     this.#snapshots.push(await this.#manager.snapshot())
   }
 
   protected actors() {
     return [
       ...Array.from({ length: 3 }, () => ({ name: 'call', act: (random: Random) => this.#call(random), restMs: 1 })),
-      { name: 'fork', act: (random: Random) => this.#fork(random), restMs: 200 },
+      { name: 'fork', act: (random: Random) => this.#forks(random), restMs: 200 },
       { name: 'hand', act: (random: Random) => this.#hand(random), restMs: 300 },
     ]
   }
@@ -65,30 +65,45 @@ export class WarmCrew extends Crew {
     )
   }
 
-  async #fork(random: Random): Promise<void> {
-    const book = new Book(`${this.name}, a fork`)
-    this.forkCount += 1
-    const name = `${this.name}-fork-${this.forkCount}`
+  /** A copy, and copies of the copy. */
+  #forks(random: Random): Promise<void> {
+    return this.#fork(random, this.#manager, this.book, base, random.between(1, 3))
+  }
+
+  async #fork(
+    random: Random,
+    parent: WasmModuleManager,
+    parentBook: Book,
+    least: number,
+    depth: number,
+  ): Promise<void> {
+    this.goneCount += 1
+    const book = this.newBook(`, fork ${this.goneCount}`)
+    const name = `${this.managerName}-fork-${this.goneCount}`
     const recycle = random.pick([undefined, { calls: 5 }, { memory: 1 << 20, strategy: 'rolling' as const }])
-    const { value: fork } = await this.book.follow(
+    const { value: fork } = await parentBook.follow(
       'fork',
       false,
-      () => this.#manager.fork({ name, ...(recycle ? { recycle } : {}) }),
+      () => parent.fork({ name, ...(recycle ? { recycle } : {}) }),
       (fork) => fork.name === name,
     )
     if (!fork) return
-    book.listen(fork)
+    this.watch(fork, book)
     const begun = await book.follow(
       'count',
       true,
       () => fork.call('count'),
-      (count) => Number(count) >= base,
+      (count) => Number(count) >= least,
     )
-    await Promise.all(
-      Array.from({ length: random.below(20) }, () =>
-        this.#next(book, fork, random.below(1 << 30), random.below(32 << 10)),
-      ),
-    )
+    const next = () => this.#next(book, fork, random.below(1 << 30), random.below(32 << 10))
+    await Promise.all(Array.from({ length: random.below(20) }, next))
+    const again = () =>
+      book.follow(
+        'count',
+        true,
+        () => fork.call('count'),
+        (count) => count === begun.value,
+      )
     if (random.chance(0.5)) {
       // Recycles go back to where the fork began, as resets do.
       await book.follow(
@@ -97,12 +112,7 @@ export class WarmCrew extends Crew {
         () => fork.reset(),
         ({ generation }) => generation === fork.generation,
       )
-      await book.follow(
-        'count',
-        true,
-        () => fork.call('count'),
-        (count) => count === begun.value,
-      )
+      await again()
     }
     if (random.chance(0.2)) {
       await book.follow(
@@ -111,16 +121,15 @@ export class WarmCrew extends Crew {
         () => fork.reload(),
         ({ reason }) => reason === 'manual',
       )
-      await book.follow(
-        'count',
-        true,
-        () => fork.call('count'),
-        (count) => count === begun.value,
-      )
+      await again()
     }
+    // Either may be closed first.
+    const child = depth > 1 ? this.#fork(random, fork, book, begun.value as number, depth - 1) : undefined
+    if (random.chance(0.5)) await child
     await book.settled()
     await this.closeAndCompare(fork, book)
-    this.forks.absorb(book)
+    await child
+    this.gone.absorb(book)
   }
 
   async #hand(random: Random): Promise<void> {
@@ -190,7 +199,7 @@ export class IsolatedCrew extends Crew {
         this.book.count('completed')
       },
     })
-    this.book.listen(this.#manager)
+    this.watch(this.#manager)
   }
 
   protected actors() {

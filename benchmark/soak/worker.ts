@@ -1,65 +1,140 @@
-// The environment beside the main one: a worker thread with a manager of its own.
+// Workers that run all crews as the main thread does, one after the other: some are ended in good order, some are cut off in the
+// middle of everything.
 import { once } from 'node:events'
+import { readdirSync, readFileSync } from 'node:fs'
+import { setTimeout } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
 import { Worker } from 'node:worker_threads'
-import type { ManagerStats } from '../../index.js'
-import { Book } from './book.ts'
+import type { Told } from './beside.ts'
+import type { Account } from './book.ts'
 import type { Setting } from './crew.ts'
+import { mergeAll } from './environment.ts'
+import { Random } from './random.ts'
 
 const filename = fileURLToPath(new URL('../workers/soak.mjs', import.meta.url))
 
-interface Told {
-  asked: number
-  answered: number
-  trapped: number
-  problems: string[]
-  recycles: Record<string, number>
-  calls: ManagerStats['calls']
-  reloads: ManagerStats['reloads']
-}
+/** How long a worker may take to begin, to end everything that it has, to exit, and its threads to go. */
+const [beginMs, endMs, exitMs, goneMs] = [180_000, 120_000, 30_000, 10_000]
 
-export class WorkerCrew {
-  readonly name = 'worker'
-  readonly book = new Book('worker')
-  readonly forks = new Book('worker, a fork')
-  readonly forkCount = 0
-  #worker!: Worker
+export class Workers {
+  readonly problems: string[] = []
+  readonly count = { ended: 0, cut: 0 }
+  /** Of the one that there is now. */
+  now: Told | undefined
+  /** It has begun, and is not about to end. */
+  isAtWork = false
+  #past: Account[] = []
   readonly #setting: Setting
+  readonly #random: Random
+  readonly #over = new AbortController()
+  #lives: Promise<void> | undefined
 
   constructor(setting: Setting) {
     this.#setting = setting
+    this.#random = new Random(setting.seed, 'workers')
   }
 
-  async open(): Promise<void> {
-    const { guests, cache } = this.#setting
-    this.#worker = new Worker(filename, { workerData: { guest: guests.counter, cache }, execArgv: [] })
-    await once(this.#worker, 'message')
+  get accounts(): Account[] {
+    return mergeAll(this.#past, this.now?.accounts ?? [])
   }
 
-  start(): void {}
-
-  stop(): void {}
+  start(): void {
+    this.#lives = this.#live().catch((error: Error) => {
+      this.problems.push(`the workers: ${error.stack ?? error}`)
+    })
+  }
 
   async end(): Promise<void> {
-    const { book } = this
-    this.#worker.postMessage('over')
-    const [told] = (await once(this.#worker, 'message')) as [Told]
-    await once(this.#worker, 'exit')
-    book.asked = told.asked
-    book.answered = told.answered
-    book.endings.set('ok', told.answered - told.trapped)
-    book.endings.set('ERR_WASM_TRAP', told.trapped)
-    for (const [reason, count] of Object.entries(told.recycles)) book.recycledElsewhere(reason, count)
-    for (const text of told.problems) book.problem(text)
-    if (told.asked !== told.answered) book.problem(`${told.asked} calls, and ${told.answered} answers`)
-    const { completed, trapped, failed, interrupted, rejected } = told.calls
-    const counted = [completed, trapped, failed + interrupted + rejected]
-    const expected = [told.answered - told.trapped, told.trapped, 0]
-    if (counted.join() !== expected.join()) book.problem(`the manager counted ${counted}, the worker ${expected}`)
-    for (const [reason, count] of Object.entries(told.reloads)) {
-      if (reason !== 'trap' && count !== told.recycles[reason]) {
-        book.problem(`recycles for ${reason}: the manager counted ${count}, the events ${told.recycles[reason]}`)
+    this.#over.abort()
+    await this.#lives
+  }
+
+  async #live(): Promise<void> {
+    for (let number = 1; !this.#over.signal.aborted; number++) await this.#one(number)
+  }
+
+  async #one(number: number): Promise<void> {
+    const where = `worker ${number}`
+    const worker = new Worker(filename, { workerData: { ...this.#setting, where } satisfies Setting, execArgv: [] })
+    const exited = once(worker, 'exit').catch((error) => {
+      this.problems.push(`${where} failed: ${error instanceof Error ? error.stack : error}`)
+      return [1]
+    })
+    const [begun, done] = [new AbortController(), new AbortController()]
+    worker.on('message', (told: Told) => {
+      this.now = told
+      begun.abort()
+      if (told.isDone) done.abort()
+    })
+    const isCut = (this.#setting.seed + number) % 2 === 0
+    const life = this.#random.between(6000, 30_000)
+    if (await this.#within(beginMs, begun.signal, exited, `${where} to begin`)) {
+      this.isAtWork = true
+      await nap(life, this.#over.signal)
+      this.isAtWork = false
+      if (isCut && !this.#over.signal.aborted) {
+        this.count.cut += 1
+        await this.#gone(where, worker.terminate())
+      } else {
+        worker.postMessage('over')
+        await this.#within(endMs, done.signal, exited, `${where} to end what it has`)
+        this.count.ended += 1
+        const code = await this.#gone(where, exited)
+        if (code !== undefined && code !== 0) this.problems.push(`${where} exited with ${code}`)
       }
     }
+    await worker.terminate()
+    this.#past = this.accounts
+    this.now = undefined
+    await this.#threadsGone(where)
   }
+
+  /** False, and a problem, if it does not come. */
+  async #within(ms: number, signal: AbortSignal, exited: Promise<unknown>, what: string): Promise<boolean> {
+    const stop = new AbortController()
+    await Promise.race([nap(ms, AbortSignal.any([signal, stop.signal])), exited])
+    stop.abort()
+    if (!signal.aborted)
+      this.problems.push(`waited in vain for ${what}; ${this.now?.busy.join(', ') || 'nobody'} was still there`)
+    return signal.aborted
+  }
+
+  async #gone(where: string, exit: Promise<unknown>): Promise<number | undefined> {
+    const stop = new AbortController()
+    const code = await Promise.race([exit, nap(exitMs, stop.signal).then(() => undefined)])
+    stop.abort()
+    if (code === undefined) this.problems.push(`${where} did not exit within ${exitMs / 1e3} s`)
+    return Array.isArray(code) ? code[0] : (code as number | undefined)
+  }
+
+  async #threadsGone(where: string): Promise<void> {
+    const until = performance.now() + goneMs
+    let left = threads('molt-w-')
+    while (left.length > 0 && performance.now() < until) {
+      await setTimeout(50)
+      left = threads('molt-w-')
+    }
+    if (left.length > 0) this.problems.push(`${where} has left threads behind: ${left.join(', ')}`)
+  }
+}
+
+/** The names of native threads that begin like this; none where the system does not tell. */
+export function threads(prefix = ''): string[] {
+  try {
+    return readdirSync('/proc/self/task')
+      .map((id) => {
+        try {
+          return readFileSync(`/proc/self/task/${id}/comm`, 'utf8').trim()
+        } catch {
+          return undefined
+        }
+      })
+      .filter((name) => name?.startsWith(prefix)) as string[]
+  } catch {
+    return []
+  }
+}
+
+async function nap(ms: number, signal: AbortSignal): Promise<void> {
+  await setTimeout(ms, undefined, { signal }).catch(() => {})
 }
