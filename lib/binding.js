@@ -3,13 +3,14 @@
 // The native side of this copy of the package. Test runners evaluate packages anew for each test file, and give every
 // evaluation the addon that was loaded first; but what the addon knows of JavaScript is of one copy.
 
-const Module = require('node:module')
+// Node's own: what runners give in its place does not say what has been loaded.
+const Module = process.getBuiltinModule?.('node:module') ?? require('node:module')
 const { toNamespacedPath } = require('node:path')
 const loaded = require('../binding.js')
 
 function another() {
   // The same file, loaded once more, is an addon with a state of its own.
-  const found = Object.values(Module._cache).find(
+  const found = Object.values(Module._cache ?? {}).find(
     (module) => module?.exports === loaded && module.filename?.endsWith('.node'),
   )
   if (found === undefined) {

@@ -2,9 +2,10 @@
 
 // Hands the native side, once, what must be JavaScript.
 
-const { AsyncLocalStorage } = require('node:async_hooks')
+const { AsyncResource } = require('node:async_hooks')
 // Taken now, and not from the global object: a test's fake timers must not get between a call and its answer.
 const { setImmediate } = require('node:timers')
+const { runInThisContext } = require('node:vm')
 const { isMainThread } = require('node:worker_threads')
 const binding = require('./binding.js')
 const { WasmError } = require('./errors.js')
@@ -15,9 +16,15 @@ const look = () => {
   if (binding.look()) setImmediate(look)
 }
 const lookNext = () => setImmediate(look)
+class Outside extends AsyncResource {
+  /** How tools that look for what keeps a process alive ask. */
+  hasRef() {
+    return false
+  }
+}
 // Whatever a look brings (imports, events) belongs to nobody's asynchronous context, least of all to that of a hook
 // which happened to hand a call over.
-const outside = AsyncLocalStorage.snapshot()
+const outside = new Outside('wasm-molt')
 
 const result = (kind) => (kind === 1 ? i32[2] : kind === 0 ? undefined : f64[1])
 
@@ -124,16 +131,21 @@ const exportMakers = [
   },
 ]
 
+// A test runner's realm is another; what users get is of the one in which they have loaded the package.
+const isRealmOfNode = runInThisContext('Object') === Object
+
 // The native side holds them weakly.
 binding.helpers = {
   scratch,
   makeExport: (name, params, kind, at) =>
     Object.defineProperty(exportMakers[params](at, kind), 'name', { value: name, configurable: true }),
   isMainThread,
+  resource: { hasRef: () => binding.isBusy() },
   lookSoon: () => {
-    outside(lookNext)
+    outside.runInAsyncScope(lookNext)
   },
   error: (code, message, fields, cause) => new WasmError(code, message, fields, cause),
+  ...(isRealmOfNode ? {} : { object: () => ({}), array: (length) => new Array(length) }),
   typeError: (message) => new TypeError(message),
   rangeError: (message) => new RangeError(message),
   toNumber: (value) => +value,

@@ -31,6 +31,7 @@ pub(crate) const FUNCTIONS: &[(&str, Native)] = &[
     ("isSetUp", is_set_up),
     ("newScratch", new_scratch),
     ("setup", set_up),
+    ("isBusy", is_busy),
     ("settleHost", settle_host),
     ("look", look),
     ("newManager", new_manager),
@@ -111,6 +112,10 @@ pub(crate) fn arg(args: &[Val], index: usize) -> Val {
 /// Whether a copy of the package has this addon already.
 fn is_set_up(js: Js, _: &[Val]) -> JsResult<Val> {
     js.boolean(EnvState::is_set_up(js))
+}
+
+fn is_busy(js: Js, _: &[Val]) -> JsResult<Val> {
+    js.boolean(EnvState::of(js)?.is_busy())
 }
 
 /// `() => ArrayBuffer`

@@ -6,14 +6,15 @@
 // compiled once, called once per generation, and whatever a call made is garbage when the generation is.
 
 const { readFileSync, realpathSync, statSync } = require('node:fs')
-const Module = require('node:module')
+const { createRequire, isBuiltin } = require('node:module')
 const { basename, dirname, extname, join, sep } = require('node:path')
 const { fileURLToPath, pathToFileURL } = require('node:url')
 const { isModuleNamespaceObject } = require('node:util').types
 const vm = require('node:vm')
 const { openConversions } = require('./conversions.js')
 
-const { createRequire, isBuiltin } = Module
+/** Node's own: what runners give in its place is not all there. */
+const Module = process.getBuiltinModule?.('node:module') ?? require('node:module')
 
 /** Loaded where a file needs to be understood: most CommonJS does not. */
 let parser
