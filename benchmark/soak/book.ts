@@ -47,8 +47,6 @@ export class Book {
   /** Recycles that were resets have no event `reload`. */
   readonly #replaced = new Map<string, number>()
   pressures = 0
-  /** Calls of leases that were taken away: whether they had been admitted before, and so count, only the manager knows. */
-  unclear = 0
   /** What the manager says of itself, for what is not answered. */
   look: () => string = () => ''
 
@@ -203,8 +201,7 @@ export class Book {
     same('calls completed', calls.completed, completed)
     same('calls failed', calls.failed, failed)
     same('calls trapped', calls.trapped, trapped)
-    const theirs = calls.interrupted + calls.rejected
-    same('calls interrupted or rejected', theirs, Math.min(Math.max(theirs, stopped), stopped + this.unclear))
+    same('calls interrupted or rejected', calls.interrupted + calls.rejected, stopped)
     same('answers', this.answered, this.asked)
     same("failed reloads, by the event 'reload:failed'", reloadsFailed, this.#events.failed)
     same("traps, by the event 'trap'", calls.trapped, this.#events.trap)
@@ -281,6 +278,8 @@ function countedAs(error: unknown, isSync: boolean): keyof Counted | undefined {
     case 'ERR_WASM_ASYNC_IMPORT':
       return 'failed'
     case 'ERR_WASM_STALE_HANDLE':
+      // Handed over, and refused because a call before it has trapped; a lease that has ended takes nothing any more.
+      return !isSync && error.message.startsWith('the leased instance') ? 'stopped' : undefined
     case 'ERR_WASM_EXPORT_NOT_FOUND':
     case 'ERR_WASM_INVALID_ARGUMENT':
     case 'ERR_WASM_BUSY':

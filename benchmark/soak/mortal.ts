@@ -113,7 +113,6 @@ class Life {
             (error) => this.isEnding && (ended(error) || stale(error)),
           )
           this.ledger.end(token, 'tally in a lease', outcome)
-          if (this.isEnding && stale(outcome.error)) this.book.unclear += 1
           return true
         }),
       (isDone) => isDone,

@@ -405,11 +405,7 @@ export class RoughCrew extends Crew {
     )
     if (random.chance(0.5)) await setTimeout(random.below(3))
     lease.release()
-    this.#mayBeTaken((await left).error)
-  }
-
-  #mayBeTaken(error: unknown): void {
-    if (this.#rough.interrupts && codes('ERR_WASM_STALE_HANDLE')(error)) this.book.unclear += 1
+    await left
   }
 
   async #leased(random: Random, instance: LeasedInstance): Promise<void> {
@@ -426,16 +422,7 @@ export class RoughCrew extends Crew {
       const value = random.below(1 << 30)
       const isRight = (answer: unknown) => answer === value + 1 && (!trapped || this.#isKept)
       if (random.chance(0.5)) {
-        const { error } = await book.follow(
-          'add in a lease',
-          true,
-          () => instance.call('add', [value, 1]),
-          isRight,
-          excuse,
-        )
-        // A manager counts what it refuses after a trap, and not what comes after the end of a lease.
-        if (trapped && codes('ERR_WASM_STALE_HANDLE')(error)) book.count('stopped')
-        this.#mayBeTaken(error)
+        await book.follow('add in a lease', true, () => instance.call('add', [value, 1]), isRight, excuse)
       } else {
         book.sync('add in a lease, synchronous', true, () => fn(instance.exports, 'add')(value, 1), isRight, excuse)
       }
@@ -448,11 +435,7 @@ export class RoughCrew extends Crew {
           () => false,
           trap,
         )
-        if (trapped && codes('ERR_WASM_STALE_HANDLE')(error)) book.count('stopped')
-        this.#mayBeTaken(error)
-        // Then the lease may have ended as well, and nobody could tell which of the two a call has met.
-        if (this.#rough.interrupts) return
-        trapped = true
+        trapped ||= codes('ERR_WASM_TRAP')(error)
       }
       if (random.chance(0.1)) await setTimeout(random.below(5))
     }
