@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
 
 use crate::env::EnvState;
 use crate::wake::Wake;
@@ -32,17 +33,11 @@ pub(crate) struct Inbox {
     wake: Mutex<Option<Wake>>,
     is_woken: AtomicBool,
     urgent_count: AtomicUsize,
-    thread: usize,
+    thread: ThreadId,
     /// Slab indices whose last holder is gone.
     released: Mutex<Vec<u32>>,
     released_count: AtomicUsize,
 }
-
-// SAFETY: waking is made to be done from any thread, and is only done under the lock while it is still
-// there; everything else is `Send` and `Sync` already.
-unsafe impl Send for Inbox {}
-// SAFETY: as above.
-unsafe impl Sync for Inbox {}
 
 /// Released things that are left until the JS thread comes by anyway.
 const RELEASED_BEFORE_WAKE: usize = 1024;
@@ -60,7 +55,7 @@ impl Inbox {
             wake: Mutex::new(Some(wake)),
             is_woken: AtomicBool::new(false),
             urgent_count: AtomicUsize::new(0),
-            thread: thread_token(),
+            thread: this_thread(),
             released: Mutex::default(),
             released_count: AtomicUsize::new(0),
         })
@@ -73,7 +68,7 @@ impl Inbox {
     /// Whether this is the environment's own thread.
     #[inline]
     pub(crate) fn is_js_thread(&self) -> bool {
-        self.thread == thread_token()
+        self.thread == this_thread()
     }
 
     /// Gives `task` to the JS thread; gives it back if there is no environment any more.
@@ -196,9 +191,9 @@ impl Inbox {
     }
 }
 
-/// Different for each live thread.
+/// Of one thread alone, also when it is gone: what it has left must not take a later one for it.
 #[inline]
-fn thread_token() -> usize {
-    thread_local!(static TOKEN: u8 = const { 0 });
-    TOKEN.with(|token| std::ptr::from_ref(token) as usize)
+fn this_thread() -> ThreadId {
+    thread_local!(static THIS: ThreadId = std::thread::current().id());
+    THIS.with(|id| *id)
 }

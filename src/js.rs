@@ -6,6 +6,7 @@
 //! A failed call always leaves a JavaScript exception pending, and [`Pending`] says so: whoever gets
 //! one returns to JavaScript, or takes the exception with [`Js::take_exception`].
 
+use std::any::TypeId;
 use std::cell::Cell;
 use std::ffi::{CStr, c_void};
 use std::ptr;
@@ -66,11 +67,15 @@ impl Bytes {
     /// # Safety
     /// No JavaScript may have run since the bytes were taken (it could have detached them).
     pub(crate) unsafe fn to_vec(&self) -> Vec<u8> {
-        if self.len == 0 {
-            return Vec::new();
+        let mut copy = Vec::with_capacity(self.len);
+        if self.len > 0 {
+            // SAFETY: contract of this function; Node-API gave a valid range. No reference is made: it may be
+            // shared, or linear memory, and somebody else may write there meanwhile.
+            unsafe { ptr::copy_nonoverlapping(self.data, copy.as_mut_ptr(), self.len) };
+            // SAFETY: so many bytes have room, and have just been written.
+            unsafe { copy.set_len(self.len) };
         }
-        // SAFETY: contract of this function; Node-API gave a valid range.
-        unsafe { std::slice::from_raw_parts(self.data, self.len) }.to_vec()
+        copy
     }
 }
 
@@ -247,22 +252,12 @@ impl Js {
     }
 
     pub(crate) fn object(self) -> JsResult<Val> {
-        match EnvState::known_helper(self, |helpers| helpers.object) {
-            Some(make) => self.call(make, &[]),
-            None => self.object_of_node(),
-        }
-    }
-
-    fn object_of_node(self) -> JsResult<Val> {
         let mut value = ptr::null_mut();
         napi!(self, napi_create_object(&raw mut value))?;
         Ok(value)
     }
 
     pub(crate) fn array(self, len: usize) -> JsResult<Val> {
-        if let Some(make) = EnvState::known_helper(self, |helpers| helpers.array) {
-            return self.call(make, &[self.number(len as f64)?]);
-        }
         let mut value = ptr::null_mut();
         napi!(self, napi_create_array_with_length(len, &raw mut value))?;
         Ok(value)
@@ -316,13 +311,16 @@ impl Js {
 
     /// A value that carries `content` through JavaScript, and drops it when it is collected.
     pub(crate) fn external<T: 'static>(self, content: T) -> JsResult<Val> {
-        let data = Box::into_raw(Box::new(content));
+        let data = Box::into_raw(Box::new(Held {
+            ty: TypeId::of::<T>(),
+            content,
+        }));
         let mut value = ptr::null_mut();
         let made = napi!(
             self,
             napi_create_external(
                 data.cast(),
-                Some(drop_box::<T>),
+                Some(drop_box::<Held<T>>),
                 ptr::null_mut(),
                 &raw mut value
             )
@@ -334,18 +332,23 @@ impl Js {
         made.map(|()| value)
     }
 
-    /// What [`Js::external`] put in.
+    /// What [`Js::external`] put in; a `TypeError` for a handle of something else.
     ///
     /// # Safety
-    /// `value` was made by `external::<T>` with this very `T`: the binding is not given to users.
+    /// If `value` is an external, this addon has made it: the binding is not given to users. What this
+    /// returns is not kept beyond the callback, whose argument `value` is.
     pub(crate) unsafe fn external_ref<'a, T: 'static>(self, value: Val) -> JsResult<&'a T> {
         let mut data: *mut c_void = ptr::null_mut();
         napi!(self, napi_get_value_external(value, &raw mut data))?;
         if data.is_null() {
             return Err(self.throw_type_error("an empty handle"));
         }
-        // SAFETY: contract of this function; the value is alive in this callback.
-        Ok(unsafe { &*data.cast::<T>() })
+        // SAFETY: contract of this function: whatever it holds, it begins with its type.
+        if unsafe { *data.cast::<TypeId>() } != TypeId::of::<T>() {
+            return Err(self.throw_type_error("a handle of something else"));
+        }
+        // SAFETY: it was made with this `T`, as was just seen; the value is alive in this callback.
+        Ok(unsafe { &(*data.cast::<Held<T>>()).content })
     }
 
     // ------------------------------------------------------------------ reading values
@@ -838,7 +841,7 @@ impl Js {
     /// Node *aborts* the process in functions that it believes cannot fail (detaching, wrapping).
     pub(crate) fn can_run(self) -> bool {
         // Setting a property goes through V8's own check and fails softly.
-        self.object_of_node()
+        self.object()
             .and_then(|probe| self.set(probe, c"p", self.undefined()))
             .is_ok()
     }
@@ -850,9 +853,12 @@ impl Js {
         is
     }
 
+    /// Leaves it as it is where JavaScript may not run: see [`Js::can_run`].
     pub(crate) fn detach(self, buffer: Val) {
-        // SAFETY: valid environment and value; fails harmlessly if it is detached already.
-        unsafe { sys::napi_detach_arraybuffer(self.0, buffer) };
+        if self.can_run() {
+            // SAFETY: valid environment and value; fails harmlessly if it is detached already.
+            unsafe { sys::napi_detach_arraybuffer(self.0, buffer) };
+        }
     }
 
     // ------------------------------------------------------------------ tagged functions
@@ -908,6 +914,13 @@ unsafe extern "C" fn drop_box<T>(_env: sys::napi_env, data: *mut c_void, _hint: 
         // SAFETY: `data` came out of `Box::into_raw` as a `T`, and finalizers run once.
         drop(unsafe { Box::from_raw(data.cast::<T>()) });
     });
+}
+
+/// What an external holds: first of all its type, which is looked at before anything else.
+#[repr(C)]
+struct Held<T> {
+    ty: TypeId,
+    content: T,
 }
 
 /// What an external buffer holds on to.

@@ -178,6 +178,15 @@ impl RealmSide {
         }
     }
 
+    pub(crate) fn look_whether_moved(&self, js: Js) {
+        for memory in &*self.views.borrow() {
+            memory.view.look_whether_moved(js);
+            for view in &*memory.retired.borrow() {
+                view.look_whether_moved(js);
+            }
+        }
+    }
+
     /// Views of these memories end.
     pub(crate) fn end_views(&self, js: Js, memories: &[u32]) {
         let views = self.views.borrow();

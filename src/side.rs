@@ -73,6 +73,14 @@ impl ReplicaSide {
         }
     }
 
+    /// The environment ends: what JavaScript has moved out of its buffers may be in use elsewhere.
+    pub(crate) fn look_whether_moved(&self, js: Js) {
+        self.view.look_whether_moved(js);
+        if let Some(realm) = &self.realm {
+            realm.look_whether_moved(js);
+        }
+    }
+
     /// The instance is gone for JavaScript.
     pub(crate) fn expire(&self, js: Js) {
         self.is_expired.set(true);
