@@ -22,6 +22,9 @@ use crate::wake::Wake;
 pub(crate) struct Helpers {
     /// `(code, message, fields, cause) => WasmError`
     pub(crate) error: sys::napi_ref,
+    /// `() => ({})` and `length => new Array(length)`; null where Node-API makes those of the right realm.
+    pub(crate) object: sys::napi_ref,
+    pub(crate) array: sys::napi_ref,
     /// `message => TypeError`; Node-API's own would not be that of the realm in which the package was evaluated.
     pub(crate) type_error: sys::napi_ref,
     /// `message => RangeError`
@@ -117,9 +120,16 @@ impl EnvState {
             Some(call_through_scratch),
             bytes.data as *mut c_void,
         )?;
+        let resource = js.property(helpers, c"resource")?;
         let helper = |name| js.weak_reference(js.property(helpers, name)?);
+        let optional = |name| match js.property(helpers, name)? {
+            value if js.is_undefined(value) => Ok(ptr::null_mut()),
+            value => js.weak_reference(value),
+        };
         let helpers = Helpers {
             error: helper(c"error")?,
+            object: optional(c"object")?,
+            array: optional(c"array")?,
             type_error: helper(c"typeError")?,
             range_error: helper(c"rangeError")?,
             to_number: helper(c"toNumber")?,
@@ -133,7 +143,7 @@ impl EnvState {
             look_soon: helper(c"lookSoon")?,
         };
         let slab = js.reference(js.array(0)?)?;
-        let wake = Wake::new(js)?;
+        let wake = Wake::new(js, resource)?;
         let inbox = Inbox::new(wake);
         let watch = (!is_main).then(|| watch_over(js, &inbox));
         let state = Rc::new(Self {
@@ -228,7 +238,8 @@ impl EnvState {
 
     /// A helper, where they are known already.
     pub(crate) fn known_helper(js: Js, choose: impl Fn(&Helpers) -> sys::napi_ref) -> Option<Val> {
-        js.dereference(choose(&find(js.raw())?.helpers))
+        let reference = choose(&find(js.raw())?.helpers);
+        (!reference.is_null()).then(|| js.dereference(reference))?
     }
 
     /// The state of the environment at that address, if it is this thread's.
@@ -261,6 +272,11 @@ impl EnvState {
         if busy == 0 {
             self.wake.keep_alive(self.js(), true);
         }
+    }
+
+    /// Whether the process stays alive for it.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.busy.get() > 0
     }
 
     pub(crate) fn end(&self) {

@@ -252,12 +252,22 @@ impl Js {
     }
 
     pub(crate) fn object(self) -> JsResult<Val> {
+        match EnvState::known_helper(self, |helpers| helpers.object) {
+            Some(make) => self.call(make, &[]),
+            None => self.object_of_node(),
+        }
+    }
+
+    fn object_of_node(self) -> JsResult<Val> {
         let mut value = ptr::null_mut();
         napi!(self, napi_create_object(&raw mut value))?;
         Ok(value)
     }
 
     pub(crate) fn array(self, len: usize) -> JsResult<Val> {
+        if let Some(make) = EnvState::known_helper(self, |helpers| helpers.array) {
+            return self.call(make, &[self.number(len as f64)?]);
+        }
         let mut value = ptr::null_mut();
         napi!(self, napi_create_array_with_length(len, &raw mut value))?;
         Ok(value)
@@ -841,7 +851,7 @@ impl Js {
     /// Node *aborts* the process in functions that it believes cannot fail (detaching, wrapping).
     pub(crate) fn can_run(self) -> bool {
         // Setting a property goes through V8's own check and fails softly.
-        self.object()
+        self.object_of_node()
             .and_then(|probe| self.set(probe, c"p", self.undefined()))
             .is_ok()
     }

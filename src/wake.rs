@@ -12,7 +12,7 @@ use std::ptr;
 use napi::sys;
 
 use crate::env::EnvState;
-use crate::js::{Js, JsResult};
+use crate::js::{Js, JsResult, Val};
 
 /// Lives until the environment's cleanup hooks have run. A copy is the same.
 #[derive(Clone, Copy)]
@@ -34,9 +34,11 @@ unsafe impl Sync for Wake {}
 impl Wake {
     /// Does not keep the process alive at first. Cleanup hooks that are registered later run while it
     /// still works.
-    pub(crate) fn new(js: Js) -> JsResult<Self> {
+    ///
+    /// * `resource`: what asynchronous hooks are shown. Held weakly.
+    pub(crate) fn new(js: Js, resource: Val) -> JsResult<Self> {
         #[cfg(unix)]
-        if let Some(handle) = handle::Handle::new(js)? {
+        if let Some(handle) = handle::Handle::new(js, resource)? {
             return Ok(Self(Kind::Handle(handle)));
         }
         Ok(Self(Kind::Function(make_function(js)?)))
@@ -135,7 +137,7 @@ mod handle {
 
     use napi::sys;
 
-    use crate::js::{Js, JsResult};
+    use crate::js::{Js, JsResult, Val};
 
     /// A `uv_async_t`, whose size only libuv knows.
     #[repr(C)]
@@ -229,7 +231,7 @@ mod handle {
 
     impl Handle {
         /// `None` where there is no libuv.
-        pub(super) fn new(js: Js) -> JsResult<Option<Self>> {
+        pub(super) fn new(js: Js, resource: Val) -> JsResult<Option<Self>> {
             let Some(uv) = Uv::get() else {
                 return Ok(None);
             };
@@ -268,8 +270,7 @@ mod handle {
                 }));
                 (uv.set_data)(raw, owner.cast());
                 (uv.unreference)(raw);
-                let prepared =
-                    sys::napi_async_init(js.raw(), ptr::null_mut(), name, &raw mut context);
+                let prepared = sys::napi_async_init(js.raw(), resource, name, &raw mut context);
                 (*owner).context = context;
                 if prepared != sys::Status::napi_ok
                     || sys::napi_add_async_cleanup_hook(
