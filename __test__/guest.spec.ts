@@ -1,7 +1,7 @@
 // A guest in Node's house: every way in which a program may end, at every point of a manager's life.
 import assert from 'node:assert/strict'
 import { describe, test } from 'node:test'
-import { assertEnded, deferred, env, POINTS, REJECT, SCENE, THROW } from './points.ts'
+import { assertEnded, deferred, env, POINTS, REJECT, SCENE, THROW, UNCAUGHT } from './points.ts'
 import { child, LIMIT, reported } from './support.ts'
 
 describe('the program ends', { concurrency: 2 }, () => {
@@ -12,14 +12,14 @@ describe('the program ends', { concurrency: 2 }, () => {
 
     test(`with an uncaught exception as it would without us, while ${name}`, LIMIT, async () => {
       const program = `${SCENE}${deferred(THROW, point)}\n${point.program}`
-      assertEnded(await child(program, { env }), 1, /Error: on purpose/)
+      assertEnded(await child(program, { env }), 1, UNCAUGHT)
     })
 
     if (point.isBlocking) continue
 
     test(`with an unhandled rejection as it would without us, while ${name}`, LIMIT, async () => {
       const program = `${SCENE}${deferred(REJECT, point)}\n${point.program}`
-      assertEnded(await child(program, { env }), 1, /Error: on purpose/)
+      assertEnded(await child(program, { env }), 1, UNCAUGHT)
     })
 
     test(

@@ -184,6 +184,12 @@ export const REJECT = `Promise.reject(new Error('on purpose'))`
 
 export const env = { WORKBENCH: workbench, ENDLESS }
 
+/** As runtimes report what nobody has caught: some do not call it by its name. */
+export const UNCAUGHT = /error: .*on purpose/i
+
+/** What a program says whose worker has failed: Deno tells of that itself. */
+export const WORKER_FAILED = process.versions.deno === undefined ? /^$/ : /^(error: Uncaught [\s\S]*)?$/
+
 export function assertEnded(ended: Ended, code: number, stderr: RegExp = /^$/): void {
   assert.deepEqual([ended.code, ended.signal], [code, null], `${ended.stderr}\n${ended.stdout}`)
   assert.match(ended.stderr, stderr)

@@ -1,6 +1,8 @@
 // What all test files share: managers that clean up after themselves, barriers, child processes.
 import assert from 'node:assert/strict'
 import { spawn } from 'node:child_process'
+import { writeFileSync } from 'node:fs'
+import { join } from 'node:path'
 import { after, type TestContext } from 'node:test'
 import {
   type InstanceContext,
@@ -11,7 +13,7 @@ import {
   WasmModuleManager,
   type WasmValue,
 } from '../index.js'
-import { workbench } from './guests.ts'
+import { temporaryFolder, workbench } from './guests.ts'
 
 export { WasmError, WasmModuleManager }
 
@@ -165,6 +167,12 @@ export async function bench(
 /** Imports of the workbench where a test does not care about them. */
 export const idleImports = { env: { entered: () => {}, hold: (key: number) => key } }
 
+/**
+ * How many of some twenty objects a collection may miss: JavaScriptCore takes whatever on the stack looks like a
+ * pointer for one. V8 does not.
+ */
+export const STRAYS = process.versions.bun === undefined ? 0 : 4
+
 /** Turns of the event loop: enough for whatever is ready to run. Not a wait for time to pass. */
 export async function turns(count = 3): Promise<void> {
   for (let i = 0; i < count; i += 1) await new Promise((resolve) => setImmediate(resolve))
@@ -209,8 +217,14 @@ export async function child(program: string, options: ChildOptions = {}): Promis
     import { WasmError, WasmModuleManager } from ${JSON.stringify(INDEX_URL)}
     const report = (value) => writeSync(1, 'REPORT ' + JSON.stringify(value) + '\\n')
   `
-  return await runNode([...(options.flags ?? []), '--input-type=module', '--eval', prologue + program], options)
+  // A file, because not every runtime takes a module on its command line.
+  const file = join(temporaryFolder('child'), 'child.mjs')
+  writeFileSync(file, prologue + program)
+  return await runNode([...(options.flags ?? []), file], options)
 }
+
+/** The ways in which only a crash ends a process. */
+const CRASHES: (NodeJS.Signals | null)[] = ['SIGSEGV', 'SIGBUS', 'SIGILL', 'SIGABRT', 'SIGTRAP', 'SIGFPE', 'SIGSYS']
 
 export async function runNode(args: string[], options: ChildOptions = {}): Promise<Ended> {
   const started = performance.now()
@@ -233,6 +247,8 @@ export async function runNode(args: string[], options: ChildOptions = {}): Promi
     process_.on('close', (code, signal) => resolve([code, signal]))
   })
   clearTimeout(timer)
+  // No test may take it for one more way to end.
+  assert.ok(!CRASHES.includes(signal), `the child crashed: ${signal}\n${stderr}\n${stdout}`)
   return { code, signal, stdout, stderr, took: performance.now() - started }
 }
 

@@ -1,8 +1,11 @@
 // Workers: every way in which one may end, at every point of a manager's life; many at once; V8's own engine beside us.
 import assert from 'node:assert/strict'
+import { writeFileSync } from 'node:fs'
+import { join } from 'node:path'
 import { describe, test } from 'node:test'
-import { binary, wat } from './guests.ts'
-import { assertEnded, deferred, env, POINTS, type Point, REJECT, SCENE, THROW } from './points.ts'
+import { isDeepStrictEqual } from 'node:util'
+import { binary, temporaryFolder, wat } from './guests.ts'
+import { assertEnded, deferred, env, POINTS, type Point, REJECT, SCENE, THROW, WORKER_FAILED } from './points.ts'
 import { child, INDEX_URL, LIMIT, reported } from './support.ts'
 
 const LAUNCH = `
@@ -34,6 +37,21 @@ const scene = (act: string, point: Point) => JSON.stringify(`${WORKER}${SCENE}${
 /** An endless guest tells of itself before its loop, and cannot from within: a moment later it is inside. */
 const isInside = (point: Point) => (point.isBlocking ? 'await new Promise((resolve) => setTimeout(resolve, 30))' : '')
 
+/** What the runtime makes of what a worker of its own, without us, does not catch. */
+let bare: Promise<object> | undefined
+async function uncaughtInBare(): Promise<object> {
+  const fails = (act: string) =>
+    JSON.stringify(`import { parentPort } from 'node:worker_threads'\n${STAY}setImmediate(() => { ${act} })`)
+  const ended = await child(`${LAUNCH}
+    const seen = {}
+    for (const [name, text] of [['uncaught', ${fails(THROW)}], ['unhandled', ${fails(REJECT)}]]) {
+      const worker = launch(text)
+      seen[name] = [(await worker.failed).endsWith('on purpose'), await worker.ended]
+    }
+    report(seen)`)
+  return reported(ended)
+}
+
 describe('a worker ends', { concurrency: 2 }, () => {
   for (const [name, point] of Object.entries(POINTS)) {
     test(`however it is made to, while ${name}, and the program goes on`, LIMIT, async () => {
@@ -59,10 +77,14 @@ describe('a worker ends', { concurrency: 2 }, () => {
         `,
         { env },
       )
-      assertEnded(ended, 0)
-      const failed = [true, 1]
-      const unhandled = point.isBlocking ? {} : { unhandled: failed }
-      assert.deepEqual(reported(ended), { terminate: 1, exit: 7, uncaught: failed, ...unhandled, sum: 10 })
+      assertEnded(ended, 0, WORKER_FAILED)
+      bare ??= uncaughtInBare()
+      const { uncaught, unhandled } = (await bare) as Record<'uncaught' | 'unhandled', unknown>
+      const seen = reported<Record<string, unknown>>(ended)
+      // What is thrown inside an import may end as the rejection of a call.
+      const thrown = point.isBlocking && isDeepStrictEqual(seen.uncaught, unhandled) ? unhandled : uncaught
+      const rejected = point.isBlocking ? {} : { unhandled }
+      assert.deepEqual(seen, { terminate: 1, exit: 7, uncaught: thrown, ...rejected, sum: 10 })
     })
 
     test(`with the program, by process.exit(), while ${name}`, LIMIT, async () => {
@@ -78,17 +100,39 @@ describe('a worker ends', { concurrency: 2 }, () => {
 /** Node 20 has `transfer` behind a flag of V8. */
 const TRANSFER = 'transfer' in ArrayBuffer.prototype ? [] : ['--harmony-rab-gsab-transfer']
 
-test('a view that a worker has handed over can be used when the worker is gone', LIMIT, async () => {
-  const text = JSON.stringify(`${WORKER}${SCENE}${STAY}
-    const manager = await create()
-    new Uint8Array(manager.memory.buffer).fill(3)
+/** Makes `manager`, and `memory` as a program has it. */
+const MEMORIES = {
+  "a manager's": `const manager = await create(); const { memory } = manager`,
+  "a glue's own": `const manager = await load(); const { memory } = manager.module`,
+  "a glue's instance's": `const manager = await load(); const { memory } = manager.module.instance.exports`,
+}
+
+for (const [whose, make] of Object.entries(MEMORIES)) {
+  test(
+    `a view of ${whose} memory that a worker has handed over can be used when the worker is gone`,
+    LIMIT,
+    async () => {
+      const glue = join(temporaryFolder('glue'), 'glue.cjs')
+      writeFileSync(
+        glue,
+        `
+    exports.memory = new WebAssembly.Memory({ initial: 1 })
+    // (module (memory (export "memory") 1))
+    const bytes = Uint8Array.of(0,97,115,109,1,0,0,0,5,3,1,0,1,7,10,1,6,109,101,109,111,114,121,2,0)
+    exports.instance = new WebAssembly.Instance(new WebAssembly.Module(bytes))`,
+      )
+      const text = JSON.stringify(`${WORKER}${SCENE}${STAY}
+    import { loadGlue } from ${JSON.stringify(INDEX_URL)}
+    const load = () => loadGlue(${JSON.stringify(glue)}, { cache: false })
+    ${make}
+    new Uint8Array(memory.buffer).fill(3)
     // Node refuses to hand over the buffer itself, and does not see where it comes from any more after this.
-    const buffer = manager.memory.buffer.transfer()
+    const buffer = memory.buffer.transfer()
     parentPort.postMessage(buffer, [buffer])
     parentPort.once('message', () => process.exit())
-    manager.call('spin').catch(() => {})`)
-  const ended = await child(
-    `${LAUNCH}
+    manager.call?.('spin').catch(() => {})`)
+      const ended = await child(
+        `${LAUNCH}
     const views = []
     for (const end of ['terminate', 'postMessage', 'terminate']) {
       const worker = launch(${text})
@@ -104,11 +148,13 @@ test('a view that a worker has handed over can be used when the worker is gone',
     for (let i = 0; i < 3; i += 1) { gc(); await new Promise((resolve) => setImmediate(resolve)) }
     report({ before, after, sum: await use() })
     `,
-    { env, flags: ['--expose-gc', ...TRANSFER] },
+        { env, flags: ['--expose-gc', ...TRANSFER] },
+      )
+      assertEnded(ended, 0)
+      assert.deepEqual(reported(ended), { before: Array(3).fill([65_536, true]), after: Array(3).fill(true), sum: 10 })
+    },
   )
-  assertEnded(ended, 0)
-  assert.deepEqual(reported(ended), { before: Array(3).fill([65_536, true]), after: Array(3).fill(true), sum: 10 })
-})
+}
 
 test('guests that cannot be stopped hold a terminated worker up once, not once for each manager', LIMIT, async () => {
   const text = JSON.stringify(`${WORKER}${SCENE}${STAY}

@@ -104,6 +104,7 @@ impl EnvState {
         if Self::is_set_up(js) {
             return Err(js.throw_type_error("this addon is another copy's; each needs its own"));
         }
+        js.learn()?;
         let is_main = js.get_bool(js.property(helpers, c"isMainThread")?) == Some(true);
         let scratch = js.property(helpers, c"scratch")?;
         let bytes = js.bytes(scratch)?.filter(|b| {
@@ -324,11 +325,10 @@ impl EnvState {
             self.look_until.set(Some(Instant::now() + LOOK_FOR));
         }
         let busy = self.busy.get();
-        let is_in_time = self
-            .look_until
-            .get()
-            .is_some_and(|until| Instant::now() < until);
-        if busy > 0 && !is_in_time {
+        let until = self.look_until.get();
+        let is_in_time = until.is_some_and(|until| Instant::now() < until);
+        // Without a time nobody hoped for anything: it is the second half of `woken_paced`.
+        if busy > 0 && until.is_some() && !is_in_time {
             self.look_luck.set(self.look_luck.get().worse());
         }
         if busy == 0 || !is_in_time {
@@ -362,13 +362,20 @@ impl EnvState {
             env: self.env as usize,
             _byte: byte,
         };
-        if let Some(buffer) = js.external_buffer(data, 1, lookout, Rc::default())? {
+        if let Some(buffer) = js.external_buffer(data, 1, lookout, Arc::default())? {
             let old = self.lookout.replace(js.reference(buffer)?);
             if !old.is_null() {
                 js.unreference(old);
             }
         }
         Ok(())
+    }
+
+    /// What JavaScript has moved must not go with this environment.
+    fn look_whether_moved(&self) {
+        for side in self.replicas.borrow().values() {
+            side.look_whether_moved(self.js());
+        }
     }
 
     // ------------------------------------------------------------------ the slab
@@ -458,6 +465,13 @@ impl EnvState {
 
     /// Runs what is queued; tells whether there was anything.
     fn drain(&self) -> bool {
+        // Cleared first: what is posted from here on wakes again.
+        self.inbox.let_wake();
+        self.drain_asleep()
+    }
+
+    /// The same, and nobody wakes this thread for what is posted from here on.
+    fn drain_asleep(&self) -> bool {
         self.sweep();
         let tasks = self.inbox.take();
         let was_any = self.attend() || !tasks.is_empty();
@@ -500,6 +514,21 @@ impl EnvState {
         }
     }
 
+    /// The same once in a turn of the event loop: what is posted meanwhile waits for the next one.
+    pub(crate) fn woken_paced(&self) {
+        self.drain_asleep();
+        let js = self.js();
+        js.scoped(|| {
+            let asked = self
+                .helper(self.helpers.look_soon)
+                .and_then(|f| js.call(f, &[]));
+            if asked.is_err() {
+                js.take_exception();
+                self.drain();
+            }
+        });
+    }
+
     /// Tells whether it ran. If not, this is a worker being terminated: what is left is dropped, and whoever
     /// waits for it sees its channel close.
     fn run_scoped(&self, task: Task) -> bool {
@@ -524,6 +553,8 @@ impl EnvState {
 
     /// The environment goes: stop everything, wait for the threads that are inside guests, let go.
     fn tear_down(&self) {
+        // Where buffers are finalized only after this (Bun), nobody has looked yet.
+        self.look_whether_moved();
         self.settled.borrow_mut().clear();
         let managers: Vec<_> = self.managers.borrow_mut().drain().map(|(_, m)| m).collect();
         let mut ends = Vec::new();
@@ -561,9 +592,7 @@ impl Drop for Lookout {
         };
         // Else it was only replaced by a younger one.
         if env.js().is_ending() {
-            for side in env.replicas.borrow().values() {
-                side.look_whether_moved(env.js());
-            }
+            env.look_whether_moved();
         }
     }
 }

@@ -145,10 +145,13 @@ impl Inbox {
         }
     }
 
+    /// What is posted from here on wakes the JS thread again.
+    pub(crate) fn let_wake(&self) {
+        self.is_woken.store(false, Ordering::Release);
+    }
+
     /// Everything that is queued now. JS thread.
     pub(crate) fn take(&self) -> VecDeque<Task> {
-        // Cleared first: what is posted from here on wakes again.
-        self.is_woken.store(false, Ordering::Release);
         std::mem::take(&mut self.lock().tasks)
     }
 

@@ -11,6 +11,8 @@ use std::cell::Cell;
 use std::ffi::{CStr, c_void};
 use std::ptr;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use napi::sys;
 
@@ -78,6 +80,9 @@ impl Bytes {
         copy
     }
 }
+
+/// Whether `napi_get_value_int32` takes what is no number, and coerces it, as Deno's does.
+static COERCES: AtomicBool = AtomicBool::new(false);
 
 /// Calls one Node-API function and turns its status into a [`JsResult`].
 macro_rules! napi {
@@ -431,10 +436,23 @@ impl Js {
     /// `ToInt32` of a number; `None` if it is something else.
     #[inline]
     pub(crate) fn get_int32(self, value: Val) -> Option<i32> {
+        if COERCES.load(Ordering::Relaxed) && self.get_number(value).is_none() {
+            return None;
+        }
         let mut v = 0;
         // SAFETY: valid environment, value and out pointer.
         let status = unsafe { sys::napi_get_value_int32(self.0, value, &raw mut v) };
         (status == sys::Status::napi_ok).then_some(v)
+    }
+
+    /// Finds out in what the runtime departs from Node. Once per environment, before anything else.
+    pub(crate) fn learn(self) -> JsResult<()> {
+        let mut v = 0;
+        let object = self.object()?;
+        // SAFETY: valid environment, value and out pointer.
+        let status = unsafe { sys::napi_get_value_int32(self.0, object, &raw mut v) };
+        COERCES.store(status == sys::Status::napi_ok, Ordering::Relaxed);
+        Ok(())
     }
 
     #[inline]
@@ -772,12 +790,12 @@ impl Js {
     // ------------------------------------------------------------------ array buffers over our pages
 
     /// An `ArrayBuffer` over memory that `pin` keeps mapped. `None` where external buffers are forbidden.
-    pub(crate) fn external_buffer<P: 'static>(
+    pub(crate) fn external_buffer<P: Send + 'static>(
         self,
         data: *mut u8,
         len: usize,
         pin: P,
-        is_moved: Rc<Cell<bool>>,
+        is_moved: Arc<AtomicBool>,
     ) -> JsResult<Option<Val>> {
         let is_finalized = Rc::new(Cell::new(false));
         let hint = Box::into_raw(Box::new(Hint {
@@ -936,7 +954,7 @@ struct Held<T> {
 /// What an external buffer holds on to.
 struct Hint<P> {
     is_finalized: Rc<Cell<bool>>,
-    is_moved: Rc<Cell<bool>>,
+    is_moved: Arc<AtomicBool>,
     pin: P,
 }
 
@@ -945,9 +963,11 @@ unsafe extern "C" fn drop_hint<P>(env: sys::napi_env, _data: *mut c_void, hint: 
         // SAFETY: `hint` came out of `Box::into_raw` as a `Hint<P>`, and finalizers run once.
         let hint = unsafe { Box::from_raw(hint.cast::<Hint<P>>()) };
         hint.is_finalized.set(true);
-        // An environment that goes runs its finalizers whether or not the bytes are still in use. What
-        // JavaScript has moved may be in another worker by now, which nobody will ever tell us of.
-        if hint.is_moved.get() && Js(env).is_ending() {
+        // An environment that goes runs its finalizers whether or not the bytes are still in use, before its
+        // cleanup hooks (Node) or after them (Bun). What JavaScript has moved may be in another worker by
+        // now, which nobody will ever tell us of; Bun tells of it there, where the environment is unknown.
+        let is_going = || EnvState::at(env as usize).is_none_or(|env| env.js().is_ending());
+        if hint.is_moved.load(Ordering::Relaxed) && is_going() {
             std::mem::forget(hint.pin);
         }
     });

@@ -7,7 +7,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::ptr;
-use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
 use napi::sys;
@@ -25,7 +25,7 @@ pub(crate) struct View {
     pin: RefCell<Weak<Pin>>,
     /// JavaScript has moved the bytes to another buffer, perhaps in another worker: their address range
     /// must not go with this environment.
-    is_moved: RefCell<Rc<Cell<bool>>>,
+    is_moved: RefCell<Arc<AtomicBool>>,
 }
 
 impl Default for View {
@@ -75,10 +75,10 @@ impl View {
             return js.buffer(0);
         }
         let (base, len) = (view.base, view.byte_length);
-        let is_moved = Rc::default();
+        let is_moved = Arc::default();
         let pin = Arc::downgrade(&view.pin);
         let pin_of_object = Arc::clone(&view.pin);
-        match js.external_buffer(base, len, view.pin, Rc::clone(&is_moved))? {
+        match js.external_buffer(base, len, view.pin, Arc::clone(&is_moved))? {
             Some(buffer) => {
                 // Detaching lets go of the bytes at once, and native code that was given them (zlib) may
                 // still be at work: it holds the object.
@@ -107,7 +107,7 @@ impl View {
             if let Some(buffer) = js.dereference(self.buffer.get())
                 && js.is_detached(buffer)
             {
-                self.is_moved.borrow().set(true);
+                self.is_moved.borrow().store(true, Ordering::Relaxed);
             }
         });
     }

@@ -37,11 +37,14 @@ impl Wake {
     ///
     /// * `resource`: what asynchronous hooks are shown. Held weakly.
     pub(crate) fn new(js: Js, resource: Val) -> JsResult<Self> {
+        let has_other_loop = has_other_loop(js)?;
         #[cfg(unix)]
-        if let Some(handle) = handle::Handle::new(js, resource)? {
+        if !has_other_loop && let Some(handle) = handle::Handle::new(js, resource)? {
             return Ok(Self(Kind::Handle(handle)));
         }
-        Ok(Self(Kind::Function(make_function(js)?)))
+        #[cfg(not(unix))]
+        let _ = resource;
+        Ok(Self(Kind::Function(make_function(js, has_other_loop)?)))
     }
 
     /// Has [`EnvState::woken`] called soon. Any thread.
@@ -78,18 +81,40 @@ impl Wake {
     }
 }
 
+/// Bun and Deno have functions of libuv's names that are not libuv's; some of Bun's end the process.
+fn has_other_loop(js: Js) -> JsResult<bool> {
+    let global = js.global()?;
+    for name in [c"Bun", c"Deno"] {
+        if js.kind(js.property(global, name)?)? != crate::js::Kind::Undefined {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Runs what the environment was woken for. JS thread, inside a scope for callbacks.
-fn woken(env: sys::napi_env) {
+///
+/// * `is_paced`: at most once in a turn of the event loop.
+fn woken(env: sys::napi_env, is_paced: bool) {
     let run = || {
         if let Some(state) = EnvState::at(env as usize) {
-            state.woken();
+            if is_paced {
+                state.woken_paced();
+            } else {
+                state.woken();
+            }
         }
     };
     // No panic may cross into Node.
     let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
 }
 
-fn make_function(js: Js) -> JsResult<sys::napi_threadsafe_function> {
+/// What the function's context is where it is paced; nobody looks into it.
+const PACED: *mut c_void = ptr::without_provenance_mut(1);
+
+/// * `is_paced`: Bun calls such a function for as long as somebody asks for it, and lets nothing else run
+///   meanwhile.
+fn make_function(js: Js, is_paced: bool) -> JsResult<sys::napi_threadsafe_function> {
     let name = js.string("wasm-molt")?;
     let mut function = ptr::null_mut();
     // SAFETY: valid environment and values; `called` matches the expected signature.
@@ -103,7 +128,7 @@ fn make_function(js: Js) -> JsResult<sys::napi_threadsafe_function> {
             1,
             ptr::null_mut(),
             None,
-            ptr::null_mut(),
+            if is_paced { PACED } else { ptr::null_mut() },
             Some(called),
             &raw mut function,
         )
@@ -119,12 +144,12 @@ fn make_function(js: Js) -> JsResult<sys::napi_threadsafe_function> {
 unsafe extern "C" fn called(
     env: sys::napi_env,
     _callback: sys::napi_value,
-    _context: *mut c_void,
+    context: *mut c_void,
     _data: *mut c_void,
 ) {
     // Null while the environment goes.
     if !env.is_null() {
-        woken(env);
+        woken(env, !context.is_null());
     }
 }
 
@@ -235,9 +260,6 @@ mod handle {
             let Some(uv) = Uv::get() else {
                 return Ok(None);
             };
-            if has_other_loop(js)? {
-                return Ok(None);
-            }
             let refused = || js.throw_type_error("the event loop's handle could not be made");
             let name = js.string("wasm-molt")?;
             let mut context = ptr::null_mut();
@@ -306,17 +328,6 @@ mod handle {
         }
     }
 
-    /// Bun and Deno have functions of these names that are not libuv's; some of Bun's end the process.
-    fn has_other_loop(js: Js) -> JsResult<bool> {
-        let global = js.global()?;
-        for name in [c"Bun", c"Deno"] {
-            if js.kind(js.property(global, name)?)? != crate::js::Kind::Undefined {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
-
     /// The event loop was woken.
     unsafe extern "C" fn awake(raw: *mut UvAsync) {
         let Some(uv) = Uv::get() else { return };
@@ -334,7 +345,7 @@ mod handle {
             let opened = unsafe {
                 sys::napi_open_callback_scope(env, js.undefined(), context, &raw mut scope)
             };
-            super::woken(env);
+            super::woken(env, false);
             if opened == sys::Status::napi_ok {
                 // SAFETY: opened above.
                 unsafe { sys::napi_close_callback_scope(env, scope) };
