@@ -6,9 +6,8 @@ import { join } from 'node:path'
 import { test } from 'node:test'
 import { fileURLToPath } from 'node:url'
 import { promisify } from 'node:util'
-import { loadGlue } from '../index.js'
 import { adder, temporaryFolder } from './guests.ts'
-import { LIMIT } from './support.ts'
+import { child, INDEX_URL, LIMIT, reported } from './support.ts'
 
 type Shadows = Pick<
   typeof globalThis,
@@ -20,23 +19,6 @@ interface Timers {
 }
 const PATH = fileURLToPath(new URL('../lib/glue/timers.js', import.meta.url))
 const { makeTimers } = createRequire(import.meta.url)(PATH) as { makeTimers(isOpen?: () => boolean): Timers }
-
-/** What is thrown where nobody catches it, while `run` runs. */
-async function uncaught(run: () => Promise<void>): Promise<unknown[]> {
-  const seen: unknown[] = []
-  const note = (error: unknown) => seen.push(error)
-  // The runner listens as well, and would fail the test.
-  const before = process.rawListeners('uncaughtException') as ((error: Error) => void)[]
-  process.removeAllListeners('uncaughtException')
-  process.on('uncaughtException', note)
-  try {
-    await run()
-  } finally {
-    process.off('uncaughtException', note)
-    for (const listener of before) process.on('uncaughtException', listener)
-  }
-  return seen
-}
 
 const pause = (ms: number) => new Promise<void>((resolve) => setTimeout(resolve, ms))
 
@@ -108,19 +90,27 @@ test('what comes while the guest cannot be called comes as soon as it can, once'
   assert.deepEqual(seen.sort(), ['immediate', 'interval', 'timeout'])
 })
 
+// In programs of their own: a test runner listens to what nobody catches as well.
+const UNCAUGHT = `
+  const seen = []
+  process.on('uncaughtException', (error) => seen.push(error.message))
+  const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms))
+  const until = async (look) => { while (!look()) await pause(1) }
+`
+
 test('errors are the program’s while the generation lives, and nobody’s when it is gone', LIMIT, async () => {
-  const timers = makeTimers()
-  const { shadows } = timers
-  const fail = () => {
-    process.exitCode = 7
-    throw new Error('gone')
-  }
-  let ticks = 0
-  const seen = await uncaught(async () => {
-    shadows.setTimeout(() => {
-      throw new Error('alive')
-    }, 1)
-    await pause(10)
+  const ended = await child(`${UNCAUGHT}
+    import { createRequire } from 'node:module'
+    const { makeTimers } = createRequire(import.meta.url)(${JSON.stringify(PATH)})
+    const timers = makeTimers()
+    const { shadows } = timers
+    const fail = () => {
+      process.exitCode = 7
+      throw new Error('gone')
+    }
+    let ticks = 0
+    shadows.setTimeout(() => { throw new Error('alive') }, 1)
+    await until(() => seen.length > 0)
     shadows.setTimeout(fail, 1)
     shadows.setImmediate(fail)
     shadows.setImmediate(async () => fail())
@@ -129,22 +119,16 @@ test('errors are the program’s while the generation lives, and nobody’s when
       fail()
     }, 1)
     let went = false
-    shadows.setTimeout(() => {
-      went = true
-    }, 1)
+    shadows.setTimeout(() => { went = true }, 1)
     timers.expire()
+    await until(() => went && ticks > 0)
     await pause(30)
-    assert.equal(went, true)
-  })
-  assert.equal(process.exitCode, undefined)
-  assert.deepEqual(
-    seen.map((error) => (error as Error).message),
-    ['alive'],
-  )
-  assert.equal(ticks, 1)
+    report({ seen, ticks })`)
+  // The exit code is nobody's, too.
+  assert.deepEqual(reported(ended), { seen: ['alive'], ticks: 1 })
 })
 
-test('timers that a reload leaves behind do not end the process', LIMIT, async (t) => {
+test('timers that a reload leaves behind do not end the process', LIMIT, async () => {
   const folder = temporaryFolder('timers')
   writeFileSync(join(folder, 'package.json'), JSON.stringify({ name: 'timers', main: 'index.js' }))
   const bytes = `Buffer.from('${Buffer.from(adder()).toString('base64')}', 'base64')`
@@ -155,19 +139,18 @@ test('timers that a reload leaves behind do not end the process', LIMIT, async (
      const each = () => exports.log.push(add(1, 2))
      exports.start = () => { setTimeout(each, 20); setInterval(each, 20); globalThis.setTimeout(each, 20) }`,
   )
-  // biome-ignore lint/suspicious/noExplicitAny: glue has no types.
-  const manager = await loadGlue<any>(folder, { cache: false })
-  t.after(() => manager.destroy())
-  const seen = await uncaught(async () => {
+  const ended = await child(`${UNCAUGHT}
+    import { loadGlue } from ${JSON.stringify(INDEX_URL)}
+    const manager = await loadGlue(${JSON.stringify(folder)}, { cache: false })
     manager.module.start()
     const { log } = await manager.use((glue) => glue)
     await manager.reload()
     await pause(80)
-    assert.deepEqual(log, [])
+    const left = [...log]
     manager.module.start()
     await until(() => manager.module.log.length >= 3)
     await manager.close()
     await pause(50)
-  })
-  assert.deepEqual(seen, [])
+    report({ seen, left })`)
+  assert.deepEqual(reported(ended), { seen: [], left: [] })
 })

@@ -312,7 +312,9 @@ describe('where o1js is not as expected', () => {
     const script = `
       const { stats } = await import(${JSON.stringify(preload)})
       console.log(JSON.stringify(stats()))`
-    const args = ['--input-type=module', '-e', script]
+    writeFileSync(join(folder, 'main.mjs'), script)
+    // Bun would fetch it.
+    const args = [...(process.versions.bun === undefined ? [] : ['--no-install']), 'main.mjs']
     return spawnSync(process.execPath, args, { cwd: folder, encoding: 'utf8' })
   }
 

@@ -6,10 +6,8 @@ class WasmError extends Error {
     this.code = code
     Object.assign(this, fields)
   }
-
-  get name() {
-    return 'WasmError'
-  }
 }
+// No getter: JavaScriptCore runs none when it writes the first line of a stack.
+Object.defineProperty(WasmError.prototype, 'name', { value: 'WasmError', configurable: true })
 
 exports.WasmError = WasmError

@@ -921,11 +921,10 @@ class Generation {
 
   #load(file, parent) {
     const known = this.#cache[file.path]
-    if (known !== undefined) {
-      if (parent !== undefined && !parent.children.includes(known)) parent.children.push(known)
-      return known.exports
-    }
-    const module = new Module(file.path, parent)
+    // Not every runtime's constructor makes it a child.
+    const module = known ?? new Module(file.path, parent)
+    if (parent !== undefined && !parent.children.includes(module)) parent.children.push(module)
+    if (known !== undefined) return known.exports
     this.#cache[file.path] = module
     let loaded = false
     try {

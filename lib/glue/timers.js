@@ -27,8 +27,11 @@ function makeTimers(isOpen = () => true) {
       if (!expired) throw error
       clearInterval(timer)
     } finally {
-      // Emscripten's glue sets it as it gives up.
-      if (expired) process.exitCode = exitCode
+      // Emscripten's glue sets it as it gives up. Bun does not take it back to undefined.
+      if (expired) {
+        process.exitCode = exitCode
+        if (exitCode === undefined && process.exitCode !== undefined) process.exitCode = 0
+      }
     }
   }
 
