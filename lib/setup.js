@@ -140,7 +140,8 @@ binding.helpers = {
   makeExport: (name, params, kind, at) =>
     Object.defineProperty(exportMakers[params](at, kind), 'name', { value: name, configurable: true }),
   isMainThread,
-  resource: { hasRef: () => binding.isBusy() },
+  // Of Node's realm, and with nothing of this copy: Node 26 holds it as long as the environment.
+  resource: runInThisContext('(hasRef) => ({ hasRef })')(binding.isBusy),
   lookSoon: () => {
     outside.runInAsyncScope(lookNext)
   },
