@@ -33,6 +33,8 @@
 //!   have **started** when they run guest code, and **exit** or are **recycled** together, while no
 //!   **operation** is in flight.
 
+#![forbid(unsafe_code)]
+
 mod clock;
 mod gate;
 mod generation;
