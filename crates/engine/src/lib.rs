@@ -30,6 +30,7 @@ mod limits;
 mod manager;
 mod memory;
 mod module;
+mod occupant;
 mod options;
 mod pause;
 mod pool;

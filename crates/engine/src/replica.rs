@@ -34,6 +34,7 @@ use crate::memory::{
     with_plan_and_poll,
 };
 use crate::module::{Import, ImportKind, Module};
+use crate::occupant::Occupant;
 use crate::options::OnTrap;
 use crate::realm::{Realm, Twin};
 use crate::snapshot::{Origin, Snapshot};
@@ -50,19 +51,23 @@ const EXTERNREFS_PER_COLLECTION: u64 = 4096;
 /// What wasmtime keeps beside each instance.
 pub(crate) struct Guest {
     limiter: Limiter,
-    replica: *const Replica,
+    replica: Address,
     replica_id: u64,
 }
 
+/// Where the replica is whose store this is.
+#[derive(Clone, Copy)]
+struct Address(*const Replica);
+
 // SAFETY: the pointer is only read while the replica it names is alive and entered (see `host::enter`);
 // a `Replica` is itself `Send` and `Sync`.
-unsafe impl Send for Guest {}
+unsafe impl Send for Address {}
 // SAFETY: as above.
-unsafe impl Sync for Guest {}
+unsafe impl Sync for Address {}
 
 impl Guest {
     pub(crate) fn replica(&self) -> *const Replica {
-        self.replica
+        self.replica.0
     }
 
     pub(crate) fn replica_id(&self) -> u64 {
@@ -134,15 +139,22 @@ pub struct Replica {
     wear: Wear,
     /// It serves on after a trap.
     outlives_traps: bool,
-    /// Entered only by the thread that holds the replica. `None` once released.
-    store: UnsafeCell<Option<Store<Guest>>>,
+    store: StoreCell,
+    occupant: Occupant,
 }
 
-// SAFETY: `store` is entered only under the contract of the unsafe methods below (one thread at a
-// time), `Store<Guest>` may move between threads, and every other field is `Sync`.
-unsafe impl Sync for Replica {}
-// SAFETY: as above.
-unsafe impl Send for Replica {}
+/// Entered only by the thread that holds the replica. `None` once released.
+struct StoreCell(UnsafeCell<Option<Store<Guest>>>);
+
+// SAFETY: it is entered only under the contract of the unsafe methods below, by one thread at a time, and a
+// `Store<Guest>` may move between threads: the compiler sees that, for the cell is `Send` by itself.
+unsafe impl Sync for StoreCell {}
+
+/// Whatever else a replica has may be shared as it is.
+const _: () = {
+    const fn may_be_shared<T: Send + Sync>() {}
+    may_be_shared::<Replica>();
+};
 
 impl fmt::Debug for Replica {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -223,7 +235,7 @@ impl Blueprint {
         ));
         let guest = Guest {
             limiter: Limiter::new(&self.limits),
-            replica: std::ptr::null(),
+            replica: Address(std::ptr::null()),
             replica_id: id,
         };
         let mut store = Store::new(&self.engine.wasmtime, guest);
@@ -275,7 +287,8 @@ impl Blueprint {
             twin: OnceLock::new(),
             wear: Wear::new(self.policy.for_instance(slot, generation.get())),
             outlives_traps: self.on_trap == OnTrap::Keep,
-            store: UnsafeCell::new(Some(store)),
+            store: StoreCell(UnsafeCell::new(Some(store))),
+            occupant: Occupant::default(),
         })
     }
 }
@@ -503,10 +516,11 @@ impl Replica {
         captured: Option<&Captured>,
     ) -> Result<()> {
         let limits = &blueprint.limits;
+        let inside = self.occupant.enter();
         // SAFETY: the caller holds the replica, and no other reference into the store exists yet.
-        let cell = unsafe { &mut *self.store.get() };
+        let cell = unsafe { &mut *self.store.0.get() };
         let store = cell.as_mut().ok_or_else(|| self.stale())?;
-        store.data_mut().replica = Arc::as_ptr(self);
+        store.data_mut().replica = Address(Arc::as_ptr(self));
         let run = self.interrupter.begin();
         let interrupter = Arc::clone(&self.interrupter);
         let deadline = limits
@@ -518,6 +532,8 @@ impl Replica {
             })
             .transpose()?;
         let made = self.instantiate(store, imports, blueprint, captured);
+        // Left, before what is there by now is entered like any other.
+        drop(inside);
         let outcome = made.and_then(|live| {
             let _ = self.live.set(live);
             match captured {
@@ -732,10 +748,12 @@ impl Replica {
     ) -> Option<R> {
         let active = self.active();
         if active.is_null() {
+            let _inside = self.occupant.enter();
             // SAFETY: the thread holds the replica and no call runs, so this is the only reference.
-            let cell = unsafe { &mut *self.store.get() };
+            let cell = unsafe { &mut *self.store.0.get() };
             return cell.as_mut().map(|store| f(store.as_context_mut()));
         }
+        let _inside = self.occupant.enter_again();
         // SAFETY: `active` is the `Caller` of a host function that runs further up on this very
         // stack (contract), which does not use it until that function returns.
         let caller = unsafe { &mut *active.cast::<Caller<'_, Guest>>() };
@@ -1278,9 +1296,11 @@ impl Replica {
         // Those that do not end keep the memory, and nothing else.
         let _ = self.end_threads();
         self.is_released.store(true, Ordering::Release);
+        let inside = self.occupant.enter();
         // SAFETY: contract of this function.
-        let store = unsafe { &mut *self.store.get() }.take();
+        let store = unsafe { &mut *self.store.0.get() }.take();
         drop(store);
+        drop(inside);
         *self.stands_on() = None;
         *self.known_tables() = None;
         self.forget_realm();

@@ -56,10 +56,10 @@ fn reserve(len: usize) -> io::Result<Box<dyn Region>> {
 }
 
 impl Mapping {
-    /// The address `offset` bytes in; the end of the mapping at most.
+    /// The address `offset` bytes in; the end of what is left of the mapping at most.
     fn at(&self, offset: usize, len: usize) -> io::Result<*mut c_void> {
         match offset.checked_add(len) {
-            Some(end) if end <= self.len => Ok(self.base.wrapping_byte_add(offset)),
+            Some(end) if end <= self.kept.load(Ordering::Acquire) => Ok(self.base.wrapping_byte_add(offset)),
             _ => Err(io::ErrorKind::InvalidInput.into()),
         }
     }
