@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crossbeam_channel::{RecvError, Sender, bounded, never, select};
 use wasm_molt_engine::{
-    Attendant, Error, ErrorCode, Event, HomeStep, Host, HostRef, ImportValue, Lease, Module,
-    Replaced, Replica, Result, Watch,
+    Attendant, Error, ErrorCode, Event, HomeStep, Host, HostRef, ImportValue, InstanceHost, Lease,
+    Module, Replaced, Replica, Result, Watch,
 };
 
 use crate::env::EnvState;
@@ -195,12 +195,25 @@ fn no_environment() -> Error {
     )
 }
 
-impl Host for JsHost {
+impl InstanceHost for JsHost {
     fn imports(&self, replica: &Arc<Replica>, _module: &Module) -> Result<Vec<ImportValue>> {
         let replica = Arc::clone(replica);
         self.on_js(move |env, manager| env.js().scoped(|| bind(env, manager, replica)))?
     }
 
+    fn watch(&self) -> Option<Arc<Watch>> {
+        self.watch.clone()
+    }
+
+    fn attendant(&self) -> Option<Arc<dyn Attendant>> {
+        Some(Arc::new(Desk {
+            inbox: Arc::clone(&self.inbox),
+            env: self.env,
+        }))
+    }
+}
+
+impl Host for JsHost {
     fn initialize(&self, lease: &Arc<Lease>) -> Result<()> {
         // Each hook costs a turn of the event loop; one that is not there costs nothing.
         if !self.does_initialize {
@@ -297,17 +310,6 @@ impl Host for JsHost {
                 side.forget(env);
             }
         }));
-    }
-
-    fn watch(&self) -> Option<Arc<Watch>> {
-        self.watch.clone()
-    }
-
-    fn attendant(&self) -> Option<Arc<dyn Attendant>> {
-        Some(Arc::new(Desk {
-            inbox: Arc::clone(&self.inbox),
-            env: self.env,
-        }))
     }
 
     fn event(&self, event: Event) {

@@ -7,8 +7,8 @@ use std::fmt;
 
 use wasm_molt_lifecycle::FailedPhase;
 
-use crate::realm::Exception;
-use crate::value::HostRef;
+use crate::instance::realm::Exception;
+use crate::instance::value::HostRef;
 
 /// The stable codes of the public contract (`WasmErrorCode` in `index.d.ts`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -126,6 +126,9 @@ pub struct TrapInfo {
 
 /// The result of everything here that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Receives the one answer of something asynchronous, on any thread.
+pub type Done<T> = Box<dyn FnOnce(Result<T>) + Send>;
 
 /// A failure, with what the caller needs to decide what to do.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -247,6 +250,15 @@ impl Error {
     }
 }
 
+/// The words of a panic.
+pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    panic
+        .downcast_ref::<&str>()
+        .map(|s| (*s).to_owned())
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "without a text".into())
+}
+
 /// A guest exception nobody caught: an orderly unwinding, the instance stays usable.
 pub(crate) const UNCAUGHT_EXCEPTION: &str = "uncaught-exception";
 
@@ -254,5 +266,15 @@ pub(crate) const UNCAUGHT_EXCEPTION: &str = "uncaught-exception";
 impl From<Box<Error>> for Error {
     fn from(error: Box<Error>) -> Self {
         *error
+    }
+}
+
+impl From<wasm_molt_lifecycle::InFlight> for Error {
+    fn from(in_flight: wasm_molt_lifecycle::InFlight) -> Self {
+        Self::DrainTimeout {
+            what: "the drain".into(),
+            in_flight: in_flight.0,
+            waited_ms: 0,
+        }
     }
 }

@@ -11,77 +11,45 @@
 //!   instance is given that state again; *fork*: a manager begins with it.
 //! - **Poisoned**: a call did not end normally, so the instance is replaced before it serves again.
 
-mod budget;
-mod call;
-mod capture;
-mod deadline;
-mod discard;
-mod engine;
 mod error;
-mod fork;
-mod freed;
-mod host;
-mod instrument;
-mod interrupt;
-mod invoke;
-mod isolation;
-mod lease;
-mod limits;
+mod instance;
 mod manager;
-mod memory;
-mod module;
-mod occupant;
-mod options;
-mod pause;
-mod pool;
-mod realm;
-mod replica;
-mod serving;
-mod snapshot;
-mod stack;
-mod stats;
-mod swap;
-mod threads;
-mod trace;
-mod trap;
-mod value;
-mod wait;
-mod watch;
-mod wear;
 
-pub use budget::set_memory_budget;
-pub use call::{CallControl, CallLimits, Outcome, Settle, Work};
-pub use discard::memory_discard;
-pub use error::{Error, ErrorCode, Result, TrapInfo};
-pub use freed::Freed;
-pub use host::{HomeStep, Host, HostCall, HostFunction, ImportValue};
-pub use interrupt::{Interrupter, Stop};
-pub use lease::{Lease, LeaseInside};
-pub use limits::Limits;
-pub use manager::{
-    Done, Event, Job, LeaseDone, Manager, ManagerState, ManagerStats, Pressure, RecycleReport,
-    Replaced,
-};
-pub use memory::{
+pub use error::{Done, Error, ErrorCode, Result, TrapInfo};
+pub use instance::discard::memory_discard;
+pub use instance::engine::{CacheChoice, EngineOptions};
+pub use instance::host::{HostCall, HostFunction, ImportValue, InstanceHost};
+pub use instance::interrupt::{Interrupter, Stop};
+pub use instance::limits::Limits;
+pub use instance::memory::{
     ImageKind, MemoryRecord, MemoryUsage, MemoryView, OutOfBounds, Pin, memory_changes,
 };
-pub use module::{Export, ExportType, ExportedFunction, Import, ImportKind, Module, assemble_text};
-pub use options::{
-    BufferAbi, BufferReturns, CacheChoice, EngineOptions, Isolation, ManagerOptions, OnTrap,
-    RecycleOptions, RecycleStrategy, Source,
+pub use instance::module::{
+    Export, ExportType, ExportedFunction, Import, ImportKind, Module, Source, assemble_text,
 };
-pub use pause::{ResetOptions, ResetReport, SnapshotControl};
-pub use realm::{Exception, RealmExport, RealmImport};
-pub use replica::{RawValue, Replica};
-pub use snapshot::Snapshot;
-pub use stack::{has_stack, out_of_stack, stack_floor};
-pub use stats::{CallCounts, Histogram, Times};
-pub use swap::{ReloadOptions, ReloadReport, ReloadStep, Strategy};
-pub use threads::{GuestThread, ThreadCall};
-pub use value::{FuncHandle, HostRef, Signature, Value, ValueType};
-pub use wait::Attendant;
+pub use instance::realm::{Exception, RealmExport, RealmImport};
+pub use instance::replica::{RawValue, Replica};
+pub use instance::snapshot::Snapshot;
+pub use instance::stack::{has_stack, out_of_stack, stack_floor};
+pub use instance::threads::{GuestThread, ThreadCall};
+pub use instance::value::{FuncHandle, HostRef, Signature, Value, ValueType};
+pub use instance::wait::Attendant;
+pub use instance::watch::Watch;
+pub use manager::budget::set_memory_budget;
+pub use manager::call::{CallControl, CallLimits, Outcome, Settle, Work};
+pub use manager::freed::Freed;
+pub use manager::host::{HomeStep, Host};
+pub use manager::lease::{Lease, LeaseInside};
+pub use manager::options::{
+    BufferAbi, BufferReturns, Isolation, ManagerOptions, OnTrap, RecycleOptions, RecycleStrategy,
+};
+pub use manager::pause::{ResetOptions, ResetReport, SnapshotControl};
+pub use manager::stats::{CallCounts, Histogram, Times};
+pub use manager::swap::{ReloadOptions, ReloadReport, ReloadStep, Strategy};
+pub use manager::{
+    Event, Job, LeaseDone, Manager, ManagerState, ManagerStats, Pressure, RecycleReport, Replaced,
+};
 pub use wasm_molt_lifecycle::{
     Away, Backoff, FailedPhase, Generation, Home, Inside, MemoryThreshold, OnDrainTimeout,
     PoolCounts, PoolState, Reason, Step, WaitId,
 };
-pub use watch::Watch;

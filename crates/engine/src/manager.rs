@@ -22,14 +22,29 @@ use wasm_molt_lifecycle::{
     Waiter,
 };
 
+pub(crate) mod budget;
+pub(crate) mod call;
 mod crash;
 mod end;
+pub(crate) mod fork;
+pub(crate) mod freed;
+pub(crate) mod host;
+pub(crate) mod invoke;
+pub(crate) mod isolation;
+pub(crate) mod lease;
 mod lending;
+pub(crate) mod options;
+pub(crate) mod pause;
 mod realm;
 mod recycle;
 mod reload;
 mod repair;
+pub(crate) mod serving;
+pub(crate) mod snapshots;
 mod start;
+pub(crate) mod stats;
+pub(crate) mod swap;
+pub(crate) mod trace;
 
 use crash::Crashes;
 pub(crate) use lending::{HookScope, impatient};
@@ -39,27 +54,25 @@ pub(crate) use start::Making;
 
 pub(crate) use realm::Compiled;
 
-use crate::budget;
-use crate::call::{CallControl, CallJob, CallLimits, Queue, Seat, Settle, Work};
-use crate::deadline::Deadline;
+use crate::error::Done;
 use crate::error::{Error, ErrorCode, Result};
-use crate::freed::Freed;
-use crate::host::Host;
-use crate::interrupt::Stop;
-use crate::invoke;
-use crate::lease::Lease;
-use crate::module::Module;
-use crate::options::{Isolation, ManagerOptions, RecycleStrategy, Source};
-use crate::pause::{ResetOptions, ResetReport, SnapshotControl, Terms};
-use crate::pool::{Pool, thread_name};
-use crate::replica::{Blueprint, Replica};
-use crate::serving::Serving;
-use crate::snapshot::{Origin, Snapshot, Snapshots};
-use crate::stats::{CallCounts, Stats, Times};
-use crate::swap::{ReloadOptions, ReloadReport, ReloadStep};
-
-/// Receives the one answer of something asynchronous, on any thread.
-pub type Done<T> = Box<dyn FnOnce(Result<T>) + Send>;
+use crate::instance::deadline::Deadline;
+use crate::instance::interrupt::Stop;
+use crate::instance::module::Module;
+use crate::instance::module::Source;
+use crate::instance::pool::{Pool, thread_name};
+use crate::instance::replica::{Blueprint, Replica};
+use crate::instance::snapshot::{Origin, Snapshot};
+use crate::manager::call::{CallControl, CallJob, CallLimits, Queue, Seat, Settle, Work};
+use crate::manager::freed::Freed;
+use crate::manager::host::Host;
+use crate::manager::lease::Lease;
+use crate::manager::options::{Isolation, ManagerOptions, RecycleStrategy};
+use crate::manager::pause::{ResetOptions, ResetReport, SnapshotControl, Terms};
+use crate::manager::serving::Serving;
+use crate::manager::snapshots::Snapshots;
+use crate::manager::stats::{CallCounts, Stats, Times};
+use crate::manager::swap::{ReloadOptions, ReloadReport, ReloadStep};
 
 /// What remains to be done once the control thread is free again.
 type Answer = Box<dyn FnOnce() + Send>;
@@ -1138,7 +1151,7 @@ fn guarded<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).unwrap_or_else(|panic| {
         Err(Error::internal(format_args!(
             "a panic: {}",
-            crate::call::panic_text(&*panic)
+            crate::error::panic_text(&*panic)
         )))
     })
 }

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 use wasm_molt_engine::{
-    Error, ErrorCode, Event, HomeStep, Host, HostRef, ImportValue, Lease, Manager, Module,
-    Replaced, Replica, Result, Watch,
+    Error, ErrorCode, Event, HomeStep, Host, HostRef, ImportValue, InstanceHost, Lease, Manager,
+    Module, Replaced, Replica, Result, Watch,
 };
 
 use crate::wait::{Answer, Latch, PATIENCE, answer};
@@ -235,12 +235,18 @@ impl Faults {
     }
 }
 
-impl Host for Faults {
+impl InstanceHost for Faults {
     fn imports(&self, replica: &Arc<Replica>, module: &Module) -> Result<Vec<ImportValue>> {
         self.pass(Point::Imports)?;
         self.inner.imports(replica, module)
     }
 
+    fn watch(&self) -> Option<Arc<Watch>> {
+        self.inner.watch()
+    }
+}
+
+impl Host for Faults {
     fn initialize(&self, lease: &Arc<Lease>) -> Result<()> {
         self.pass_with(Point::Initialize, Some(lease))?;
         self.inner.initialize(lease)
@@ -308,9 +314,5 @@ impl Host for Faults {
     fn event(&self, event: Event) {
         drop(self.pass(Point::Event));
         self.inner.event(event);
-    }
-
-    fn watch(&self) -> Option<Arc<Watch>> {
-        self.inner.watch()
     }
 }

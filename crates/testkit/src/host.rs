@@ -3,8 +3,8 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 use wasm_molt_engine::{
-    Error, ErrorCode, Event, HomeStep, Host, HostCall, HostFunction, HostRef, ImportValue, Lease,
-    Module, Replaced, Replica, Result, Watch,
+    Error, ErrorCode, Event, HomeStep, Host, HostCall, HostFunction, HostRef, ImportValue,
+    InstanceHost, Lease, Module, Replaced, Replica, Result, Watch,
 };
 
 use crate::home::HomeMail;
@@ -304,7 +304,7 @@ fn missing(module: &str, name: &str) -> Error {
     )
 }
 
-impl Host for TestHost {
+impl InstanceHost for TestHost {
     fn imports(&self, replica: &Arc<Replica>, module: &Module) -> Result<Vec<ImportValue>> {
         if let Some(imports) = &self.script.imports {
             return imports(replica, module);
@@ -321,6 +321,12 @@ impl Host for TestHost {
         module.imports().iter().map(find).collect()
     }
 
+    fn watch(&self) -> Option<Arc<Watch>> {
+        self.script.watch.clone()
+    }
+}
+
+impl Host for TestHost {
     fn initialize(&self, lease: &Arc<Lease>) -> Result<()> {
         self.script
             .initialize
@@ -413,9 +419,5 @@ impl Host for TestHost {
     fn event(&self, event: Event) {
         self.log().events.push(event);
         self.changed.notify_all();
-    }
-
-    fn watch(&self) -> Option<Arc<Watch>> {
-        self.script.watch.clone()
     }
 }

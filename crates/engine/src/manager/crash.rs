@@ -9,8 +9,8 @@ use std::time::Instant;
 use wasm_molt_lifecycle::{Backoff, FailedPhase};
 
 use super::Shared;
-use crate::deadline::Deadline;
 use crate::error::Error;
+use crate::instance::deadline::Deadline;
 
 /// Replacements in a row, without a call that completed, that make a crash loop.
 const CRASH_LOOP: u32 = 100;

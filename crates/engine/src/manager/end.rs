@@ -4,9 +4,10 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Answer, Control, Done, Event, ManagerState, Op, Replaced, Shared, destroyed};
-use crate::deadline::Deadline;
+use super::{Answer, Control, Event, ManagerState, Op, Replaced, Shared, destroyed};
+use crate::error::Done;
 use crate::error::{Error, Result};
+use crate::instance::deadline::Deadline;
 
 impl Shared {
     pub(super) fn close(self: &Arc<Self>, drain_timeout: Option<Duration>, done: Done<()>) {

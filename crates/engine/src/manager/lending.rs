@@ -8,10 +8,10 @@ use wasm_molt_lifecycle::Ticket;
 
 use super::{Job, Shared, destroyed};
 use crate::error::Result;
-use crate::interrupt::Stop;
-use crate::lease::Lease;
-use crate::pool::Pool;
-use crate::replica::Replica;
+use crate::instance::interrupt::Stop;
+use crate::instance::pool::Pool;
+use crate::instance::replica::Replica;
+use crate::manager::lease::Lease;
 
 /// How hooks run, and until when.
 #[derive(Clone)]

@@ -6,13 +6,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use wasmparser::{Parser, Payload, TypeRef};
 
-use super::{Done, Manager, Shared, guarded};
-use crate::engine::Engine;
+use super::{Manager, Shared, guarded};
+use crate::error::Done;
 use crate::error::Result;
-use crate::module::{Company, Module};
-use crate::options::Source;
-use crate::replica::Replica;
-use crate::threads::{GuestThread, ThreadCall};
+use crate::instance::engine::Engine;
+use crate::instance::module::Source;
+use crate::instance::module::{Company, Module};
+use crate::instance::replica::Replica;
+use crate::instance::threads::{GuestThread, ThreadCall};
 
 /// Modules that a manager keeps. Glue may make helper modules without end (Emscripten does, one for each
 /// function that it adds); the oldest go.
@@ -80,9 +81,7 @@ impl Manager {
     pub fn adopt(&self, module: &Arc<Module>) -> Result<Arc<Module>> {
         let engine = self.shared.engine()?;
         match &module.bytes {
-            Some(bytes) if !wasmtime::Engine::same(&engine.wasmtime, &module.engine.wasmtime) => {
-                self.shared.compile(bytes.to_vec())
-            }
+            Some(bytes) if !engine.is_same(&module.engine) => self.shared.compile(bytes.to_vec()),
             _ => Ok(Arc::clone(module)),
         }
     }
@@ -131,7 +130,7 @@ impl Manager {
         // Who asks means to use it.
         Ok(
             (self.shared.options.engine.threads || !has_shared_memory(bytes))
-                && wasmtime::Module::validate(&engine.wasmtime, bytes).is_ok(),
+                && engine.validates(bytes),
         )
     }
 }

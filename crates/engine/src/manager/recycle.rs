@@ -14,14 +14,14 @@ use wasm_molt_lifecycle::{Backoff, Crossing, Generation, Policy, Reason};
 
 use super::crash::Failures;
 use super::{Event, ManagerState, Op, Shared, guarded};
-use crate::budget;
-use crate::deadline::Deadline;
 use crate::error::{Error, ErrorCode, Result};
-use crate::freed::Freed;
-use crate::options::RecycleStrategy;
-use crate::replica::Replica;
-use crate::swap::ReloadReport;
-use crate::wear::Reading;
+use crate::instance::deadline::Deadline;
+use crate::instance::replica::Replica;
+use crate::instance::wear::Reading;
+use crate::manager::budget;
+use crate::manager::freed::Freed;
+use crate::manager::options::RecycleStrategy;
+use crate::manager::swap::ReloadReport;
 
 mod ways;
 
@@ -172,7 +172,10 @@ impl Shared {
 
     pub(super) fn policy(&self) -> Policy {
         let recycle = self.options.recycle.as_ref();
-        recycle.map_or(Policy::OBSERVED, crate::options::RecycleOptions::policy)
+        recycle.map_or(
+            Policy::OBSERVED,
+            crate::manager::options::RecycleOptions::policy,
+        )
     }
 
     /// How long what failed waits; `None` without a policy.

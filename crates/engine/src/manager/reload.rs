@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 use wasm_molt_lifecycle::{Generation, Home, InFlight, OnDrainTimeout};
 
 use super::lending::{HookScope, impatient};
-use super::{Answer, Control, Done, Event, Job, ManagerState, Op, PendingReload, Shared, guarded};
+use super::{Answer, Control, Event, Job, ManagerState, Op, PendingReload, Shared, guarded};
+use crate::error::Done;
 use crate::error::{Error, ErrorCode, Result};
-use crate::replica::Replica;
-use crate::swap::{self, ReloadOptions, ReloadReport, Strategy};
+use crate::instance::replica::Replica;
+use crate::manager::swap::{self, ReloadOptions, ReloadReport, Strategy};
 
 impl Shared {
     pub(super) fn reload(self: &Arc<Self>, options: ReloadOptions, done: Done<Arc<ReloadReport>>) {

@@ -9,9 +9,9 @@ use wasm_molt_lifecycle::Generation;
 use super::start::Making;
 use super::{Control, ManagerState, Replaced, Shared, guarded};
 use crate::error::{Error, Result};
-use crate::replica::Replica;
-use crate::snapshot::Snapshot;
-use crate::swap::ReloadReport;
+use crate::instance::replica::Replica;
+use crate::instance::snapshot::Snapshot;
+use crate::manager::swap::ReloadReport;
 
 impl Shared {
     /// Has the poisoned instance of a slot replaced, in the background.

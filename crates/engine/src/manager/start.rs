@@ -8,12 +8,13 @@ use wasm_molt_lifecycle::{FailedPhase, Generation};
 use super::lending::HookScope;
 use super::{ManagerState, Replaced, Shared, guarded, parallelism};
 use crate::error::{Error, Result};
-use crate::freed::Freed;
-use crate::module::Module;
-use crate::options::{OnTrap, Source};
-use crate::pool::Pool;
-use crate::replica::{Blueprint, Replica};
-use crate::snapshot::{Origin, Snapshot};
+use crate::instance::module::Module;
+use crate::instance::module::Source;
+use crate::instance::pool::Pool;
+use crate::instance::replica::{Blueprint, Replica};
+use crate::instance::snapshot::{Origin, Snapshot};
+use crate::manager::freed::Freed;
+use crate::manager::options::OnTrap;
 
 /// The instances of a generation, and the snapshot that was taken of the first, if one was.
 pub(crate) type Made = (Vec<Arc<Replica>>, Option<Arc<Snapshot>>);
@@ -76,10 +77,10 @@ impl Shared {
             prepares_snapshots: self.prepares_snapshots(),
             is_realm: options.is_realm,
             policy: self.policy(),
-            on_trap: options
+            outlives_traps: options
                 .recycle
                 .as_ref()
-                .map_or(OnTrap::Reload, |r| r.on_trap),
+                .is_some_and(|recycle| recycle.on_trap == OnTrap::Keep),
         })
     }
 

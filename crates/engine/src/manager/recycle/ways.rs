@@ -8,16 +8,16 @@ use crossbeam_channel::bounded;
 use wasm_molt_lifecycle::{FailedPhase, Generation, Home, InFlight, Reason};
 
 use super::{Due, Outcome, RecycleReport};
-use crate::budget;
 use crate::error::{Error, Result};
-use crate::freed::Freed;
+use crate::instance::pool::Pool;
+use crate::instance::replica::{Blueprint, Replica};
+use crate::instance::wear::Reading;
+use crate::manager::budget;
+use crate::manager::freed::Freed;
+use crate::manager::options::RecycleStrategy;
+use crate::manager::pause::ResetOptions;
+use crate::manager::swap::{ReloadOptions, ReloadReport, Strategy};
 use crate::manager::{Answer, HookScope, Job, Making, PendingReload, Replaced, Shared, guarded};
-use crate::options::RecycleStrategy;
-use crate::pause::ResetOptions;
-use crate::pool::Pool;
-use crate::replica::{Blueprint, Replica};
-use crate::swap::{ReloadOptions, ReloadReport, Strategy};
-use crate::wear::Reading;
 
 /// Longest wait for whoever is inside.
 const PATIENCE: Duration = Duration::from_secs(30);
