@@ -1,11 +1,11 @@
 //! Imports: JavaScript functions that guests call.
 //!
 //! On the JS thread the function is called directly. From a pool thread the call travels to the JS
-//! thread and the pool thread waits on its channel. If the JavaScript function calls back into the
+//! thread, and the pool thread waits in a [`conversation`]. If the JavaScript function calls back into the
 //! guest, the JS thread sends a *nested call* to that waiting thread, which alone may run its store,
 //! and serves the thread's own requests until the nested result is there. Requests and nested calls
 //! alternate strictly, so each side always knows what it waits for. When the pool thread gives up
-//! (timeout, signal, `destroy`), its end of the channel closes, and nobody is left waiting.
+//! (timeout, signal, `destroy`), its end of the conversation is gone, and nobody is left waiting.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -14,12 +14,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, select};
+use crossbeam_channel::bounded;
 use napi::sys;
 use smallvec::SmallVec;
 use wasm_molt_engine::{
-    Error, ErrorCode, FuncHandle, HostCall, HostFunction, Import, ImportKind, ImportValue, Module,
-    RawValue, Replica, Result, Signature, Stop, Value, ValueType, memory_discard,
+    Answerer, Asker, Error, ErrorCode, ForAnswerer, ForAsker, FuncHandle, HostCall, HostFunction,
+    Import, ImportKind, ImportValue, Listening, Module, RawValue, Replica, Result, Signature,
+    Silence, Stop, Value, ValueType, Words, conversation, memory_discard,
 };
 
 use crate::env::EnvState;
@@ -77,10 +78,14 @@ struct JsImport {
 /// What the engine holds of it.
 struct Handle(Arc<JsImport>);
 
-/// What the pool thread hears.
-enum ToPool {
-    Reply(Result<Reply, Box<Error>>),
-    Call(Box<Nested>),
+/// What is said between the pool thread and the JS thread.
+enum HostCalls {}
+
+impl Words for HostCalls {
+    type Request = Arc<Request>;
+    type Reply = Result<Reply, Box<Error>>;
+    type Call = Box<Nested>;
+    type Outcome = Result<Vec<Value>>;
 }
 
 /// In a box, as all that is on the stack while a nested call runs.
@@ -100,12 +105,6 @@ enum Nested {
     Act(Box<dyn FnOnce(&Replica) + Send>),
 }
 
-/// What the JS thread hears.
-enum ToJs {
-    Done(Result<Vec<Value>>),
-    Request(Arc<Request>),
-}
-
 /// A host call on its way to the JS thread.
 struct Request {
     import: Arc<JsImport>,
@@ -116,23 +115,19 @@ struct Request {
 }
 
 /// The pool thread's end of a conversation.
-struct PoolEnd {
-    to_js: Sender<ToJs>,
-    from_js: Receiver<ToPool>,
+struct PoolEnd<'a> {
+    asker: Asker<HostCalls>,
     asked: Arc<Request>,
+    /// Stops come to the outermost host call for all in there.
+    _listening: Option<Listening<'a>>,
 }
 
 /// The JS thread's end.
-pub(crate) struct JsEnd {
-    to_pool: Sender<ToPool>,
-    from_pool: Receiver<ToJs>,
-}
+pub(crate) struct JsEnd(Answerer<HostCalls>);
 
 thread_local! {
     /// Conversations in which this pool thread is running a nested call: the JS thread waits there.
-    static NESTED: RefCell<Vec<Sender<ToJs>>> = const { RefCell::new(Vec::new()) };
-    /// The receiving halves that belong to them.
-    static REPLIES: RefCell<Vec<Receiver<ToPool>>> = const { RefCell::new(Vec::new()) };
+    static NESTED: RefCell<Vec<Asker<HostCalls>>> = const { RefCell::new(Vec::new()) };
 }
 
 impl HostFunction for Handle {
@@ -312,12 +307,12 @@ impl JsImport {
     // counts at each level of re-entrance.
 
     #[inline(never)]
-    fn ask_with_numbers(
+    fn ask_with_numbers<'a>(
         self: &Arc<Self>,
-        replica: &Replica,
+        replica: &'a Replica,
         signature: &Signature,
         values: &[RawValue],
-    ) -> Result<PoolEnd, Box<Error>> {
+    ) -> Result<PoolEnd<'a>, Box<Error>> {
         let args = values
             .iter()
             .zip(&*signature.params)
@@ -327,12 +322,12 @@ impl JsImport {
     }
 
     #[inline(never)]
-    fn ask(
+    fn ask<'a>(
         self: &Arc<Self>,
-        replica: &Replica,
+        replica: &'a Replica,
         signature: &Signature,
         args: SmallVec<[Value; 6]>,
-    ) -> Result<PoolEnd, Box<Error>> {
+    ) -> Result<PoolEnd<'a>, Box<Error>> {
         // JavaScript knows the functions of the realm, and not those of its twins.
         let args = args.into_iter().map(|arg| replica.home_value(arg));
         let request = Arc::new(Request {
@@ -341,25 +336,23 @@ impl JsImport {
             args: args.collect(),
             is_begun: AtomicBool::new(false),
         });
+        let asked = Arc::clone(&request);
         let inner = NESTED.with_borrow(|nested| nested.last().cloned());
-        if let Some(to_js) = inner {
-            // The JS thread waits in a nested call of ours: it serves this request right there.
-            let from_js = REPLIES.with_borrow(|replies| replies.last().cloned());
-            let from_js =
-                from_js.ok_or_else(|| Error::internal("a conversation without its other half"))?;
-            let asked = Arc::clone(&request);
-            to_js.send(ToJs::Request(request)).map_err(|_| gone())?;
+        if let Some(asker) = inner {
+            // The JS thread waits in a nested call of ours: it serves this request right there. One that nobody
+            // hears is answered with the reason, where the answer is waited for.
+            let _ = asker.ask(request);
             return Ok(PoolEnd {
-                to_js,
-                from_js,
+                asker,
                 asked,
+                _listening: None,
             });
         }
-        let (to_js, from_pool) = bounded(1);
-        let (to_pool, from_js) = bounded(1);
-        let end = JsEnd { to_pool, from_pool };
+        let (asker, answerer) = conversation();
+        let stopper = asker.stopper();
+        let listening = replica.interrupter().listen(move || stopper.stop());
+        let end = JsEnd(answerer);
         let inbox = self.bound.inbox();
-        let asked = Arc::clone(&request);
         let task: Task = Box::new(move |_| answer(&request, end));
         // Whom the JS thread may be waiting for must not wait for the JS thread.
         let posted = if replica.is_twin() {
@@ -369,62 +362,49 @@ impl JsImport {
         };
         posted.map_err(|_| gone())?;
         Ok(PoolEnd {
-            to_js,
-            from_js,
+            asker,
             asked,
+            _listening: Some(listening),
         })
     }
 }
 
-impl PoolEnd {
+impl PoolEnd<'_> {
     /// Runs nested calls until the reply is there.
     fn converse(&self, replica: &Replica) -> Result<Reply, Box<Error>> {
         loop {
             match self.hear(replica)? {
-                ToPool::Reply(reply) if replica.is_twin() => {
+                ForAsker::Reply(reply) if replica.is_twin() => {
                     let values = reply?.into_iter().map(|value| replica.own_value(value));
                     return Ok(Box::new(values.collect::<Result<_>>()?));
                 }
-                ToPool::Reply(reply) => return reply,
-                ToPool::Call(nested) => self.run_nested(replica, nested)?,
+                ForAsker::Reply(reply) => return reply,
+                ForAsker::Call(nested) => self.run_nested(replica, nested)?,
             }
         }
     }
 
     #[inline(never)]
-    fn hear(&self, replica: &Replica) -> Result<ToPool, Box<Error>> {
-        let cancelled = replica.interrupter().cancelled();
-        // A stop that an inner wait has seen ends the outer ones too: what still arrives on this
-        // conversation may be the answer to somebody else.
-        if replica.interrupter().is_stopped() {
-            return Err(replica.interrupted().into());
-        }
+    fn hear(&self, replica: &Replica) -> Result<Heard, Box<Error>> {
         if replica.is_twin() {
             return self.hear_at_twin(replica);
         }
-        select! {
-            recv(self.from_js) -> message => message.map_err(|_| gone().into()),
-            recv(cancelled) -> _ => Err(replica.interrupted().into()),
-        }
+        self.asker
+            .hear(None)
+            .map_err(|silence| silent(replica, silence))
     }
 
     /// The JS thread may be waiting inside the guest, for this thread even.
     #[inline(never)]
-    fn hear_at_twin(&self, replica: &Replica) -> Result<ToPool, Box<Error>> {
-        let cancelled = replica.interrupter().cancelled();
+    fn hear_at_twin(&self, replica: &Replica) -> Result<Heard, Box<Error>> {
         replica.ring_for_home();
-        select! {
-            recv(self.from_js) -> message => return message.map_err(|_| gone().into()),
-            recv(cancelled) -> _ => return Err(replica.interrupted().into()),
-            default(LONGEST_SILENCE) => {}
-        }
-        if !self.asked.is_begun.load(Ordering::Acquire) {
-            return Err(unanswered(replica).into());
-        }
-        select! {
-            recv(self.from_js) -> message => message.map_err(|_| gone().into()),
-            recv(cancelled) -> _ => Err(replica.interrupted().into()),
-        }
+        let heard = match self.asker.hear(Some(LONGEST_SILENCE)) {
+            Err(Silence::Late) if self.asked.is_begun.load(Ordering::Acquire) => {
+                self.asker.hear(None)
+            }
+            heard => heard,
+        };
+        heard.map_err(|silence| silent(replica, silence))
     }
 
     #[inline(never)]
@@ -433,8 +413,7 @@ impl PoolEnd {
         reason = "out of the box it would be on the stack twice"
     )]
     fn run_nested(&self, replica: &Replica, nested: Box<Nested>) -> Result<(), Box<Error>> {
-        NESTED.with_borrow_mut(|n| n.push(self.to_js.clone()));
-        REPLIES.with_borrow_mut(|r| r.push(self.from_js.clone()));
+        NESTED.with_borrow_mut(|nested| nested.push(self.asker.clone()));
         let outcome = match *nested {
             Nested::Call {
                 func,
@@ -463,14 +442,28 @@ impl PoolEnd {
             values.map(|value| replica.home_value(value)).collect()
         });
         NESTED.with_borrow_mut(Vec::pop);
-        REPLIES.with_borrow_mut(Vec::pop);
-        self.tell(ToJs::Done(outcome))
+        self.tell(outcome)
     }
 
     #[inline(never)]
-    fn tell(&self, message: ToJs) -> Result<(), Box<Error>> {
-        self.to_js.send(message).map_err(|_| Box::new(gone()))
+    fn tell(&self, outcome: Result<Vec<Value>>) -> Result<(), Box<Error>> {
+        self.asker.tell(outcome).map_err(|_| Box::new(gone()))
     }
+}
+
+type Heard = ForAsker<Result<Reply, Box<Error>>, Box<Nested>>;
+
+#[cold]
+#[expect(
+    clippy::unnecessary_box_returns,
+    reason = "boxed errors keep frames small where guests re-enter"
+)]
+fn silent(replica: &Replica, silence: Silence) -> Box<Error> {
+    Box::new(match silence {
+        Silence::Gone => gone(),
+        Silence::Stopped => replica.interrupted(),
+        Silence::Late => unanswered(replica),
+    })
 }
 
 fn gone() -> Error {
@@ -535,7 +528,7 @@ impl JsEnd {
     fn reply(&self, reply: Result<SmallVec<[Value; 2]>>) {
         // Nobody listens if the call was stopped meanwhile.
         let reply = reply.map(Box::new).map_err(Box::new);
-        let _ = self.to_pool.send(ToPool::Reply(reply));
+        let _ = self.0.reply(reply);
     }
 
     /// Has the waiting pool thread call back into the guest; serves its requests until that is done.
@@ -577,18 +570,18 @@ impl JsEnd {
         side: &ReplicaSide,
         nested: Nested,
     ) -> Result<Vec<Value>> {
-        let sent = self.to_pool.send(ToPool::Call(Box::new(nested)));
+        let sent = self.0.call(Box::new(nested));
         sent.map_err(|_| stopped(side))?;
         loop {
             match self.hear(env, side)? {
-                ToJs::Done(outcome) => return outcome,
-                ToJs::Request(request) => env.js().scoped(|| self.serve(&request)),
+                ForAnswerer::Outcome(outcome) => return outcome,
+                ForAnswerer::Request(request) => env.js().scoped(|| self.serve(&request)),
             }
         }
     }
 
     #[inline(never)]
-    fn hear(&self, env: &EnvState, side: &ReplicaSide) -> Result<ToJs> {
+    fn hear(&self, env: &EnvState, side: &ReplicaSide) -> Result<Told> {
         let stop = || {
             let why = Stop::Interrupted("its worker is ending".into());
             side.replica.interrupter().stop_current(why);
@@ -596,11 +589,17 @@ impl JsEnd {
         if side.realm.is_some() {
             return self.hear_beside_others(env, side, stop);
         }
-        let message = match &env.watch {
-            Some(watch) => watch.wait_for(&self.from_pool, stop),
-            None => self.from_pool.recv(),
+        let told = match &env.watch {
+            Some(watch) => {
+                let hear = |patience| match self.0.hear(Some(patience)) {
+                    Err(Silence::Late) => None,
+                    heard => Some(heard),
+                };
+                watch.wait_for(hear, stop)
+            }
+            None => self.0.hear(None),
         };
-        message.map_err(|_| stopped(side))
+        told.map_err(|_| stopped(side))
     }
 
     /// Another thread of the guest may want something before this one can go on.
@@ -610,19 +609,19 @@ impl JsEnd {
         env: &EnvState,
         side: &ReplicaSide,
         stop: impl Fn(),
-    ) -> Result<ToJs> {
+    ) -> Result<Told> {
         loop {
-            match self.from_pool.recv_timeout(LOOK_AROUND) {
-                Ok(message) => return Ok(message),
-                Err(RecvTimeoutError::Disconnected) => return Err(stopped(side)),
-                Err(RecvTimeoutError::Timeout) => {}
+            match self.0.hear(Some(LOOK_AROUND)) {
+                Err(Silence::Late) => {}
+                heard => return heard.map_err(|_| stopped(side)),
             }
             env.attend();
-            if side.replica.interrupter().is_stopped() {
-                return Err(stopped(side));
-            }
-            if env.watch.is_some() && env.js().is_ending() {
+            let is_ending = env.watch.is_some() && env.js().is_ending();
+            if is_ending {
                 stop();
+            }
+            if is_ending || side.replica.interrupter().is_stopped() {
+                self.0.give_up();
                 return Err(stopped(side));
             }
         }
@@ -659,6 +658,8 @@ impl JsEnd {
         self.reply(converted(bound, returned, &request.signature));
     }
 }
+
+type Told = ForAnswerer<Arc<Request>, Result<Vec<Value>>>;
 
 #[cold]
 fn unanswered(replica: &Replica) -> Error {

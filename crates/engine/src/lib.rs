@@ -19,7 +19,7 @@ pub use error::{Done, Error, ErrorCode, Result, TrapInfo};
 pub use instance::discard::memory_discard;
 pub use instance::engine::{CacheChoice, EngineOptions};
 pub use instance::host::{HostCall, HostFunction, ImportValue, InstanceHost};
-pub use instance::interrupt::{Interrupter, Stop};
+pub use instance::interrupt::{Interrupter, Listening, Stop};
 pub use instance::limits::Limits;
 pub use instance::memory::{
     ImageKind, MemoryRecord, MemoryUsage, MemoryView, OutOfBounds, Pin, memory_changes,
@@ -50,6 +50,7 @@ pub use manager::{
     Event, Job, LeaseDone, Manager, ManagerState, ManagerStats, Pressure, RecycleReport, Replaced,
 };
 pub use wasm_molt_lifecycle::{
-    Away, Backoff, FailedPhase, Generation, Home, Inside, MemoryThreshold, OnDrainTimeout,
-    PoolCounts, PoolState, Reason, Step, WaitId,
+    Answerer, Asker, Away, Backoff, FailedPhase, ForAnswerer, ForAsker, Generation, Home, Inbox,
+    Inside, MemoryThreshold, OnDrainTimeout, PoolCounts, PoolState, Reason, Silence, Step, WaitId,
+    Wake, Words, conversation,
 };

@@ -8,6 +8,7 @@
 //! * `State`: what the mutex guards; pure, in its own module.
 //! * [`Waiter`], [`WaitId`]: who wants a slot, and its name in the queue.
 //! * [`Admission`], [`Refused`], [`Refusal`]: the answers.
+//! * [`Custody`]: a retired slot, and nobody else's.
 
 use std::fmt;
 use std::sync::PoisonError;
@@ -378,7 +379,7 @@ impl<W: Waiter> Gate<W> {
         timeout: Option<Duration>,
         give_up: impl Fn() -> bool,
     ) -> Result<(), InFlight> {
-        let too_many = |state: &State<W>| {
+        let too_many = |state: &mut State<W>| {
             let left = state.stragglers().len();
             if left < fewer_than { 0 } else { left }
         };
@@ -396,7 +397,7 @@ impl<W: Waiter> Gate<W> {
         timeout: Option<Duration>,
         give_up: impl Fn() -> bool,
     ) -> Result<(), InFlight> {
-        let left = |state: &State<W>| {
+        let left = |state: &mut State<W>| {
             let of_slot = |straggler: &&TicketId| straggler.slot == slot;
             state.stragglers().iter().filter(of_slot).count()
         };
@@ -426,13 +427,14 @@ impl<W: Waiter> Gate<W> {
     /// Takes a slot out of service as soon as nobody has it: at once, or with the ticket that is out; at
     /// home, as [`retire`](Self::retire) does. Whoever waits is served by the others.
     ///
-    /// [`reinstate`](Self::reinstate) takes that back; so does a [roll](Self::roll).
+    /// [`spare`](Self::spare) and [`reinstate`](Self::reinstate) take that back; so does a [roll](Self::roll).
     pub fn withdraw(&self, slot: usize) {
         self.locked(|state| state.withdraw(slot));
     }
 
-    /// Blocks until the slot is out of service, so that nobody is inside it, or `give_up` says so when it is
-    /// asked: at once, and whenever something ends or the gate is shut or [asked again](Self::ask_again).
+    /// Blocks until the slot is out of service, so that nobody is inside it, and takes it into
+    /// [custody](Custody); or until `give_up` says so when it is asked: at once, and whenever something ends or
+    /// the gate is shut or [asked again](Self::ask_again).
     ///
     /// # Errors
     ///
@@ -442,9 +444,17 @@ impl<W: Waiter> Gate<W> {
         slot: usize,
         timeout: Option<Duration>,
         give_up: impl Fn() -> bool,
-    ) -> Result<(), InFlight> {
-        let is_in_use = |state: &State<W>| usize::from(!state.is_retired(slot));
-        self.wait_for_none(timeout, is_in_use, give_up)
+    ) -> Result<Custody<W>, InFlight> {
+        let mut taken = None;
+        let is_in_use = |state: &mut State<W>| {
+            taken = state.take_custody(slot);
+            usize::from(taken.is_none())
+        };
+        self.wait_for_none(timeout, is_in_use, give_up)?;
+        let gate = self.clone();
+        // Nobody waits any more without having taken it.
+        let number = taken.unwrap_or_default();
+        Ok(Custody { gate, slot, number })
     }
 
     /// Refuses every further admission, for ever. What already waits still runs when slots come
@@ -499,7 +509,7 @@ impl<W: Waiter> Gate<W> {
         timeout: Option<Duration>,
         give_up: impl Fn() -> bool,
     ) -> Result<(), InFlight> {
-        self.wait_for_none(timeout, State::in_flight, give_up)
+        self.wait_for_none(timeout, |state| state.in_flight(), give_up)
     }
 
     /// Blocks like [`wait_drained`](Self::wait_drained), and until the queue is empty too.
@@ -508,17 +518,24 @@ impl<W: Waiter> Gate<W> {
     ///
     /// After `timeout`, with what is still in flight or queued.
     pub fn wait_idle(&self, timeout: Option<Duration>) -> Result<(), InFlight> {
-        let remaining = |state: &State<W>| state.in_flight() + state.queued();
+        let remaining = |state: &mut State<W>| state.in_flight() + state.queued();
         self.wait_for_none(timeout, remaining, || false)
     }
 
     /// Puts a retired slot back into service, which starts the next waiter on it if the gate is
-    /// open.
+    /// open. Ends its [custody](Custody): whoever calls this knows that a fresh replica is there.
     ///
     /// Takes back that slot 0 retires when the home leaves it. Does nothing to any other slot that
     /// is not retired, or does not exist.
     pub fn reinstate(&self, slot: usize) {
         let starts = self.locked(|state| state.reinstate(slot));
+        self.start(starts);
+    }
+
+    /// [Reinstates](Self::reinstate) a slot whose replica is the one that was there before, so that it does
+    /// nothing while somebody may be inside of that: the slot is in [custody](Custody).
+    pub fn spare(&self, slot: usize) {
+        let starts = self.locked(|state| state.spare(slot));
         self.start(starts);
     }
 
@@ -582,14 +599,14 @@ impl<W: Waiter> Gate<W> {
     fn wait_for_none(
         &self,
         timeout: Option<Duration>,
-        remaining: impl Fn(&State<W>) -> usize,
+        mut remaining: impl FnMut(&mut State<W>) -> usize,
         give_up: impl Fn() -> bool,
     ) -> Result<(), InFlight> {
         let clock = SystemClock::default();
         let mut state = lock(&self.shared.state);
         state.drainers += 1;
         let outcome = loop {
-            let count = remaining(&state);
+            let count = remaining(&mut state);
             if count == 0 {
                 break Ok(());
             }
@@ -610,6 +627,43 @@ impl<W: Waiter> Gate<W> {
         };
         state.drainers -= 1;
         outcome
+    }
+}
+
+/// A retired slot in somebody's hands, who may be inside its replica: [sparing](Gate::spare) it does nothing.
+///
+/// Ends when the slot leaves retirement ([`Gate::reinstate`], [`Gate::reinstate_all`], a roll), for then
+/// another replica is there; or with this, and the slot stays retired.
+#[must_use = "dropping it ends the custody"]
+pub struct Custody<W: Waiter> {
+    gate: Gate<W>,
+    slot: usize,
+    number: u64,
+}
+
+impl<W: Waiter> Custody<W> {
+    /// The number of the slot.
+    pub fn slot(&self) -> usize {
+        self.slot
+    }
+}
+
+impl<W: Waiter> Drop for Custody<W> {
+    fn drop(&mut self) {
+        let end =
+            |state: &mut State<W>| state.end_custody(self.slot, self.number) && state.drainers > 0;
+        if self.gate.locked(end) {
+            // It may be what somebody waits for.
+            self.gate.shared.ended.notify_all();
+        }
+    }
+}
+
+impl<W: Waiter> fmt::Debug for Custody<W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Custody")
+            .field("slot", &self.slot)
+            .finish_non_exhaustive()
     }
 }
 

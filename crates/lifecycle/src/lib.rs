@@ -29,6 +29,10 @@
 //! * [`Policy`]: when an instance is **recycled**, which is replaced or reset without being asked, and why
 //!   ([`Reason`]); a [`Crossing`] is what it has done to deserve that.
 //! * **Withdrawn** slot: it is to be retired as soon as nobody has it.
+//! * [`Custody`] of a retired slot: somebody may be inside its replica, and nobody else puts it back.
+//! * [`Inbox`]: what other threads have for one thread, its **owner**, which one wake-up has it empty whole.
+//! * [`conversation`]: a question to another thread, which may have the asker do something first.
+//! * [`Stopping`]: where one call is, so that a stop finds it.
 //! * [`ThreadPool`]: the threads that a guest has started itself, counted. They **begin** one by one,
 //!   have **started** when they run guest code, and **exit** or are **recycled** together, while no
 //!   **operation** is in flight.
@@ -36,15 +40,18 @@
 #![forbid(unsafe_code)]
 
 mod clock;
+mod conversation;
 mod gate;
 mod generation;
 mod growth;
 mod home;
+mod inbox;
 pub mod pause;
 mod phase;
 mod policy;
 mod start;
 mod state;
+mod stopping;
 pub mod swap;
 mod sync;
 #[cfg(test)]
@@ -54,17 +61,22 @@ mod threads;
 mod ticket;
 
 pub use clock::{Clock, ManualClock, SystemClock};
+pub use conversation::{
+    Answerer, Asker, ForAnswerer, ForAsker, Silence, Stopper, Unheard, Words, conversation,
+};
 pub use gate::{
-    Admission, Gate, GateCounts, GateOptions, InFlight, Refusal, Refused, WaitId, Waiter,
+    Admission, Custody, Gate, GateCounts, GateOptions, InFlight, Refusal, Refused, WaitId, Waiter,
 };
 pub use generation::Generation;
 pub use growth::Growth;
 pub use home::{Away, Home, Inside};
+pub use inbox::{Inbox, Wake};
 pub use pause::{PauseFailure, PausePlan, PauseTimings, Paused};
 pub use phase::{FailedPhase, Phase};
 pub use policy::{
     Backoff, Candidate, Crossing, MemoryThreshold, Policy, Reason, Thresholds, Wear, choose,
 };
+pub use stopping::{Stoppable, Stopping};
 pub use swap::{Backend, Drained, Failure, OnDrainTimeout, Plan, Step, Timings};
 pub use threads::{
     OperationTicket, PoolCounts, PoolRefused, PoolState, PoolTimeout, RecycleFailure, Starter,

@@ -12,6 +12,7 @@
 //!    while it is retiring.
 //! 7. Stragglers are of earlier cohorts than their slot's present one, and each is there once.
 //! 8. Only a slot that is `Held` is withdrawing.
+//! 9. Only a slot that is `Retired` is in somebody's custody.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -95,6 +96,10 @@ pub(crate) struct State<W> {
     cohorts: Vec<u64>,
     /// By slot: it leaves service with the ticket that is out.
     withdrawing: Vec<bool>,
+    /// By slot: the number of the custody in which it is.
+    custodies: Vec<Option<u64>>,
+    /// Goes up with each custody.
+    last_custody: u64,
     /// Tickets of earlier cohorts that are still out, oldest first.
     stragglers: Vec<TicketId>,
     is_open: bool,
@@ -120,6 +125,8 @@ impl<W> State<W> {
             cohort: 0,
             cohorts: vec![0; slots],
             withdrawing: vec![false; slots],
+            custodies: vec![None; slots],
+            last_custody: 0,
             stragglers: Vec::new(),
             is_open: false,
             is_shut: false,
@@ -172,8 +179,30 @@ impl<W> State<W> {
         self.cohorts.get(id.slot) != Some(&id.cohort)
     }
 
-    pub(crate) fn is_retired(&self, slot: usize) -> bool {
+    fn is_retired(&self, slot: usize) -> bool {
         self.slots.get(slot) == Some(&Slot::Retired)
+    }
+
+    /// Takes a retired slot into custody, unless it is in one already.
+    pub(crate) fn take_custody(&mut self, slot: usize) -> Option<u64> {
+        let is_retired = self.is_retired(slot);
+        let place = self.custodies.get_mut(slot)?;
+        if !is_retired || place.is_some() {
+            return None;
+        }
+        self.last_custody += 1;
+        *place = Some(self.last_custody);
+        *place
+    }
+
+    /// Tells whether that was still its custody.
+    pub(crate) fn end_custody(&mut self, slot: usize, custody: u64) -> bool {
+        let place = self.custodies.get_mut(slot);
+        place.is_some_and(|place| place.take_if(|number| *number == custody).is_some())
+    }
+
+    fn is_in_custody(&self, slot: usize) -> bool {
+        matches!(self.custodies.get(slot), Some(Some(_)))
     }
 
     pub(crate) fn retired(&self) -> usize {
@@ -412,6 +441,14 @@ impl<W> State<W> {
         self.settle()
     }
 
+    /// The same, but for a slot that is in somebody's custody.
+    pub(crate) fn spare(&mut self, slot: usize) -> Vec<Start<W>> {
+        if self.is_in_custody(slot) {
+            return Vec::new();
+        }
+        self.reinstate(slot)
+    }
+
     /// Puts every retired slot back into service. Returns who may start now.
     pub(crate) fn reinstate_all(&mut self) -> Vec<Start<W>> {
         for slot in 0..self.slots.len() {
@@ -587,6 +624,11 @@ impl<W> State<W> {
         {
             *is_withdrawing = false;
         }
+        if to != Slot::Retired
+            && let Some(custody) = self.custodies.get_mut(slot)
+        {
+            *custody = None;
+        }
         if slot == 0 || from == to {
             return;
         }
@@ -630,6 +672,8 @@ impl<W> State<W> {
             && self.cohorts.iter().all(|cohort| *cohort <= self.cohort)
             && (self.slots.iter().zip(&self.withdrawing))
                 .all(|(slot, is)| !is || *slot == Slot::Held)
+            && (self.slots.iter().zip(&self.custodies))
+                .all(|(slot, custody)| custody.is_none() || *slot == Slot::Retired)
             && self.retired == count(|slot| slot == Slot::Retired)
             && self.queue.len() <= self.max_queue
             && free.iter().copied().eq(expected)

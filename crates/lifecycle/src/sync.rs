@@ -5,14 +5,31 @@
 #[cfg(not(loom))]
 pub(crate) use std::sync::{
     Arc, Condvar, Mutex, MutexGuard,
-    atomic::{AtomicU8, AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering},
 };
 
 #[cfg(loom)]
 pub(crate) use loom::sync::{
     Arc, Condvar, Mutex, MutexGuard,
-    atomic::{AtomicU8, AtomicU64, Ordering},
+    atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering},
 };
+
+/// How often a thread looks before it sleeps: some microseconds.
+#[cfg(not(loom))]
+pub(crate) const SPINS: u32 = 10;
+/// To loom a look that finds nothing is one more interleaving of what it explores anyway.
+#[cfg(loom)]
+pub(crate) const SPINS: u32 = 0;
+
+/// Between two looks, longer each time.
+pub(crate) fn spin(turn: u32) {
+    const BUSY_TURNS: u32 = 6;
+    if turn <= BUSY_TURNS {
+        (0..1_u32 << turn).for_each(|_| std::hint::spin_loop());
+    } else {
+        std::thread::yield_now();
+    }
+}
 
 /// Declares thread locals with constant values.
 #[cfg(not(loom))]

@@ -906,9 +906,10 @@ fn a_withdrawn_slot_is_nobody_s_once_its_ticket_is_gone() {
             })
         };
         bench.gate.withdraw(0);
-        bench.gate.wait_retired(0, None, || false).unwrap();
+        let custody = bench.gate.wait_retired(0, None, || false).unwrap();
         bench.replica.use_it();
-        bench.gate.reinstate(0);
+        drop(custody);
+        bench.gate.spare(0);
         worker.join().unwrap();
         other.join().unwrap();
         assert_eq!(bench.starts(), 2);
@@ -934,10 +935,12 @@ fn a_withdrawal_that_is_taken_back_loses_nobody() {
         if gone.is_ok() {
             bench.replica.use_it();
         }
-        bench.gate.reinstate(0);
+        let is_gone = gone.is_ok();
+        drop(gone);
+        bench.gate.spare(0);
         worker.join().unwrap();
         assert_eq!(bench.starts(), 2);
-        bench.assert_at_rest(3 + usize::from(gone.is_ok()));
+        bench.assert_at_rest(3 + usize::from(is_gone));
     });
 }
 
@@ -952,14 +955,109 @@ fn a_withdrawal_from_home_waits_for_nobody_outside() {
             })
         };
         home.withdraw(0);
-        bench.gate.wait_retired(0, None, || false).unwrap();
+        let custody = bench.gate.wait_retired(0, None, || false).unwrap();
         bench.replica.use_it();
-        bench.gate.reinstate(0);
+        drop(custody);
+        bench.gate.spare(0);
         other.join().unwrap();
         home.serve_queued();
         assert_eq!(bench.starts(), 1);
         assert!(home.enter().is_some());
         bench.assert_at_rest(2);
+    });
+}
+
+#[test]
+fn a_slot_that_whoever_leaves_it_spares_has_one_user_at_a_time() {
+    loom::model(|| {
+        let bench = Bench::new(false);
+        let ticket = bench.held();
+        let worker = {
+            let bench = bench.clone();
+            thread::spawn(move || {
+                bench.replica.use_it();
+                // The instance had better run nothing more; and then it turns out that nobody will come for it.
+                ticket.retire();
+                bench.gate.spare(0);
+            })
+        };
+        let other = {
+            let bench = bench.clone();
+            thread::spawn(move || {
+                bench.gate.admit(bench.call()).unwrap();
+            })
+        };
+        bench.gate.withdraw(0);
+        let custody = bench.gate.wait_retired(0, None, || true);
+        let is_taken = custody.is_ok();
+        if is_taken {
+            bench.replica.use_it();
+        }
+        drop(custody);
+        bench.gate.spare(0);
+        worker.join().unwrap();
+        other.join().unwrap();
+        assert_eq!(bench.starts(), 2);
+        bench.assert_at_rest(3 + usize::from(is_taken));
+    });
+}
+
+#[test]
+fn a_retired_slot_is_taken_by_one_of_two_and_then_by_the_other() {
+    loom::model(|| {
+        let bench = Bench::new(false);
+        let ticket = bench.held();
+        bench.gate.withdraw(0);
+        let take = |bench: Bench| {
+            move || {
+                let custody = bench.gate.wait_retired(0, None, || false).unwrap();
+                bench.replica.use_it();
+                drop(custody);
+            }
+        };
+        let others = [
+            thread::spawn(take(bench.clone())),
+            thread::spawn(take(bench.clone())),
+        ];
+        ticket.retire();
+        for other in others {
+            other.join().unwrap();
+        }
+        bench.gate.spare(0);
+        assert_eq!(bench.gate.counts().retired, 0);
+        bench.assert_at_rest(3);
+    });
+}
+
+#[test]
+fn a_roll_ends_a_custody_and_not_the_one_after_it() {
+    loom::model(|| {
+        let bench = Bench::new(false);
+        bench.gate.withdraw(0);
+        let first = bench.gate.wait_retired(0, None, || false).unwrap();
+        let roller = {
+            let bench = bench.clone();
+            thread::spawn(move || {
+                assert_eq!(bench.gate.roll(), Some(1));
+                bench.gate.withdraw(0);
+                let custody = bench.gate.wait_retired(0, None, || false).unwrap();
+                bench.rolled.use_it();
+                drop(custody);
+                bench.gate.spare(0);
+            })
+        };
+        let other = {
+            let bench = bench.clone();
+            thread::spawn(move || {
+                bench.gate.admit(bench.call()).unwrap();
+            })
+        };
+        bench.replica.use_it();
+        drop(first);
+        roller.join().unwrap();
+        other.join().unwrap();
+        assert_eq!(bench.starts(), 1);
+        bench.assert_at_rest(3);
     });
 }
 

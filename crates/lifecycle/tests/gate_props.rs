@@ -13,8 +13,8 @@ use std::time::Duration;
 use proptest::prelude::*;
 use proptest::sample::Index;
 use wasm_molt_lifecycle::{
-    Admission, Away, Gate, GateCounts, GateOptions, Home, InFlight, Inside, Refusal, Ticket,
-    TicketId, WaitId, Waiter,
+    Admission, Away, Custody, Gate, GateCounts, GateOptions, Home, InFlight, Inside, Refusal,
+    Ticket, TicketId, WaitId, Waiter,
 };
 
 type Number = usize;
@@ -44,9 +44,12 @@ enum Op {
     Retire(Index),
     /// A slot, whoever has it.
     RetireIdle(Index),
-    /// A slot, with the ticket that is out.
+    /// A slot, with the ticket that is out; and takes it into custody if it is out of service.
     Withdraw(By, Index),
+    /// One of the custodies.
+    LetGo(Index),
     Reinstate(Index),
+    Spare(Index),
     ReinstateAll,
     Cancel(Index),
     Open,
@@ -72,7 +75,9 @@ fn op() -> impl Strategy<Value = Op> {
         2 => any::<Index>().prop_map(Op::Retire),
         1 => any::<Index>().prop_map(Op::RetireIdle),
         3 => (by(), any::<Index>()).prop_map(|(by, slot)| Op::Withdraw(by, slot)),
+        2 => any::<Index>().prop_map(Op::LetGo),
         3 => any::<Index>().prop_map(Op::Reinstate),
+        3 => any::<Index>().prop_map(Op::Spare),
         1 => Just(Op::ReinstateAll),
         3 => any::<Index>().prop_map(Op::Cancel),
         4 => Just(Op::Open),
@@ -123,6 +128,8 @@ struct Model {
     cohorts: Vec<u64>,
     /// Held, and out of service afterwards.
     is_withdrawing: Vec<bool>,
+    /// Retired, and in the custody of that number.
+    custodies: Vec<Option<usize>>,
     /// Left behind by a roll, in the order of slots and rolls.
     stragglers: Vec<TicketId>,
     queue: VecDeque<Number>,
@@ -145,6 +152,7 @@ impl Model {
             cohort: 0,
             cohorts: vec![0; options.slots],
             is_withdrawing: vec![false; options.slots],
+            custodies: vec![None; options.slots],
             stragglers: Vec::new(),
             queue: VecDeque::new(),
             max_queue: options.max_queue,
@@ -288,12 +296,14 @@ struct Bench<'a> {
     home: Option<&'a Home<Call>>,
     insides: Vec<Inside<'a, Call>>,
     tickets: Vec<Ticket<Call>>,
+    custodies: Vec<(usize, Custody<Call>)>,
     model: Model,
     calls: Sender<(Number, Ticket<Call>)>,
     started: Receiver<(Number, Ticket<Call>)>,
     ids: BTreeMap<Number, WaitId>,
     fates: BTreeMap<Number, Fate>,
     admitted: usize,
+    taken: usize,
 }
 
 impl Bench<'_> {
@@ -309,6 +319,11 @@ impl Bench<'_> {
     /// nobody else.
     fn settle(&mut self) {
         let model = &mut self.model;
+        for (slot, custody) in model.slots.iter().zip(&mut model.custodies) {
+            if *slot != Slot::Retired {
+                *custody = None;
+            }
+        }
         let mut started = Vec::new();
         for _ in 0..model.starts() {
             let (number, ticket) = self.started.try_recv().unwrap();
@@ -440,9 +455,34 @@ impl Bench<'_> {
         if is_home {
             model.meet_home();
         }
-        let is_in_use = self.model.slots[slot] != Slot::Retired;
-        let waited = self.gate.wait_retired(slot, Some(Duration::ZERO), || false);
-        assert_eq!(waited.is_err(), is_in_use);
+        let model = &mut self.model;
+        let is_free = model.slots[slot] == Slot::Retired && model.custodies[slot].is_none();
+        let taken = self.gate.wait_retired(slot, Some(Duration::ZERO), || false);
+        assert_eq!(taken.is_ok(), is_free);
+        if let Ok(custody) = taken {
+            assert_eq!(custody.slot(), slot);
+            self.taken += 1;
+            model.custodies[slot] = Some(self.taken);
+            self.custodies.push((self.taken, custody));
+        }
+    }
+
+    fn let_go(&mut self, index: Index) {
+        if self.custodies.is_empty() {
+            return;
+        }
+        let (number, custody) = self
+            .custodies
+            .swap_remove(index.index(self.custodies.len()));
+        self.model.custodies[custody.slot()].take_if(|of| *of == number);
+    }
+
+    fn spare(&mut self, slot: usize) {
+        self.gate.spare(slot);
+        if self.model.custodies[slot].is_none() {
+            self.model.is_withdrawing[slot] = false;
+            self.reinstate(slot);
+        }
     }
 
     fn reinstate(&mut self, slot: usize) {
@@ -608,6 +648,8 @@ impl Bench<'_> {
                 let slot = index.index(self.model.slots.len());
                 self.take_back(slot);
             }
+            Op::LetGo(index) => self.let_go(*index),
+            Op::Spare(index) => self.spare(index.index(self.model.slots.len())),
             Op::Withdraw(by, index) => {
                 let slot = index.index(self.model.slots.len());
                 self.withdraw(*by, slot);
@@ -668,12 +710,14 @@ fn run(options: GateOptions, history: &[Op]) {
         home: home.as_ref(),
         insides: Vec::new(),
         tickets: Vec::new(),
+        custodies: Vec::new(),
         model: Model::new(options),
         calls,
         started,
         ids: BTreeMap::new(),
         fates: BTreeMap::new(),
         admitted: 0,
+        taken: 0,
     };
     bench.step(&Op::Open);
     for op in history {

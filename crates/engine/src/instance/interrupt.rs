@@ -57,8 +57,13 @@ impl Stop {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct RunId(u64);
 
-#[derive(Debug, Default)]
+/// Hears of a stop.
+type Listener = Box<dyn Fn() + Send>;
+
+#[derive(Default)]
 struct State {
+    /// Who waits somewhere for the thread of a run, innermost last.
+    listeners: Vec<Listener>,
     /// The run under way, 0 for none.
     current: u64,
     last: u64,
@@ -71,6 +76,26 @@ struct State {
     is_called: bool,
     /// The store is gone: nothing is left to be stopped.
     is_released: bool,
+}
+
+impl std::fmt::Debug for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("State")
+            .field("current", &self.current)
+            .field("stop", &self.stop)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Somebody hears of a stop, until this is dropped: the last one first.
+#[derive(Debug)]
+pub struct Listening<'a>(&'a Interrupter);
+
+impl Drop for Listening<'_> {
+    fn drop(&mut self) {
+        let listener = self.0.lock().listeners.pop();
+        drop(listener);
+    }
 }
 
 /// Epoch mode: what a strike needs.
@@ -161,7 +186,7 @@ impl Interrupter {
         // A stop that came before the page was there takes it away now.
         let state = self.lock();
         if state.stop.is_some() {
-            self.strike();
+            self.strike(&state);
         } else if state.is_called {
             self.interrupt();
         }
@@ -198,7 +223,7 @@ impl Interrupter {
             && state.stop.is_none()
         {
             state.stop = Some(stop);
-            self.strike();
+            self.strike(&state);
         }
         RunId(state.last)
     }
@@ -258,7 +283,7 @@ impl Interrupter {
             return false;
         }
         state.stop = Some(stop);
-        self.strike();
+        self.strike(&state);
         true
     }
 
@@ -279,7 +304,7 @@ impl Interrupter {
         state.halt = Some(stop.clone());
         if state.current != 0 && state.stop.is_none() {
             state.stop = Some(stop);
-            self.strike();
+            self.strike(&state);
         }
     }
 
@@ -303,18 +328,32 @@ impl Interrupter {
             state.stop = Some(stop);
         }
         if !state.is_released {
-            self.strike();
+            self.strike(&state);
         }
     }
 
-    /// Called with the lock held, so that `end` cannot slip in between.
-    fn strike(&self) {
+    /// With the lock held, so that `end` cannot slip in between.
+    fn strike(&self, state: &State) {
         self.revoke();
         if let Some(epochs) = &self.epochs {
             epochs.strike();
         }
         self.waits.stop();
+        state.listeners.iter().for_each(|tell| tell());
         let _ = self.cancel.0.try_send(());
+    }
+
+    /// Has `tell` called when a run is stopped, at once if it already is. For what the thread of a run waits
+    /// at, several at a time only one inside the other.
+    ///
+    /// * `tell`: any thread; short, and without a way back here.
+    pub fn listen(&self, tell: impl Fn() + Send + 'static) -> Listening<'_> {
+        let mut state = self.lock();
+        if state.stop.is_some() {
+            tell();
+        }
+        state.listeners.push(Box::new(tell));
+        Listening(self)
     }
 
     /// The guest comes by at its next poll.

@@ -11,8 +11,6 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, RecvError, RecvTimeoutError};
-
 use crate::instance::deadline::Deadline;
 use crate::instance::interrupt::Interrupter;
 
@@ -51,18 +49,16 @@ impl Watch {
 
     /// Waits on the home thread for a guest that runs elsewhere.
     ///
+    /// * `hear`: waits for so long; `None` if nothing has come.
     /// * `stop`: called, perhaps more than once, when the thread must end; what it stops is still
     ///   waited for.
-    ///
-    /// # Errors
-    /// If nothing can come any more.
-    pub fn wait_for<T>(&self, from: &Receiver<T>, stop: impl Fn()) -> Result<T, RecvError> {
+    pub fn wait_for<T>(&self, hear: impl Fn(Duration) -> Option<T>, stop: impl Fn()) -> T {
         loop {
-            match from.recv_timeout(ROUND) {
-                Ok(message) => return Ok(message),
-                Err(RecvTimeoutError::Disconnected) => return Err(RecvError),
-                Err(RecvTimeoutError::Timeout) if (self.is_ending)() => stop(),
-                Err(RecvTimeoutError::Timeout) => {}
+            if let Some(heard) = hear(ROUND) {
+                return heard;
+            }
+            if (self.is_ending)() {
+                stop();
             }
         }
     }
@@ -177,9 +173,7 @@ mod tests {
         let stop = || {
             let _ = tell.try_send("stopped");
         };
-        assert_eq!(watch.wait_for(&told, stop), Ok("stopped"));
-        let (tell, told) = crossbeam_channel::bounded::<()>(1);
-        drop(tell);
-        assert_eq!(watch.wait_for(&told, || {}), Err(RecvError));
+        let hear = |patience| told.recv_timeout(patience).ok();
+        assert_eq!(watch.wait_for(hear, stop), "stopped");
     }
 }

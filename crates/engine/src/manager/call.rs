@@ -3,13 +3,13 @@
 //! A call is answered exactly once: whoever takes the [`CallJob`] out of a queue, or runs it, owns its
 //! `settle`. A stop (timeout, signal) that comes while the job waits takes it out of the queue; one
 //! that comes while it runs goes to the instance's interrupter; [`CallControl`] is the point where
-//! the two are told apart.
+//! the two are told apart ([`Stopping`]).
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use wasm_molt_lifecycle::{Ticket, WaitId};
+use wasm_molt_lifecycle::{Stoppable, Stopping, Ticket, WaitId};
 
 use crate::error::panic_text;
 use crate::error::{Error, Result};
@@ -87,21 +87,35 @@ pub(crate) enum Queue {
     Lease(Weak<Lease>, u64),
 }
 
-enum State {
-    Waiting(Option<Queue>),
-    Running(Arc<Interrupter>, RunId),
-    /// Before it ran; and where it was to wait, if that was known.
-    Stopped(Stop, Option<Queue>),
-    Done,
-}
+/// A call, to [`Stopping`].
+enum Stopped {}
 
-type Parked = (Box<CallJob>, Ticket<Job>);
+impl Stoppable for Stopped {
+    type Queue = Queue;
+    type Run = (Arc<Interrupter>, RunId);
+    type Stop = Stop;
+    type Parked = (Box<CallJob>, Ticket<Job>);
+
+    fn refuse_waiting(queue: Queue) -> bool {
+        queue.refuse_stopped()
+    }
+
+    fn refuse_parked((job, ticket): Self::Parked) {
+        let shared = Arc::clone(&job.shared);
+        let settling = shared.settling();
+        drop(ticket);
+        job.refuse_stopped();
+        drop(settling);
+    }
+
+    fn stop_run((interrupter, run): &Self::Run, stop: Stop) {
+        interrupter.stop(*run, stop);
+    }
+}
 
 /// Stops one call, wherever it is. Any thread.
 pub struct CallControl {
-    state: Mutex<State>,
-    /// Has its instance, and waits for a thread.
-    parked: Mutex<Option<Parked>>,
+    stopping: Stopping<Stopped>,
     deadline: Mutex<Option<Deadline>>,
 }
 
@@ -118,8 +132,7 @@ impl CallControl {
             return Ok(None);
         }
         let control = Arc::new(Self {
-            state: Mutex::new(State::Waiting(None)),
-            parked: Mutex::new(None),
+            stopping: Stopping::default(),
             deadline: Mutex::new(None),
         });
         if let Some(ms) = limits.timeout_ms {
@@ -137,92 +150,37 @@ impl CallControl {
         Ok(Some(control))
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     pub(crate) fn waits_in(&self, queue: Queue) {
-        let mut state = self.lock();
-        match &mut *state {
-            State::Waiting(known @ None) | State::Stopped(_, known @ None) => *known = Some(queue),
-            _ => {}
-        }
+        self.stopping.waits_in(queue);
     }
 
     /// Stops the call. The first stop wins; one after the end does nothing.
     pub fn stop(&self, stop: Stop) {
-        let mut state = self.lock();
-        match &*state {
-            State::Waiting(queue) => {
-                let queue = queue.clone();
-                *state = State::Stopped(stop, queue.clone());
-                drop(state);
-                if !queue.is_some_and(Queue::refuse_stopped) {
-                    self.refuse_parked();
-                }
-            }
-            State::Running(interrupter, run) => {
-                interrupter.stop(*run, stop);
-            }
-            State::Stopped(..) | State::Done => {}
-        }
+        self.stopping.stop(stop);
     }
 
     /// The call is in its queue now. A stop that came before takes it out again.
     pub(crate) fn queued(&self) {
-        let Some((_, Some(queue))) = self.stopped_in() else {
-            return;
-        };
-        queue.refuse_stopped();
-    }
-
-    fn stopped_in(&self) -> Option<(Stop, Option<Queue>)> {
-        match &*self.lock() {
-            State::Stopped(stop, queue) => Some((stop.clone(), queue.clone())),
-            _ => None,
-        }
+        self.stopping.queued();
     }
 
     /// The job has its instance; a thread is to come for it with [`Self::unpark`].
     pub(crate) fn park(&self, job: Box<CallJob>, ticket: Ticket<Job>) {
-        *self.parked() = Some((job, ticket));
-        // A stop that came just before has found nothing to refuse.
-        if self.stopped().is_some() {
-            self.refuse_parked();
-        }
+        self.stopping.park((job, ticket));
     }
 
     /// `None` if a stop was faster.
-    pub(crate) fn unpark(&self) -> Option<Parked> {
-        self.parked().take()
-    }
-
-    fn parked(&self) -> MutexGuard<'_, Option<Parked>> {
-        self.parked.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn refuse_parked(&self) {
-        if let Some((job, ticket)) = self.unpark() {
-            let shared = Arc::clone(&job.shared);
-            let settling = shared.settling();
-            drop(ticket);
-            job.refuse_stopped();
-            drop(settling);
-        }
+    pub(crate) fn unpark(&self) -> Option<(Box<CallJob>, Ticket<Job>)> {
+        self.stopping.unpark()
     }
 
     /// The call gets its instance. `Err`: it was stopped while it waited.
     fn start(&self, interrupter: &Arc<Interrupter>, run: RunId) -> Result<(), Stop> {
-        let mut state = self.lock();
-        if let State::Stopped(stop, _) = &*state {
-            return Err(stop.clone());
-        }
-        *state = State::Running(Arc::clone(interrupter), run);
-        Ok(())
+        self.stopping.start((Arc::clone(interrupter), run))
     }
 
     fn finish(&self) {
-        *self.lock() = State::Done;
+        self.stopping.finish();
         let deadline = self
             .deadline
             .lock()
@@ -232,7 +190,7 @@ impl CallControl {
     }
 
     fn stopped(&self) -> Option<Stop> {
-        self.stopped_in().map(|(stop, _)| stop)
+        self.stopping.stopped()
     }
 }
 

@@ -516,7 +516,7 @@ impl Shared {
         let retired = self.gate.retired_slots();
         let serves_again = |r: &&Arc<Replica>| !r.is_poisoned() && retired.contains(&r.slot());
         for replica in replicas.iter().filter(serves_again) {
-            self.gate.reinstate(replica.slot());
+            self.gate.spare(replica.slot());
         }
     }
 

@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
-use wasm_molt_lifecycle::{FailedPhase, Generation, Home, InFlight, Reason};
+use wasm_molt_lifecycle::{Custody, FailedPhase, Generation, Home, InFlight, Reason};
 
 use super::{Due, Outcome, RecycleReport};
 use crate::error::{Error, Result};
@@ -56,8 +56,9 @@ impl Shared {
         (self.stats.mean_run() * CALLS_OF_PATIENCE).clamp(least, most)
     }
 
-    /// Takes the slot out of service, as soon as nobody is inside. `Ok(false)`: something else comes first.
-    fn withdraw(self: &Arc<Self>, slot: usize, scope: &HookScope) -> Result<bool> {
+    /// Takes the slot out of service, as soon as nobody is inside; while its custody lasts, nobody else puts it
+    /// back. `Ok(None)`: something else comes first.
+    fn withdraw(self: &Arc<Self>, slot: usize, scope: &HookScope) -> Result<Option<Custody<Job>>> {
         // Kept: whoever wanted its turn may not want it any more when the wait has ended.
         let steps_back = Cell::new(false);
         let give_up = || {
@@ -73,15 +74,18 @@ impl Shared {
             } else {
                 self.patience_in_a_queue()
             };
-            let Err(InFlight(_)) = self.gate.wait_retired(slot, Some(patience), give_up) else {
-                return Ok(true);
-            };
+            let custody = self.gate.wait_retired(slot, Some(patience), give_up);
+            if let Ok(custody) = custody {
+                return Ok(Some(custody));
+            }
             let waited = started.elapsed();
             let is_crowded = self.recycling.due() > 1;
             if give_up() || scope.is_sync || is_crowded || waited >= PATIENCE {
                 self.spare(slot);
-                if steps_back.get() && !self.is_over() {
-                    return Ok(false);
+                // On the home thread nobody is inside: it is in the custody of another recycle.
+                let is_late = steps_back.get() || scope.is_sync;
+                if is_late && !self.is_over() {
+                    return Ok(None);
                 }
                 return Err(Error::DrainTimeout {
                     what: format!("the recycling of {}", self.name()),
@@ -138,9 +142,9 @@ impl Shared {
             self.spare(slot);
         };
         let withdrawn_at = Instant::now();
-        match guarded(|| self.withdraw(slot, scope)) {
-            Ok(true) => {}
-            Ok(false) => {
+        let custody = match guarded(|| self.withdraw(slot, scope)) {
+            Ok(Some(custody)) => custody,
+            Ok(None) => {
                 undo();
                 return Ok(Outcome::SteppedBack);
             }
@@ -148,9 +152,10 @@ impl Shared {
                 undo();
                 return Err(error);
             }
-        }
+        };
         let drain = withdrawn_at.elapsed();
         if !self.serves(old) {
+            drop(custody);
             undo();
             return Ok(Outcome::Superseded);
         }
@@ -160,6 +165,7 @@ impl Shared {
         let (save, restore) = match handed_over {
             Ok(times) => times,
             Err(error) => {
+                drop(custody);
                 undo();
                 return Err(error);
             }
@@ -176,6 +182,8 @@ impl Shared {
             self.publish_recycled(due, &fresh, &blueprint, &published_at);
             Ok(())
         });
+        // Ended by the publication, if there was one.
+        drop(custody);
         let Some(published_at) = published_at.get() else {
             undo();
             return published.map(|()| Outcome::Superseded);
@@ -213,13 +221,13 @@ impl Shared {
     }
 
     /// The slot goes back into service, whatever serves there now, unless that has trapped: who repairs it gives
-    /// the slot back.
+    /// the slot back; so does whoever has it in custody.
     pub(in crate::manager) fn spare(&self, slot: usize) {
         let serves = self
             .replica(slot)
             .is_some_and(|now| !now.must_be_replaced());
         if serves && self.crashes.given_up().is_none() {
-            self.gate.reinstate(slot);
+            self.gate.spare(slot);
         }
     }
 
@@ -313,14 +321,14 @@ impl Shared {
     fn recycle_by_reset(self: &Arc<Self>, due: &Due, scope: &HookScope) -> Result<Outcome> {
         let (replica, slot) = (&due.replica, due.replica.slot());
         let withdrawn_at = Instant::now();
-        match guarded(|| self.withdraw(slot, scope)) {
-            Ok(true) => {}
-            Ok(false) => return Ok(Outcome::SteppedBack),
+        let custody = match guarded(|| self.withdraw(slot, scope)) {
+            Ok(Some(custody)) => custody,
+            Ok(None) => return Ok(Outcome::SteppedBack),
             Err(error) => {
                 self.spare(slot);
                 return Err(error);
             }
-        }
+        };
         let drain = withdrawn_at.elapsed();
         // Somebody else may have reset it meanwhile; and one that has trapped is replaced, as any that has.
         if !self.still_serves(replica) || !replica.wear().is_due() {
@@ -332,6 +340,7 @@ impl Shared {
         let done = match outcome {
             Ok(freed) => freed,
             Err(error) => {
+                drop(custody);
                 self.spare(slot);
                 return Err(error);
             }
@@ -340,6 +349,7 @@ impl Shared {
         self.begin_wear_of(replica);
         self.stats.reloaded(due.pressure.reason.as_str());
         self.stats.was_reset();
+        drop(custody);
         self.spare(slot);
         let generation = self.generation();
         Ok(Outcome::Done(Box::new(RecycleReport {
