@@ -5,17 +5,21 @@
 const { fileURLToPath } = require('node:url')
 const { WasmError } = require('./errors.js')
 
-/** A misspelt option must not be a silent default. Here rather than in the binding: crossing over for it would cost more. */
-function checkKeys(options, known) {
+/**
+ * A misspelt option must not be a silent default. Here rather than in the binding: crossing over for it would cost more.
+ *
+ * `path`: how errors call it.
+ */
+function checkKeys(options, known, path = 'options') {
   if (options === undefined || options === null) return
   if (typeof options !== 'object') {
-    throw new WasmError('ERR_WASM_INVALID_ARGUMENT', 'options must be an object')
+    throw new WasmError('ERR_WASM_INVALID_ARGUMENT', `${path} must be an object`)
   }
   for (const key in options) {
     if (known.includes(key) || options[key] === undefined) continue
     throw new WasmError(
       'ERR_WASM_INVALID_ARGUMENT',
-      `options.${key} is not an option of this version; known: ${known.join(', ')}`,
+      `${path}.${key} is not an option of this version; known: ${known.join(', ')}`,
     )
   }
 }
@@ -23,16 +27,50 @@ function checkKeys(options, known) {
 /** Runs `start(canAbort)`, which answers `[promise, control]` where a signal may stop it. */
 function withSignal(signal, start, abort) {
   if (signal === undefined || signal === null) return start(false)
-  if (typeof signal.addEventListener !== 'function' || typeof signal.aborted !== 'boolean') {
+  const { addEventListener, removeEventListener, aborted } = signal
+  if (
+    typeof addEventListener !== 'function' ||
+    typeof removeEventListener !== 'function' ||
+    typeof aborted !== 'boolean'
+  ) {
     throw new WasmError('ERR_WASM_INVALID_ARGUMENT', 'options.signal must be an AbortSignal')
   }
-  if (signal.aborted) throw signal.reason
-  const [promise, control] = start(true)
-  const onAbort = () => abort(control, signal.reason)
+  if (aborted) throw signal.reason
+  let begun
+  let isAborted = false
+  const onAbort = () => {
+    isAborted = true
+    if (begun !== undefined) abort(begun[1], reasonOf(signal))
+  }
+  const forget = () => {
+    try {
+      signal.removeEventListener('abort', onAbort)
+    } catch {
+      // A signal of somebody's own making; the call has ended, and nobody is left to hear of it.
+    }
+  }
+  // Before anything begins: what a signal throws here must not leave a call behind whose answer nobody gets.
   signal.addEventListener('abort', onAbort, { once: true })
-  const forget = () => signal.removeEventListener('abort', onAbort)
+  if (isAborted) throw signal.reason
+  try {
+    begun = start(true)
+  } catch (error) {
+    forget()
+    throw error
+  }
+  const [promise, control] = begun
   promise.then(forget, forget)
+  // The arguments may have code of their own, which may have aborted it.
+  if (isAborted) abort(control, reasonOf(signal))
   return promise
+}
+
+function reasonOf(signal) {
+  try {
+    return signal.reason
+  } catch (error) {
+    return error
+  }
 }
 
 /** Paths stay strings, bytes stay bytes; URLs become paths. */

@@ -442,7 +442,7 @@ function checkHooks(options) {
   if (threadPool !== undefined && (typeof threadPool !== 'object' || threadPool === null)) {
     throw new WasmError('ERR_WASM_INVALID_ARGUMENT', 'options.threadPool must be { start(module), exit(module) }')
   }
-  checkKeys(threadPool, ['exit', 'start'])
+  checkKeys(threadPool, ['exit', 'start'], 'options.threadPool')
   const given = ['initialize', 'saveState', 'restoreState', 'expose'].map((name) => [name, options[name]])
   if (threadPool !== undefined) {
     given.push(['threadPool.exit', threadPool.exit], ['threadPool.start', threadPool.start ?? null])
