@@ -1,9 +1,10 @@
 // Any value at any place of the public interface: an error that says what is wrong, what the value itself has thrown, or
 // the right answer; and the manager answers on.
 import assert from 'node:assert/strict'
+import { writeFileSync } from 'node:fs'
 import { after, before, test } from 'node:test'
 import * as molt from '../index.js'
-import { temporaryFolder, wat } from './guests.ts'
+import { adder, temporaryFolder, wat } from './guests.ts'
 import { Dice, hostileValues, Mischief, shown } from './hostile-values.ts'
 import { child, reported, WasmError, WasmModuleManager } from './support.ts'
 
@@ -20,6 +21,7 @@ const guest = wat(
     (func (export "f64") (param f64) (result f64) (local.get 0))
     (func (export "held") (param externref) (result externref) (local.get 0))
     (func (export "func") (param funcref) (result funcref) (local.get 0))
+    (func (export "spin") (param i32) (loop (br 0)))
     (func (export "vector") (param v128) (result v128) (local.get 0))
     (func (export "allocate") (param i32) (result i32) (i32.const 2048))
     (func (export "deallocate") (param i32 i32))
@@ -27,6 +29,9 @@ const guest = wat(
       (i32.store (local.get 2) (i32.const 0)) (local.get 0)))`,
   'hostile',
 )
+
+/** For those of which thousands are made. */
+const little = adder()
 
 let manager: WasmModuleManager
 before(async () => {
@@ -96,12 +101,12 @@ const optionKeys: [string, string[], (options: object) => unknown][] = [
       ],
       ...['cache', 'engine', 'isolation', 'snapshots', 'reseed', 'recycle', 'unheardOf'],
     ],
-    (options) => WasmModuleManager.createSync(guest, { cache: false, ...keep(options) }),
+    (options) => WasmModuleManager.createSync(little, { cache: false, ...keep(options) }),
   ],
   [
     'createSync limits',
     ['memoryBytes', 'tableElements', 'timeoutMs', 'fuel', 'stackBytes', 'unheardOf'],
-    (limits) => WasmModuleManager.createSync(guest, { cache: false, engine: { fuel: true }, limits }),
+    (limits) => WasmModuleManager.createSync(little, { cache: false, engine: { fuel: true }, limits }),
   ],
   [
     'createSync engine',
@@ -109,27 +114,27 @@ const optionKeys: [string, string[], (options: object) => unknown][] = [
       ...['interruptible', 'fuel', 'signalsBasedTraps', 'simd', 'relaxedSimd', 'threads', 'memoryReservationBytes'],
       'unheardOf',
     ],
-    (engine) => WasmModuleManager.createSync(guest, { cache: false, engine }),
+    (engine) => WasmModuleManager.createSync(little, { cache: false, engine }),
   ],
   [
     'createSync recycle',
     ['memory', 'calls', 'ageMs', 'onTrap', 'predict', 'jitter', 'strategy', 'backoff', 'unheardOf'],
-    (recycle) => WasmModuleManager.createSync(guest, { cache: false, recycle }),
+    (recycle) => WasmModuleManager.createSync(little, { cache: false, recycle }),
   ],
   [
     'createSync recycle.backoff',
     ['initialMs', 'maxMs', 'unheardOf'],
-    (backoff) => WasmModuleManager.createSync(guest, { cache: false, recycle: { backoff } }),
+    (backoff) => WasmModuleManager.createSync(little, { cache: false, recycle: { backoff } }),
   ],
   [
     'createSync abi',
     ['allocate', 'deallocate', 'returns', 'unheardOf'],
-    (abi) => WasmModuleManager.createSync(guest, { cache: false, abi }),
+    (abi) => WasmModuleManager.createSync(little, { cache: false, abi }),
   ],
   [
     'createSync snapshots',
     ['images', 'prepare', 'unheardOf'],
-    (snapshots) => WasmModuleManager.createSync(guest, { cache: false, snapshots }),
+    (snapshots) => WasmModuleManager.createSync(little, { cache: false, snapshots }),
   ],
   ['call', ['signal', 'timeoutMs', 'unheardOf'], (options) => manager.call('add', [1, 2], options)],
   ['invoke', ['signal', 'timeoutMs', 'unheardOf'], (options) => manager.invoke('echo', new Uint8Array(8), options)],
@@ -170,11 +175,14 @@ function keep(options: object): object {
 
 const glue = wat('', 'glue').replace(/guest\.wat$|glue\.wat$/, 'glue.cjs')
 
-test('every option, given every hostile value, is refused by its name or obeyed', LIMIT, async () => {
-  const { writeFileSync } = await import('node:fs')
+before(() => {
   writeFileSync(glue, 'exports.add = (a, b) => a + b')
+  // A cache folder is a text, and any text is a folder.
   process.chdir(temporaryFolder('cwd'))
-  for (const [place, keys, give] of optionKeys) {
+})
+
+for (const [place, keys, give] of optionKeys) {
+  test(`every option of ${place}, given every hostile value, is refused by its name or obeyed`, LIMIT, async () => {
     // Else there would be nothing to reset to.
     const snapshot = await manager.snapshot()
     for (const key of keys) {
@@ -194,10 +202,10 @@ test('every option, given every hostile value, is refused by its name or obeyed'
     }
     snapshot.release()
     isAlive()
-  }
-  await turn()
-  assert.deepEqual(unheard, [])
-})
+    await turn()
+    assert.deepEqual(unheard, [])
+  })
+}
 
 test('what is no options object at all is refused as such', LIMIT, async () => {
   for (const [place, , give] of optionKeys) {
@@ -341,6 +349,20 @@ test('every name, argument list and input is taken or refused with words', LIMIT
   }
   await turn()
   assert.deepEqual(unheard, [])
+})
+
+test('a signal that is aborted by what an argument does, while it is converted, stops the call', LIMIT, async () => {
+  const reason = new Mischief('aborted meanwhile')
+  const controller = new AbortController()
+  const aborts = {
+    valueOf() {
+      controller.abort(reason)
+      return 1
+    },
+  }
+  const call = manager.call('spin', [aborts as never], { signal: controller.signal })
+  await assert.rejects(call, (error) => error === reason)
+  isAlive()
 })
 
 test('methods are of their own objects, and say so to others', LIMIT, async () => {

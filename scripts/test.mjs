@@ -1,7 +1,7 @@
 // npm test [rust|js|types …]: sets itself up, then runs the named suites, or all of them.
 // npm run test:js -- __test__/reload.spec.ts runs one file; words with a dash go to the runner (node --test, cargo test).
 import { existsSync } from 'node:fs'
-import { buildAddon, ensureDependencies, fail, files, hostTarget, node, run, step, tool } from './tools.mjs'
+import { buildAddon, ensureDependencies, fail, files, hostTarget, node, run, step, tool, workspace } from './tools.mjs'
 
 const suites = { rust, types, js }
 const words = process.argv.slice(2)
@@ -16,7 +16,7 @@ for (const [name, suite] of Object.entries(suites)) {
 /** In the release profile, because the addon has compiled the engine there already. */
 function rust() {
   step('rust tests')
-  run('cargo', ['test', '--release', '--workspace', ...hostTarget, ...(named.length === 1 ? picked : [])])
+  run('cargo', ['test', '--release', ...workspace, ...hostTarget, ...(named.length === 1 ? picked : [])])
 }
 
 function types() {

@@ -52,6 +52,9 @@ export function tool(name, bin, args, options) {
  */
 export const hostTarget = ['--target', 'host-tuple']
 
+/** All crates but the fuzzer, which needs a C++ compiler. */
+export const workspace = ['--workspace', '--exclude', 'wasm-molt-fuzz']
+
 /** Installs a folder's npm packages when they are missing or older than its lock file. */
 export function ensureDependencies(folder = root) {
   const lock = join(folder, 'package-lock.json')

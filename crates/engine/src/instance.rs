@@ -2,6 +2,7 @@
 //!
 //! Nothing here knows a manager, a gate, or that there are generations of which one follows the other.
 
+pub(crate) mod cache;
 pub(crate) mod capture;
 pub(crate) mod deadline;
 pub(crate) mod discard;

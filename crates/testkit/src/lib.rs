@@ -4,6 +4,11 @@
 //! - [`host`]: a [`wasm_molt_engine::Host`] made of closures, with or without a home thread.
 //! - [`door`]: a host function at which calls stop until they are let through.
 //! - [`faults`]: a host that fails, panics, blocks or destroys its manager at a chosen hook.
+//! - [`dice`]: decisions by a seed, or by the bytes of a fuzzer.
+//! - [`folder`]: folders that end with their test.
+//! - [`history`]: snapshots, resets and forks against a plain model.
+//! - [`hostile`]: what must hold of any bytes and values at all; the fuzz targets and their kept corpus ask it.
+//! - [`smith`]: modules that nobody has written.
 //! - [`rig`]: a manager with all of that around it, and waits that end.
 //! - [`inside`]: entering an instance; the only unsafe code here.
 //! - [`wait`]: answers and latches. Whatever does not come in time fails the test with a message.
@@ -17,13 +22,18 @@
     reason = "everything here panics when a test fails"
 )]
 
+pub mod dice;
 pub mod door;
 pub mod faults;
+pub mod folder;
 pub mod guests;
+pub mod history;
 pub mod home;
 pub mod host;
+pub mod hostile;
 pub mod inside;
 pub mod meter;
 pub mod quiet;
 pub mod rig;
+pub mod smith;
 pub mod wait;

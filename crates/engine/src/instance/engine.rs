@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use once_cell::sync::{Lazy, OnceCell};
-use wasmtime::{Cache, CacheConfig, Config};
+use wasmtime::Config;
 
 use crate::error::{Error, ErrorCode, Result};
+use crate::instance::cache::Cache;
 use crate::instance::memory::{self, MemoryOptions};
 
 /// How guests are compiled and checked. Two managers with equal options share one engine.
@@ -102,6 +103,7 @@ static ENGINES: Lazy<Mutex<HashMap<Key, Slot>>> = Lazy::new(Mutex::default);
 pub(crate) struct Engine {
     pub(crate) wasmtime: wasmtime::Engine,
     pub(crate) options: EngineOptions,
+    cache: Option<Arc<Cache>>,
     key: Arc<Key>,
 }
 
@@ -193,8 +195,8 @@ impl Engine {
                 wasmtime::Inlining::Yes
             } else {
                 wasmtime::Inlining::No
-            })
-            .cache(open_cache(cache)?);
+            });
+        let cache = open_cache(cache)?;
         // V8 owns the Mach exception ports of a Node process.
         #[cfg(target_os = "macos")]
         config.macos_use_mach_ports(false);
@@ -206,8 +208,17 @@ impl Engine {
         Ok(Self {
             wasmtime,
             options: options.clone(),
+            cache,
             key: Arc::new(key),
         })
+    }
+
+    /// Compiles what was spliced, or reads what came of it before.
+    pub(crate) fn compile(&self, bytes: &[u8]) -> wasmtime::Result<wasmtime::Module> {
+        match &self.cache {
+            Some(cache) => cache.module(&self.wasmtime, bytes),
+            None => wasmtime::Module::new(&self.wasmtime, bytes),
+        }
     }
 }
 
@@ -218,23 +229,12 @@ impl EngineOptions {
     }
 }
 
-fn open_cache(choice: &CacheChoice) -> Result<Option<Cache>> {
-    let mut config = CacheConfig::new();
-    match choice {
-        CacheChoice::Off => return Ok(None),
-        // A machine without a usable home folder must still be able to run modules.
-        CacheChoice::User => return Ok(Cache::new(config).ok()),
-        CacheChoice::Folder(folder) => {
-            // wasmtime takes absolute paths only.
-            let folder = std::path::absolute(folder).unwrap_or_else(|_| folder.clone());
-            // One of its own in it: wasmtime's cleaner deletes whatever it does not know.
-            config.with_directory(folder.join("modules"));
-        }
-    }
-    Cache::new(config).map(Some).map_err(|e| {
+fn open_cache(choice: &CacheChoice) -> Result<Option<Arc<Cache>>> {
+    let opened = Cache::open(choice).map_err(|why| {
         Error::new(
             ErrorCode::InvalidArgument,
-            format!("the cache folder cannot be used: {e:#}; name a folder that this user may write to, or cache: false"),
+            format!("{why}; name a folder that is this user's alone, or cache: false"),
         )
-    })
+    })?;
+    Ok(opened.map(Arc::new))
 }

@@ -309,7 +309,7 @@ impl Module {
         } else {
             engine.clone()
         };
-        let compile = || wasmtime::Module::new(&engine.wasmtime, &*spliced.bytes);
+        let compile = || engine.compile(&spliced.bytes);
         let compiled = pool
             .install(compile)
             .map_err(|e| refuse_module(&name, &engine, &e))?;

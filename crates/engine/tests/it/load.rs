@@ -1,40 +1,17 @@
 //! From a source to a manager that serves, or to a clear refusal.
 
 use std::fs;
-use std::path::PathBuf;
 
 use wasm_molt_engine::{
     CacheChoice, EngineOptions, Error, ErrorCode, FailedPhase, HostRef, ImportValue, Limits,
     ManagerOptions, ManagerState, Source, Value, Work,
 };
 use wasm_molt_testkit::door::Door;
+use wasm_molt_testkit::folder::Folder;
 use wasm_molt_testkit::guests;
 use wasm_molt_testkit::host::{Script, function};
 use wasm_molt_testkit::rig::{Setup, code, number, trap};
 use wasm_molt_testkit::wait::answer;
-
-/// A folder of this test alone, removed at its end.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("wasm-molt-{name}-{}", std::process::id()));
-        fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    fn file(&self, name: &str, content: &[u8]) -> Source {
-        let path = self.0.join(name);
-        fs::write(&path, content).unwrap();
-        Source::File(path)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
 
 fn bytes(wat: &str) -> Vec<u8> {
     match guests::source(wat) {
@@ -85,7 +62,7 @@ fn what_is_no_module_is_refused_with_what_it_is() {
     let component = b"\0asm\x0d\0\x01\0".to_vec();
     let cases: [(Source, ErrorCode, &str); 8] = [
         (
-            Source::File(folder.0.join("no.wasm")),
+            Source::File(folder.path().join("no.wasm")),
             ErrorCode::InvalidArgument,
             "no.wasm",
         ),
@@ -541,13 +518,13 @@ fn a_panic_of_the_host_fails_the_start_and_what_waited_for_it() {
 #[test]
 fn compiled_code_is_kept_in_the_folder_that_was_named() {
     let folder = Folder::new("cache");
-    let cache = CacheChoice::Folder(folder.0.clone());
+    let cache = CacheChoice::Folder(folder.path().into());
     for _ in 0..2 {
         let setup = Setup::new(&guests::grower("1 7")).options(|o| o.cache = cache.clone());
         assert_eq!(setup.start().number("size", &[]), 1);
     }
     assert!(
-        fs::read_dir(&folder.0).unwrap().next().is_some(),
+        fs::read_dir(folder.path()).unwrap().next().is_some(),
         "nothing was kept"
     );
 }

@@ -18,6 +18,7 @@ mod close;
 mod exactly_once;
 mod fault_matrix;
 mod host;
+mod hostile;
 mod hot_swap;
 mod interrupt;
 mod invoke;

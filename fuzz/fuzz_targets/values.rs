@@ -1,0 +1,7 @@
+//! Any values and options.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use wasm_molt_testkit::hostile;
+
+fuzz_target!(|input: &[u8]| hostile::values(input));
