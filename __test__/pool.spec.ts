@@ -1,9 +1,11 @@
 // The pool: replicas in parallel, a queue that is bounded and first in, first out.
 import assert from 'node:assert/strict'
-import { readdirSync, readFileSync } from 'node:fs'
+import { readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { availableParallelism } from 'node:os'
+import { join } from 'node:path'
 import { test } from 'node:test'
-import { bench, hasCode, LIMIT, outcome, turns, until } from './support.ts'
+import { temporaryFolder, wat } from './guests.ts'
+import { bench, child, hasCode, INDEX_URL, LIMIT, outcome, reported, turns, until } from './support.ts'
 
 /** Of a thread that may just be ending. */
 function nameOf(id: string): string {
@@ -269,4 +271,41 @@ test('replicas that trap are replaced one by one while the others serve', LIMIT,
   await until(() => manager.stats().instances.poisoned === 0)
   assert.equal(manager.generation, 21)
   assert.equal(manager.stats().reloads.trap, 20)
+})
+
+test("no thread is left once everything is closed, not even of rayon's global pool", LIMIT, async () => {
+  const glue = join(temporaryFolder('glue'), 'glue.cjs')
+  // The bytes: a module with one function, which a validator has to look at.
+  writeFileSync(
+    glue,
+    `const bytes = new Uint8Array([0, 97, 115, 109, 1, 0, 0, 0, 1, 4, 1, 96, 0, 0, 3, 2, 1, 0, 10, 4, 1, 2, 0, 11])
+    exports.isValid = WebAssembly.validate(bytes)
+    exports.pages = new WebAssembly.Memory({ initial: 3 }).buffer.byteLength / 65536`,
+  )
+  const ended = await child(
+    `
+    import { readdirSync, readFileSync } from 'node:fs'
+    const { loadGlue } = await import(${JSON.stringify(INDEX_URL)})
+    // What nobody has named is called as whoever has started it.
+    const threads = () => {
+      if (process.platform !== 'linux') return []
+      const names = readdirSync('/proc/self/task').map((id) => {
+        try { return readFileSync('/proc/self/task/' + id + '/comm', 'utf8').trim() } catch { return '' }
+      })
+      return names.filter((name) => name !== '' && name !== 'molt-timer').sort()
+    }
+    const before = threads()
+    const glue = await loadGlue(process.env.GLUE, { cache: false })
+    const manager = await WasmModuleManager.create(process.env.GUEST, {
+      cache: false, imports: { env: { memory: { initial: 2 } } },
+    })
+    report([manager.memory.byteLength / 65536, glue.module.isValid, glue.module.pages])
+    await Promise.all([manager.close(), glue.close()])
+    const until = performance.now() + 10_000
+    while (threads().length > before.length && performance.now() < until) await new Promise(setImmediate)
+    assert.deepEqual(threads(), before)
+    `,
+    { env: { GUEST: wat('(module (import "env" "memory" (memory 1)) (func (export "f")))'), GLUE: glue } },
+  )
+  assert.deepEqual(reported(ended), [2, true, 3])
 })

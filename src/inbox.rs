@@ -20,9 +20,6 @@ pub(crate) type Task = Box<dyn FnOnce(&EnvState) + Send>;
 /// Wakes the event loop of one environment.
 struct Bell(Wake);
 
-// SAFETY: waking is made to be done from any thread.
-unsafe impl Send for Bell {}
-
 impl wasm_molt_engine::Wake for Bell {
     fn wake(&self) {
         // SAFETY: still in the queue, so the environment has not begun to go: `Inbox::close` comes first.

@@ -54,12 +54,10 @@ pub(crate) use start::Making;
 
 pub(crate) use realm::Compiled;
 
-use crate::error::Done;
-use crate::error::{Error, ErrorCode, Result};
+use crate::error::{Done, Error, ErrorCode, Result};
 use crate::instance::deadline::Deadline;
 use crate::instance::interrupt::Stop;
-use crate::instance::module::Module;
-use crate::instance::module::Source;
+use crate::instance::module::{Module, Source};
 use crate::instance::pool::{Pool, thread_name};
 use crate::instance::replica::{Blueprint, Replica};
 use crate::instance::snapshot::{Origin, Snapshot};

@@ -204,6 +204,7 @@ mod tests {
             inbox.post(item).unwrap();
         }
         assert_eq!(bell.rung(), 1);
+        inbox.let_wake();
         assert!(inbox.take().into_iter().eq(0..100), "in their order");
         inbox.post(0).unwrap();
         assert_eq!(bell.rung(), 2);

@@ -76,20 +76,7 @@ impl Pool {
     }
 
     fn build(&self) -> Result<ThreadPool> {
-        let (prefix, threads) = (self.prefix.clone(), self.threads);
-        ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .thread_name(move |index| format!("{prefix}-{index}"))
-            .stack_size(self.stack_bytes)
-            // Rayon aborts the process on a panic that nobody handles. Jobs catch their own; this is the net.
-            .panic_handler(drop)
-            .build()
-            .map_err(|e| {
-                Error::new(
-                    ErrorCode::Internal,
-                    format!("the pool of {threads} threads could not be started: {e}; lower `threads` or the process limit on threads"),
-                )
-            })
+        build(self.prefix.clone(), self.threads, self.stack_bytes)
     }
 
     /// Runs `job` on a pool thread; on this one if the pool has ended, or the system refuses threads, so that
@@ -124,6 +111,30 @@ impl Pool {
         drop(inner);
         drop(threads);
     }
+}
+
+fn build(prefix: String, threads: usize, stack_bytes: usize) -> Result<ThreadPool> {
+    ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .thread_name(move |index| format!("{prefix}-{index}"))
+        .stack_size(stack_bytes)
+        // Rayon aborts the process on a panic that nobody handles. Jobs catch their own; this is the net.
+        .panic_handler(drop)
+        .build()
+        .map_err(|e| {
+            Error::new(
+                ErrorCode::Internal,
+                format!("the pool of {threads} threads could not be started: {e}; lower `threads` or the process limit on threads"),
+            )
+        })
+}
+
+/// Runs `job` on a thread of its own, and waits for it.
+///
+/// Whatever compiles or validates outside of a pool has wasmtime start rayon's global one. This is for where nobody may
+/// wait for the manager's: its threads may be waiting for this very thread.
+pub(crate) fn apart<R: Send>(job: impl FnOnce() -> R + Send) -> Result<R> {
+    Ok(build("molt-apart".into(), 1, HOST_STACK_BYTES)?.install(job))
 }
 
 /// Linux shows 15 bytes of a thread's name; the index needs some of them.

@@ -22,8 +22,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use wasm_molt_lifecycle::{PoolCounts, RecycleFailure, Starter, ThreadPool, ThreadTicket};
 
-use crate::error::Done;
-use crate::error::{Error, ErrorCode, Result};
+use crate::error::{Done, Error, ErrorCode, Result};
 use crate::instance::deadline::Deadline;
 use crate::instance::interrupt::{Interrupter, Stop};
 use crate::instance::realm::{RealmExport, Sketch, Twin};

@@ -11,17 +11,14 @@ use std::time::{Duration, Instant};
 
 use wasm_molt_lifecycle::{Stoppable, Stopping, Ticket, WaitId};
 
-use crate::error::panic_text;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, panic_text};
 use crate::instance::deadline::Deadline;
 use crate::instance::interrupt::{Interrupter, RunId, Stop};
 use crate::instance::replica::Replica;
 use crate::instance::value::Value;
-use crate::manager::invoke;
 use crate::manager::isolation::Isolated;
 use crate::manager::lease::Lease;
-use crate::manager::trace;
-use crate::manager::{Job, Shared};
+use crate::manager::{Job, Shared, invoke, trace};
 
 /// What is to be done.
 #[derive(Debug)]

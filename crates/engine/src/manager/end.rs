@@ -5,8 +5,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::{Answer, Control, Event, ManagerState, Op, Replaced, Shared, destroyed};
-use crate::error::Done;
-use crate::error::{Error, Result};
+use crate::error::{Done, Error, Result};
 use crate::instance::deadline::Deadline;
 
 impl Shared {

@@ -4,8 +4,7 @@ use std::sync::Arc;
 
 use wasm_molt_lifecycle::Home;
 
-use crate::error::Done;
-use crate::error::{Error, Result};
+use crate::error::{Done, Error, Result};
 use crate::instance::capture::unsupported;
 use crate::instance::replica::Blueprint;
 use crate::instance::snapshot::Snapshot;

@@ -11,8 +11,7 @@ use wasm_molt_lifecycle::{
     pause::run as run_pause,
 };
 
-use crate::error::Done;
-use crate::error::{Error, Result};
+use crate::error::{Done, Error, Result};
 use crate::instance::capture::unsupported;
 use crate::instance::memory::MemoryUsage;
 use crate::instance::module::Module;

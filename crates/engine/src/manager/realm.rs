@@ -7,11 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use wasmparser::{Parser, Payload, TypeRef};
 
 use super::{Manager, Shared, guarded};
-use crate::error::Done;
-use crate::error::Result;
+use crate::error::{Done, Result};
 use crate::instance::engine::Engine;
-use crate::instance::module::Source;
-use crate::instance::module::{Company, Module};
+use crate::instance::module::{Company, Module, Source};
+use crate::instance::pool::apart;
 use crate::instance::replica::Replica;
 use crate::instance::threads::{GuestThread, ThreadCall};
 
@@ -128,10 +127,10 @@ impl Manager {
     pub fn validates(&self, bytes: &[u8]) -> Result<bool> {
         let engine = self.shared.engine()?;
         // Who asks means to use it.
-        Ok(
-            (self.shared.options.engine.threads || !has_shared_memory(bytes))
-                && engine.validates(bytes),
-        )
+        if !self.shared.options.engine.threads && has_shared_memory(bytes) {
+            return Ok(false);
+        }
+        apart(|| engine.validates(bytes))
     }
 }
 

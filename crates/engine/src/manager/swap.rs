@@ -17,8 +17,7 @@ use crate::instance::replica::{Blueprint, Replica};
 use crate::instance::snapshot::Snapshot;
 use crate::instance::value::HostRef;
 use crate::manager::freed::Freed;
-use crate::manager::trace;
-use crate::manager::{Event, HookScope, Making, ManagerState, Replaced, Shared, impatient};
+use crate::manager::{Event, HookScope, Making, ManagerState, Replaced, Shared, impatient, trace};
 
 /// What new calls do while the old generation is still in use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -221,7 +221,9 @@ pub(crate) fn new_memory(
     module.section(&memories).section(&exports);
 
     let engine = store.as_context().engine().clone();
-    let module = Module::new(&engine, module.finish())?;
+    let bytes = module.finish();
+    let module = crate::instance::pool::apart(|| Module::new(&engine, &bytes))
+        .map_err(|e| wasmtime::Error::msg(e.to_string()))??;
     let lost = || wasmtime::Error::msg("the memory's module lost its export");
     if ty.is_shared() {
         // It is nobody's, and each store that imports it has it once: wasmtime refuses, by an assertion, to

@@ -5,19 +5,20 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::bounded;
-use wasm_molt_lifecycle::{Custody, FailedPhase, Generation, Home, InFlight, Reason};
+use wasm_molt_lifecycle::{Custody, FailedPhase, Generation, Home, Reason};
 
 use super::{Due, Outcome, RecycleReport};
 use crate::error::{Error, Result};
 use crate::instance::pool::Pool;
 use crate::instance::replica::{Blueprint, Replica};
 use crate::instance::wear::Reading;
-use crate::manager::budget;
 use crate::manager::freed::Freed;
 use crate::manager::options::RecycleStrategy;
 use crate::manager::pause::ResetOptions;
 use crate::manager::swap::{ReloadOptions, ReloadReport, Strategy};
-use crate::manager::{Answer, HookScope, Job, Making, PendingReload, Replaced, Shared, guarded};
+use crate::manager::{
+    Answer, HookScope, Job, Making, PendingReload, Replaced, Shared, budget, guarded,
+};
 
 /// Longest wait for whoever is inside.
 const PATIENCE: Duration = Duration::from_secs(30);
