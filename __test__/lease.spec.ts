@@ -425,3 +425,45 @@ test('leases taken and given back ten thousand times leave nothing behind', LIMI
   assert.ok(grown < 8 * 2 ** 20, `${grown} bytes of heap more`)
   assert.equal(manager.stats().inFlight, 0)
 })
+
+test('calls of leases that are taken away are counted once each, if they were let in', LIMIT, async (t) => {
+  const manager = await managed(t, workbench, {
+    instances: 2,
+    threads: 2,
+    imports: { env: { entered: () => {}, hold: (key: number) => key } },
+  })
+  let [counted, refused, cut] = [0, 0, 0]
+  const count = (error?: WasmError) => {
+    // Its handle had expired before: nothing of it has come to the manager.
+    const isRefused = error?.code === 'ERR_WASM_STALE_HANDLE' && /has ended/.test(error.message)
+    if (isRefused) refused += 1
+    else counted += 1
+    if (error?.code === 'ERR_WASM_INTERRUPTED') cut += 1
+    else if (error && error.code !== 'ERR_WASM_STALE_HANDLE') throw error
+  }
+  const work = async (instance: LeasedInstance, rounds: number) => {
+    for (let round = 0; round < rounds; round += 1) {
+      const calls = [instance.call('burn', [20_000]), instance.call('add', [1, 2])]
+      for (const end of await Promise.all(calls.map(outcome))) count('error' in end ? (end.error as WasmError) : undefined)
+      try {
+        instance.exports.add?.(1, 2)
+        count()
+      } catch (error) {
+        // Not even the functions are there any more.
+        count(error as WasmError)
+      }
+    }
+  }
+  for (let round = 0; round < 60; round += 1) {
+    const leases = Promise.all([1, 2].map((n) => manager.use((instance) => work(instance, n + 2))))
+    const direct = outcome(manager.call('add', [1, 2]))
+    await turns(1)
+    await manager.reload({ drainTimeoutMs: round % 3, onDrainTimeout: 'interrupt' })
+    await leases
+    const end = await direct
+    count('error' in end ? (end.error as WasmError) : undefined)
+  }
+  const { completed, failed, trapped, interrupted, rejected } = manager.stats().calls
+  assert.equal(completed + failed + trapped + interrupted + rejected, counted)
+  assert.ok(refused > 0 && cut > 0, `${refused} refused, ${cut} cut: nothing was taken away`)
+})

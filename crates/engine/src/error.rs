@@ -7,6 +7,7 @@ use std::fmt;
 
 use wasm_molt_lifecycle::FailedPhase;
 
+use crate::instance::memory::NO_MEMORY;
 use crate::instance::realm::Exception;
 use crate::instance::value::HostRef;
 
@@ -142,6 +143,12 @@ pub enum Error {
         /// The whole story.
         message: String,
     },
+    /// The system has refused memory that an instance needs.
+    #[error("{message}")]
+    Scarce {
+        /// The whole story.
+        message: String,
+    },
     /// The guest trapped; its instance is poisoned.
     #[error("{what}: {}", .info.message)]
     Trap {
@@ -220,11 +227,23 @@ impl Error {
     pub fn code(&self) -> Option<ErrorCode> {
         match self {
             Self::Plain { code, .. } => Some(*code),
+            // To whoever links a module it is one reason of several why that cannot be done.
+            Self::Scarce { .. } => Some(ErrorCode::Link),
             Self::Trap { .. } => Some(ErrorCode::Trap),
             Self::DrainTimeout { .. } => Some(ErrorCode::DrainTimeout),
             Self::ReloadFailed { .. } => Some(ErrorCode::ReloadFailed),
             Self::Incompatible { .. } => Some(ErrorCode::IncompatibleModule),
             Self::Thrown(_) | Self::Exception(_) | Self::Aborted(_) => None,
+        }
+    }
+
+    /// An instance could not be made.
+    pub(crate) fn not_instantiated(name: &str, error: &wasmtime::Error) -> Self {
+        let message = format!("{name} could not be instantiated: {error:#}");
+        if message.contains(NO_MEMORY) || error.is::<std::io::Error>() {
+            Self::Scarce { message }
+        } else {
+            Self::new(ErrorCode::Link, message)
         }
     }
 

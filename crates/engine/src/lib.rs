@@ -14,6 +14,8 @@
 mod error;
 mod instance;
 mod manager;
+#[doc(hidden)]
+pub mod scarcity;
 
 pub use error::{Done, Error, ErrorCode, Result, TrapInfo};
 pub use instance::discard::memory_discard;

@@ -58,10 +58,10 @@ use crate::error::{Done, Error, ErrorCode, Result};
 use crate::instance::deadline::Deadline;
 use crate::instance::interrupt::Stop;
 use crate::instance::module::{Module, Source};
-use crate::instance::pool::{Pool, thread_name};
+use crate::instance::pool::{Pool, no_thread, thread_name};
 use crate::instance::replica::{Blueprint, Replica};
 use crate::instance::snapshot::{Origin, Snapshot};
-use crate::manager::call::{CallControl, CallJob, CallLimits, Queue, Seat, Settle, Work};
+use crate::manager::call::{CallControl, CallJob, CallLimits, Queue, Settle, Work};
 use crate::manager::freed::Freed;
 use crate::manager::host::Host;
 use crate::manager::lease::Lease;
@@ -71,6 +71,10 @@ use crate::manager::serving::Serving;
 use crate::manager::snapshots::Snapshots;
 use crate::manager::stats::{CallCounts, Stats, Times};
 use crate::manager::swap::{ReloadOptions, ReloadReport, ReloadStep};
+use crate::scarcity;
+
+/// Between two tries to have a thread that the system refuses.
+const UNTIL_ANOTHER_TRY: Duration = Duration::from_millis(10);
 
 /// What remains to be done once the control thread is free again.
 type Answer = Box<dyn FnOnce() + Send>;
@@ -202,13 +206,13 @@ impl Waiter for Job {
                 };
                 // With a control the job stays within reach of a stop until a thread takes it.
                 let Some(control) = job.control.clone() else {
-                    pool.spawn(move || job.run(&replica, Seat::Ticket(ticket)));
+                    pool.spawn(move |started| job.run_on_pool(started, &replica, ticket));
                     return;
                 };
                 control.park(job, ticket);
-                pool.spawn(move || {
+                pool.spawn(move |started| {
                     if let Some((job, ticket)) = control.unpark() {
-                        job.run(&replica, Seat::Ticket(ticket));
+                        job.run_on_pool(started, &replica, ticket);
                     }
                 });
             }
@@ -715,6 +719,9 @@ impl Manager {
     pub fn call_failed_at_home(&self, error: &Error) {
         self.shared.stats.failed_at_home(error);
         self.shared.tell_trap(error);
+        if self.shared.is_destroyed() {
+            self.shared.go_on();
+        }
     }
 
     /// Slot 0 was retired by a synchronous call. Its instance is replaced by whoever needs it next:
@@ -976,35 +983,167 @@ impl Shared {
         }
         control.is_running = true;
         drop(control);
-        self.spawn("ctl", Self::run_control);
+        self.start_control();
     }
 
+    /// Somebody has just said that the control runs.
+    fn start_control(self: &Arc<Self>) {
+        self.spawn_or("ctl", |shared, started| match started {
+            Ok(()) => shared.run_control(),
+            Err(error) => shared.without_control(&error),
+        });
+    }
+
+    /// The system refuses the control thread: what was asked for is refused, except the end.
+    fn without_control(self: &Arc<Self>, error: &Error) {
+        let (refused, is_end_left) = {
+            let mut control = self.lock_control();
+            let ops = std::mem::take(&mut control.queue);
+            let is_end = |op: &Op| matches!(op, Op::Destroy);
+            let (ends, refused): (VecDeque<_>, VecDeque<_>) = ops.into_iter().partition(is_end);
+            control.queue = ends;
+            control.is_running = !control.queue.is_empty();
+            (refused, control.is_running)
+        };
+        for op in refused {
+            let _ = guarded(|| {
+                self.refuse_op(op, error);
+                Ok(())
+            });
+        }
+        self.control_changed.notify_all();
+        if !is_end_left {
+            return;
+        }
+        // Everything was stopped before, so threads of the pool come free.
+        let (pool, shared) = (Arc::clone(&self.lock_serving().pool), Arc::clone(self));
+        let Err(run) = pool.spawn_if_running(move || shared.run_control()) else {
+            return;
+        };
+        if Deadline::is_available() {
+            let shared = Arc::clone(self);
+            if let Ok(again) = Deadline::after(UNTIL_ANOTHER_TRY, move || shared.start_control()) {
+                again.detach();
+                return;
+            }
+        }
+        if self.gate.wait_drained(Some(Duration::ZERO)).is_ok() {
+            run();
+        } else {
+            // This very thread may be inside. Whoever leaves goes on.
+            self.lock_control().is_running = false;
+        }
+    }
+
+    /// An end that found neither a thread nor an empty gate.
+    fn go_on(self: &Arc<Self>) {
+        let mut control = self.lock_control();
+        if control.is_running || control.queue.is_empty() {
+            return;
+        }
+        control.is_running = true;
+        drop(control);
+        self.start_control();
+    }
+
+    fn refuse_op(self: &Arc<Self>, op: Op, error: &Error) {
+        let error = error.clone();
+        match op {
+            Op::Start { done, .. } | Op::StartFrom { done, .. } => {
+                self.start_failed_early();
+                done(Err(error));
+            }
+            Op::Reload(PendingReload { done, .. }) => {
+                let outcome = Err(error);
+                self.swap_ended(&outcome);
+                for done in done {
+                    done(outcome.clone());
+                }
+            }
+            Op::Recycle(due) => self.realm_recycled(due, Err(error)),
+            Op::Snapshot { done, .. } => done(Err(error)),
+            Op::Reset { done, .. } => done(Err(error)),
+            Op::Fork { child, done } => {
+                child.start_failed_early();
+                done(Err(error));
+            }
+            Op::Close { .. } => self.finish_closing(Err(error), false)(),
+            // It is not refused.
+            Op::Destroy => {}
+        }
+    }
+
+    /// Runs `body` on a thread of its own; where the system refuses one, it hears of that here and now.
+    pub(crate) fn spawn_or(
+        self: &Arc<Self>,
+        role: &str,
+        body: impl FnOnce(&Arc<Self>, Result<()>) + Send + 'static,
+    ) -> bool {
+        let stack = self.options.limits.stack_bytes() + (2 << 20);
+        let name = format!("{}-{role}", thread_name(self.name()));
+        let builder = std::thread::Builder::new()
+            .name(name.clone())
+            .stack_size(stack);
+        // Within reach: what cannot be started is dropped.
+        let body = Arc::new(Mutex::new(Some(body)));
+        let take =
+            |body: &Mutex<Option<_>>| body.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (shared, on_thread) = (Arc::clone(self), Arc::clone(&body));
+        let run = move || {
+            let body = on_thread
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take();
+            if let Some(body) = body {
+                body(&shared, Ok(()));
+            }
+        };
+        let Err(error) = scarcity::thread(builder, run) else {
+            return true;
+        };
+        if let Some(body) = take(&body) {
+            body(self, Err(no_thread(&format!("the thread {name}"), &error)));
+        }
+        false
+    }
+
+    /// The same for what is done all the same where no thread can be had: late on the pool, or here.
     pub(crate) fn spawn(
         self: &Arc<Self>,
         role: &str,
         body: impl FnOnce(&Arc<Self>) + Send + 'static,
     ) {
-        let shared = Arc::clone(self);
-        let stack = self.options.limits.stack_bytes() + (2 << 20);
-        let name = format!("{}-{role}", thread_name(self.name()));
-        let body = Mutex::new(Some(body));
-        let run = move || {
-            let body = body.lock().unwrap_or_else(PoisonError::into_inner).take();
-            if let Some(body) = body {
-                body(&shared);
+        self.spawn_or(role, |shared, started| {
+            if started.is_ok() {
+                body(shared);
+                return;
             }
-        };
-        // Where no thread can be had, the work is done late on the pool rather than never.
-        let run = Arc::new(run);
-        let on_thread = Arc::clone(&run);
-        let started = std::thread::Builder::new()
-            .name(name)
-            .stack_size(stack)
-            .spawn(move || on_thread());
-        if started.is_err() {
-            let pool = Arc::clone(&self.lock_serving().pool);
-            pool.spawn(move || run());
-        }
+            let (pool, own) = (Arc::clone(&shared.lock_serving().pool), Arc::clone(shared));
+            if let Err(run) = pool.spawn_if_running(move || body(&own)) {
+                run();
+            }
+        });
+    }
+
+    /// The same for what may take as long as somebody else's call: later, where that can be waited for.
+    fn spawn_patiently(
+        self: &Arc<Self>,
+        role: &'static str,
+        body: Box<dyn FnOnce(&Arc<Self>) + Send>,
+    ) {
+        self.spawn_or(role, move |shared, started| {
+            if started.is_ok() {
+                body(shared);
+            } else if Deadline::is_available() {
+                let own = Arc::clone(shared);
+                let again = move || own.spawn_patiently(role, body);
+                if let Ok(again) = Deadline::after(UNTIL_ANOTHER_TRY, again) {
+                    again.detach();
+                }
+            } else {
+                shared.spawn(role, body);
+            }
+        });
     }
 
     fn run_control(self: &Arc<Self>) {

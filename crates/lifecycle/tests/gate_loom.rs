@@ -139,6 +139,23 @@ impl Bench {
         }
     }
 
+    /// A worker that uses the replica of the first cohort and gives the ticket back.
+    fn work_on(&self, ticket: Ticket<Call>) -> thread::JoinHandle<()> {
+        let replica = Arc::clone(&self.replica);
+        thread::spawn(move || {
+            replica.use_it();
+            drop(ticket);
+        })
+    }
+
+    /// Another thread that has a call admitted.
+    fn admit_elsewhere(&self) -> thread::JoinHandle<()> {
+        let bench = self.clone();
+        thread::spawn(move || {
+            bench.gate.admit(bench.call()).unwrap();
+        })
+    }
+
     fn starts(&self) -> usize {
         self.starts.load(Relaxed)
     }
@@ -152,18 +169,17 @@ impl Bench {
     }
 }
 
+/// A worker that has done nothing with its ticket.
+fn give_back(ticket: Ticket<Call>) -> thread::JoinHandle<()> {
+    thread::spawn(move || drop(ticket))
+}
+
 #[test]
 fn drain_after_close_sees_what_the_last_ticket_did() {
     loom::model(|| {
         let bench = Bench::new(false);
         let ticket = bench.held();
-        let worker = {
-            let replica = Arc::clone(&bench.replica);
-            thread::spawn(move || {
-                replica.use_it();
-                drop(ticket);
-            })
-        };
+        let worker = bench.work_on(ticket);
         assert!(bench.gate.close() <= 1);
         bench.gate.wait_drained(None).unwrap();
         bench.assert_at_rest(2);
@@ -177,7 +193,7 @@ fn a_queued_waiter_runs_before_the_close_or_after_the_opening() {
         let bench = Bench::new(false);
         let ticket = bench.held();
         bench.queue();
-        let worker = thread::spawn(move || drop(ticket));
+        let worker = give_back(ticket);
         bench.gate.close();
         bench.gate.wait_drained(None).unwrap();
         let started = bench.starts();
@@ -216,13 +232,8 @@ fn no_wake_up_is_lost_between_admission_and_a_ticket_s_end() {
     loom::model(|| {
         let bench = Bench::new(false);
         let ticket = bench.held();
-        let worker = thread::spawn(move || drop(ticket));
-        let other = {
-            let bench = bench.clone();
-            thread::spawn(move || {
-                bench.gate.admit(bench.call()).unwrap();
-            })
-        };
+        let worker = give_back(ticket);
+        let other = bench.admit_elsewhere();
         bench.gate.admit(bench.call()).unwrap();
         worker.join().unwrap();
         other.join().unwrap();
@@ -272,7 +283,7 @@ fn a_waiter_is_cancelled_or_started_never_both() {
         let bench = Bench::new(false);
         let ticket = bench.held();
         let id = bench.queue();
-        let worker = thread::spawn(move || drop(ticket));
+        let worker = give_back(ticket);
         let other = {
             let gate = bench.gate.clone();
             thread::spawn(move || usize::from(gate.cancel(id).is_some()))
@@ -289,7 +300,7 @@ fn a_waiter_is_refused_cut_or_started_exactly_once() {
     loom::model(|| {
         let bench = Bench::new(false);
         let ticket = bench.held();
-        let worker = thread::spawn(move || drop(ticket));
+        let worker = give_back(ticket);
         let cutter = {
             let gate = bench.gate.clone();
             thread::spawn(move || gate.cut().len())
@@ -313,7 +324,7 @@ fn a_shut_gate_still_runs_what_was_admitted() {
     loom::model(|| {
         let bench = Bench::new(false);
         let ticket = bench.held();
-        let worker = thread::spawn(move || drop(ticket));
+        let worker = give_back(ticket);
         let shutter = {
             let gate = bench.gate.clone();
             thread::spawn(move || {
@@ -335,13 +346,7 @@ fn home_enters_after_a_ticket_and_is_drained_after_a_close() {
     loom::model(|| {
         let (bench, home) = Bench::with_home();
         let ticket = bench.hold(|call| home.admit(call).unwrap());
-        let worker = {
-            let replica = Arc::clone(&bench.replica);
-            thread::spawn(move || {
-                replica.use_it();
-                drop(ticket);
-            })
-        };
+        let worker = bench.work_on(ticket);
         let mut uses = 2;
         if let Some(inside) = home.enter() {
             bench.replica.use_it();
@@ -535,13 +540,8 @@ fn a_waiter_meets_a_ticket_s_end_and_home_s_entry() {
     loom::model(|| {
         let (bench, home) = Bench::with_home();
         let ticket = bench.hold(|call| home.admit(call).unwrap());
-        let worker = thread::spawn(move || drop(ticket));
-        let other = {
-            let bench = bench.clone();
-            thread::spawn(move || {
-                bench.gate.admit(bench.call()).unwrap();
-            })
-        };
+        let worker = give_back(ticket);
+        let other = bench.admit_elsewhere();
         let mut uses = 2;
         if let Some(_inside) = home.enter() {
             bench.replica.use_it();
@@ -629,19 +629,8 @@ fn a_roll_parts_its_ticket_from_who_comes_next() {
     loom::model(|| {
         let bench = Bench::new(false);
         let ticket = bench.held();
-        let worker = {
-            let replica = Arc::clone(&bench.replica);
-            thread::spawn(move || {
-                replica.use_it();
-                drop(ticket);
-            })
-        };
-        let other = {
-            let bench = bench.clone();
-            thread::spawn(move || {
-                bench.gate.admit(bench.call()).unwrap();
-            })
-        };
+        let worker = bench.work_on(ticket);
+        let other = bench.admit_elsewhere();
         assert_eq!(bench.gate.roll(), Some(1));
         worker.join().unwrap();
         other.join().unwrap();
@@ -656,13 +645,7 @@ fn who_waited_starts_with_the_roll_or_with_the_ticket_s_end() {
         let bench = Bench::new(false);
         let ticket = bench.held();
         let id = bench.queue();
-        let worker = {
-            let replica = Arc::clone(&bench.replica);
-            thread::spawn(move || {
-                replica.use_it();
-                drop(ticket);
-            })
-        };
+        let worker = bench.work_on(ticket);
         let canceller = {
             let gate = bench.gate.clone();
             thread::spawn(move || usize::from(gate.cancel(id).is_some()))
@@ -735,13 +718,7 @@ fn a_close_from_another_thread_meets_a_roll() {
         let bench = Bench::new(false);
         let ticket = bench.held();
         bench.queue();
-        let worker = {
-            let replica = Arc::clone(&bench.replica);
-            thread::spawn(move || {
-                replica.use_it();
-                drop(ticket);
-            })
-        };
+        let worker = bench.work_on(ticket);
         let closer = {
             let bench = bench.clone();
             thread::spawn(move || {
@@ -766,19 +743,8 @@ fn home_rolls_while_a_ticket_ends() {
     loom::model(|| {
         let (bench, home) = Bench::with_home();
         let ticket = bench.hold(|call| home.admit(call).unwrap());
-        let worker = {
-            let replica = Arc::clone(&bench.replica);
-            thread::spawn(move || {
-                replica.use_it();
-                drop(ticket);
-            })
-        };
-        let other = {
-            let bench = bench.clone();
-            thread::spawn(move || {
-                bench.gate.admit(bench.call()).unwrap();
-            })
-        };
+        let worker = bench.work_on(ticket);
+        let other = bench.admit_elsewhere();
         let mut uses = 3;
         if let Some(_inside) = home.enter() {
             bench.replica.use_it();
@@ -804,7 +770,7 @@ fn another_thread_rolls_only_what_is_not_at_home() {
     loom::model(|| {
         let (bench, home) = Bench::with_home();
         let ticket = bench.hold(|call| home.admit(call).unwrap());
-        let worker = thread::spawn(move || drop(ticket));
+        let worker = give_back(ticket);
         let roller = {
             let gate = bench.gate.clone();
             thread::spawn(move || gate.roll().is_some())
@@ -875,7 +841,7 @@ fn who_gives_stragglers_up_is_asked_again_after_a_shut() {
             let (gate, is_given_up) = (bench.gate.clone(), Arc::clone(&is_given_up));
             thread::spawn(move || gate.wait_stragglers(1, None, || is_given_up.load(Relaxed)))
         };
-        let worker = thread::spawn(move || drop(ticket));
+        let worker = give_back(ticket);
         is_given_up.store(true, Relaxed);
         drop(bench.gate.cut());
         match drainer.join().unwrap() {
@@ -892,19 +858,8 @@ fn a_withdrawn_slot_is_nobody_s_once_its_ticket_is_gone() {
     loom::model(|| {
         let bench = Bench::new(false);
         let ticket = bench.held();
-        let worker = {
-            let replica = Arc::clone(&bench.replica);
-            thread::spawn(move || {
-                replica.use_it();
-                drop(ticket);
-            })
-        };
-        let other = {
-            let bench = bench.clone();
-            thread::spawn(move || {
-                bench.gate.admit(bench.call()).unwrap();
-            })
-        };
+        let worker = bench.work_on(ticket);
+        let other = bench.admit_elsewhere();
         bench.gate.withdraw(0);
         let custody = bench.gate.wait_retired(0, None, || false).unwrap();
         bench.replica.use_it();
@@ -923,13 +878,7 @@ fn a_withdrawal_that_is_taken_back_loses_nobody() {
         let bench = Bench::new(false);
         let ticket = bench.held();
         bench.queue();
-        let worker = {
-            let replica = Arc::clone(&bench.replica);
-            thread::spawn(move || {
-                replica.use_it();
-                drop(ticket);
-            })
-        };
+        let worker = bench.work_on(ticket);
         bench.gate.withdraw(0);
         let gone = bench.gate.wait_retired(0, None, || true);
         if gone.is_ok() {
@@ -948,12 +897,7 @@ fn a_withdrawal_that_is_taken_back_loses_nobody() {
 fn a_withdrawal_from_home_waits_for_nobody_outside() {
     loom::model(|| {
         let (bench, home) = Bench::with_home();
-        let other = {
-            let bench = bench.clone();
-            thread::spawn(move || {
-                bench.gate.admit(bench.call()).unwrap();
-            })
-        };
+        let other = bench.admit_elsewhere();
         home.withdraw(0);
         let custody = bench.gate.wait_retired(0, None, || false).unwrap();
         bench.replica.use_it();
@@ -981,12 +925,7 @@ fn a_slot_that_whoever_leaves_it_spares_has_one_user_at_a_time() {
                 bench.gate.spare(0);
             })
         };
-        let other = {
-            let bench = bench.clone();
-            thread::spawn(move || {
-                bench.gate.admit(bench.call()).unwrap();
-            })
-        };
+        let other = bench.admit_elsewhere();
         bench.gate.withdraw(0);
         let custody = bench.gate.wait_retired(0, None, || true);
         let is_taken = custody.is_ok();
@@ -1046,12 +985,7 @@ fn a_roll_ends_a_custody_and_not_the_one_after_it() {
                 bench.gate.spare(0);
             })
         };
-        let other = {
-            let bench = bench.clone();
-            thread::spawn(move || {
-                bench.gate.admit(bench.call()).unwrap();
-            })
-        };
+        let other = bench.admit_elsewhere();
         bench.replica.use_it();
         drop(first);
         roller.join().unwrap();
@@ -1066,19 +1000,8 @@ fn one_slot_rolls_while_its_ticket_ends() {
     loom::model(|| {
         let bench = Bench::new(false);
         let ticket = bench.held();
-        let worker = {
-            let replica = Arc::clone(&bench.replica);
-            thread::spawn(move || {
-                replica.use_it();
-                drop(ticket);
-            })
-        };
-        let other = {
-            let bench = bench.clone();
-            thread::spawn(move || {
-                bench.gate.admit(bench.call()).unwrap();
-            })
-        };
+        let worker = bench.work_on(ticket);
+        let other = bench.admit_elsewhere();
         assert_eq!(bench.gate.roll_slot(0), Some(1));
         bench.gate.wait_stragglers(1, None, || false).unwrap();
         bench.replica.use_it();

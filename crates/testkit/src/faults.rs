@@ -42,10 +42,21 @@ enum Fault {
     Block {
         reached: Latch,
         go_on: Receiver<()>,
-        then: Result<()>,
+        then: Then,
     },
     Destroy(Box<dyn FnOnce(Result<()>) + Send>),
     Close(Box<dyn FnOnce(Result<()>) + Send>),
+}
+
+/// How a hook ends that was held.
+#[derive(Debug)]
+pub enum Then {
+    /// As it would have.
+    GoOn,
+    /// With this error.
+    Fail(Error),
+    /// With a panic.
+    Panic,
 }
 
 struct Planned {
@@ -134,15 +145,16 @@ impl Faults {
 
     /// The hook blocks until it is released, or nobody waits for it any more, as a host should.
     pub fn hold(&self, point: Point, skip: usize) -> Held {
-        self.block(point, skip, Ok(()))
+        self.hold_then(point, skip, Then::GoOn)
     }
 
     /// The same, and then it fails.
     pub fn hold_then_fail(&self, point: Point, skip: usize, error: Error) -> Held {
-        self.block(point, skip, Err(error))
+        self.hold_then(point, skip, Then::Fail(error))
     }
 
-    fn block(&self, point: Point, skip: usize, then: Result<()>) -> Held {
+    /// The same, and then it does that.
+    pub fn hold_then(&self, point: Point, skip: usize, then: Then) -> Held {
         let reached = Latch::new(format!("the hook {point:?} is reached"));
         let (go_on, released) = bounded(0);
         self.plan(
@@ -212,7 +224,11 @@ impl Faults {
                 };
                 let given_up = lease.and_then(|lease| lease.cancelled());
                 select! {
-                    recv(go_on) -> _ => then,
+                    recv(go_on) -> _ => match then {
+                        Then::GoOn => Ok(()),
+                        Then::Fail(error) => Err(error),
+                        Then::Panic => panic!("on purpose, in {point:?}"),
+                    },
                     recv(given_up.unwrap_or(manager.destroyed())) -> _ => {
                         Err(Error::new(ErrorCode::Closed, "nobody waits for the hook any more"))
                     }

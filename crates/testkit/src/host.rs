@@ -4,10 +4,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 use wasm_molt_engine::{
     Error, ErrorCode, Event, HomeStep, Host, HostCall, HostFunction, HostRef, ImportValue,
-    InstanceHost, Lease, Module, Replaced, Replica, Result, Watch,
+    InstanceHost, Lease, Module, Replaced, Replica, Result, Value, Watch,
 };
 
 use crate::home::HomeMail;
+use crate::inside::ask;
 use crate::wait::PATIENCE;
 
 struct Function<F>(F);
@@ -64,6 +65,19 @@ impl Script {
     /// No imports, no hooks.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Carries over what `get` answers and `set` takes.
+    pub fn carrying() -> Self {
+        Self::new()
+            .save(|lease, _| {
+                let state = ask(lease, "get", Vec::new())?.pop();
+                Ok(state.map(HostRef::new))
+            })
+            .restore(|lease, state, _| {
+                let state = state.downcast_ref::<Value>().cloned();
+                ask(lease, "set", state.into_iter().collect()).map(drop)
+            })
     }
 
     /// Gives one import, the same to every instance.

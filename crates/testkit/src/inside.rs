@@ -8,8 +8,8 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use wasm_molt_engine::{
-    ExportType, FuncHandle, HostCall, Inside, Job, LeaseInside, MemoryRecord, Module, RealmExport,
-    RealmImport, Replica, Result, Value, ValueType,
+    ExportType, FuncHandle, HostCall, Inside, Job, Lease, LeaseInside, MemoryRecord, Module,
+    RealmExport, RealmImport, Replica, Result, Value, ValueType,
 };
 
 /// Calls an export from within a host function of the same instance.
@@ -34,6 +34,11 @@ pub fn call_handle(call: &HostCall<'_>, func: &FuncHandle, args: Vec<Value>) -> 
 pub fn call_leased(inside: &LeaseInside, name: &str, args: Vec<Value>) -> Result<Vec<Value>> {
     // SAFETY: the guard is the proof that its thread has the instance for itself.
     unsafe { call_export(inside.replica(), name, args) }
+}
+
+/// Calls an export of a leased instance in a hook, on the hook's own thread.
+pub fn ask(lease: &Arc<Lease>, name: &str, args: Vec<Value>) -> Result<Vec<Value>> {
+    call_leased(&lease.enter()?, name, args)
 }
 
 /// # Safety

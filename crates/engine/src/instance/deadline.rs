@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 use once_cell::sync::OnceCell;
 
-use crate::error::{Error, ErrorCode, Result};
+use crate::error::Result;
+use crate::instance::pool::no_thread;
+use crate::scarcity;
 
 type Action = Box<dyn FnOnce() + Send>;
 type Key = (Instant, u64);
@@ -57,6 +59,11 @@ impl Deadline {
             timers.changed.notify_one();
         }
         Ok(Self(key))
+    }
+
+    /// Whether there can be any: the timer thread runs.
+    pub(crate) fn is_available() -> bool {
+        TIMERS.get_or_try_init(start).is_ok()
     }
 
     /// Nothing cancels it any more.
@@ -110,15 +117,9 @@ impl Timers {
 
 fn start() -> Result<&'static Timers> {
     let timers: &'static Timers = Box::leak(Box::default());
-    std::thread::Builder::new()
-        .name("molt-timer".into())
-        .spawn(move || timers.run())
-        .map_err(|e| {
-            Error::new(
-                ErrorCode::Internal,
-                format!("the timer thread did not start: {e}"),
-            )
-        })?;
+    let builder = std::thread::Builder::new().name("molt-timer".into());
+    scarcity::thread(builder, move || timers.run())
+        .map_err(|error| no_thread("the timer thread", &error))?;
     Ok(timers)
 }
 

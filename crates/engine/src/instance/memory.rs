@@ -34,7 +34,7 @@ mod tests;
 
 pub(crate) use any::AnyMemory;
 pub(crate) use host::{
-    MemoryOptions, MemoryPlan, configure, new_memory, with_plan, with_plan_and_poll,
+    MemoryOptions, MemoryPlan, NO_MEMORY, configure, new_memory, with_plan, with_plan_and_poll,
 };
 pub(crate) use image::Image;
 pub use image::ImageKind;

@@ -311,7 +311,7 @@ impl Module {
         };
         let compile = || engine.compile(&spliced.bytes);
         let compiled = pool
-            .install(compile)
+            .install(compile)?
             .map_err(|e| refuse_module(&name, &engine, &e))?;
         let imports = compiled
             .imports()

@@ -5,9 +5,10 @@
 
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
-use rayon::{ThreadPool, ThreadPoolBuilder};
+use rayon::{ThreadBuilder, ThreadPool, ThreadPoolBuilder};
 
 use crate::error::{Error, ErrorCode, Result};
+use crate::scarcity;
 
 /// Room beside the guest's own stack: host frames, and the compiler's when it runs on the pool.
 const HOST_STACK_BYTES: usize = 2 << 20;
@@ -79,29 +80,50 @@ impl Pool {
         build(self.prefix.clone(), self.threads, self.stack_bytes)
     }
 
-    /// Runs `job` on a pool thread; on this one if the pool has ended, or the system refuses threads, so that
-    /// nothing is lost.
-    pub(crate) fn spawn(&self, job: impl FnOnce() + Send + 'static) {
+    /// Runs `job` on a pool thread; on this one if the pool has ended, so that nothing is lost. Where the system
+    /// refuses the threads, the job hears of it here and now. Tells whether it runs.
+    pub(crate) fn spawn(&self, job: impl FnOnce(Result<()>) + Send + 'static) -> bool {
         if let Threads::Running(pool) = &*self.read() {
-            pool.spawn_fifo(job);
-            return;
+            pool.spawn_fifo(move || job(Ok(())));
+            return true;
         }
         match self.running() {
-            Ok(Some(pool)) => pool.spawn_fifo(job),
-            Ok(None) | Err(_) => job(),
+            Ok(Some(pool)) => pool.spawn_fifo(move || job(Ok(()))),
+            Ok(None) => job(Ok(())),
+            Err(error) => {
+                job(Err(error));
+                return false;
+            }
         }
+        true
+    }
+
+    /// The same if its threads run; else gives the job back.
+    pub(crate) fn spawn_if_running<J: FnOnce() + Send + 'static>(&self, job: J) -> Result<(), J> {
+        match &*self.read() {
+            Threads::Running(pool) => pool.spawn_fifo(job),
+            Threads::NotYet | Threads::Ended => return Err(job),
+        }
+        Ok(())
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Threads> {
         self.inner.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs `job` inside the pool and waits for it, so that parallel compilation uses these threads.
-    pub(crate) fn install<R: Send>(&self, job: impl FnOnce() -> R + Send) -> R {
-        match self.running() {
-            Ok(Some(pool)) => pool.install(job),
-            Ok(None) | Err(_) => job(),
-        }
+    /// Runs `job` inside the pool and waits for it, so that parallel compilation uses these threads, and not
+    /// those of rayon's global pool.
+    ///
+    /// # Errors
+    /// If the system refuses the threads, or the pool has ended.
+    pub(crate) fn install<R: Send>(&self, job: impl FnOnce() -> R + Send) -> Result<R> {
+        let ended = || {
+            Error::new(
+                ErrorCode::Closed,
+                "the pool has ended; create a new manager",
+            )
+        };
+        Ok(self.running()?.ok_or_else(ended)?.install(job))
     }
 
     /// Ends the threads once they are idle. They must have nothing left to do.
@@ -120,13 +142,9 @@ fn build(prefix: String, threads: usize, stack_bytes: usize) -> Result<ThreadPoo
         .stack_size(stack_bytes)
         // Rayon aborts the process on a panic that nobody handles. Jobs catch their own; this is the net.
         .panic_handler(drop)
+        .spawn_handler(start_thread)
         .build()
-        .map_err(|e| {
-            Error::new(
-                ErrorCode::Internal,
-                format!("the pool of {threads} threads could not be started: {e}; lower `threads` or the process limit on threads"),
-            )
-        })
+        .map_err(|error| no_thread(&format!("the {threads} threads of the pool"), &error))
 }
 
 /// Runs `job` on a thread of its own, and waits for it.
@@ -135,6 +153,29 @@ fn build(prefix: String, threads: usize, stack_bytes: usize) -> Result<ThreadPoo
 /// wait for the manager's: its threads may be waiting for this very thread.
 pub(crate) fn apart<R: Send>(job: impl FnOnce() -> R + Send) -> Result<R> {
     Ok(build("molt-apart".into(), 1, HOST_STACK_BYTES)?.install(job))
+}
+
+fn start_thread(thread: ThreadBuilder) -> std::io::Result<()> {
+    let mut builder = std::thread::Builder::new();
+    if let Some(name) = thread.name() {
+        builder = builder.name(name.to_owned());
+    }
+    if let Some(stack_bytes) = thread.stack_size() {
+        builder = builder.stack_size(stack_bytes);
+    }
+    scarcity::thread(builder, || thread.run()).map(drop)
+}
+
+/// The system refuses a thread.
+#[cold]
+pub(crate) fn no_thread(what: &str, error: &dyn std::fmt::Display) -> Error {
+    Error::new(
+        ErrorCode::Internal,
+        format!(
+            "{what} could not be started: {error}; lower `threads`, raise the process limit on threads, or the \
+             limit on its address space, in which their stacks lie"
+        ),
+    )
 }
 
 /// Linux shows 15 bytes of a thread's name; the index needs some of them.

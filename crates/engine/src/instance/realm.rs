@@ -607,10 +607,7 @@ impl Replica {
         if error.is::<wasmtime::Trap>() {
             return self.triage(error, "the instantiation");
         }
-        Error::new(
-            ErrorCode::Link,
-            format!("{} could not be instantiated: {error:#}", module.name()),
-        )
+        Error::not_instantiated(module.name(), &error)
     }
 
     /// The same function as the instance has it that defines it.

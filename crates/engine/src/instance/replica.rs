@@ -703,13 +703,7 @@ impl Replica {
         if is_run {
             return self.triage(error, "the start function");
         }
-        Error::new(
-            ErrorCode::Link,
-            format!(
-                "{} could not be instantiated: {error:#}",
-                self.module.name()
-            ),
-        )
+        Error::not_instantiated(self.module.name(), &error)
     }
 
     fn refused(&self, store: &Store<Guest>, error: Error) -> Error {

@@ -25,6 +25,7 @@ use wasm_molt_lifecycle::{PoolCounts, RecycleFailure, Starter, ThreadPool, Threa
 use crate::error::{Done, Error, ErrorCode, Result};
 use crate::instance::deadline::Deadline;
 use crate::instance::interrupt::{Interrupter, Stop};
+use crate::instance::pool::no_thread;
 use crate::instance::realm::{RealmExport, Sketch, Twin};
 use crate::instance::replica::{Blueprint, Replica};
 use crate::instance::value::{FuncHandle, Value};
@@ -393,12 +394,8 @@ impl Replica {
             .stack_size(blueprint.limits.stack_bytes() + HOST_STACK_BYTES);
         // Listed before it runs, so that whoever stops all finds it.
         let mut running = threads.lock();
-        let handle = builder.spawn(run).map_err(|error| {
-            Error::new(
-                ErrorCode::Internal,
-                format!("a thread for {name} could not be started: {error}; lower the number of threads or raise the process limit"),
-            )
-        })?;
+        let handle = crate::scarcity::thread(builder, run)
+            .map_err(|error| no_thread(&format!("a thread for {name}"), &error))?;
         let thread = GuestThread {
             interrupter: Arc::clone(twin.interrupter()),
         };

@@ -14,13 +14,15 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Sender, after, bounded, select};
 use wasmtime::{AsContextMut, Caller, Func, SharedMemory, Trap, Val, WaitResult};
 
-use crate::error::{Error, ErrorCode, Result, TrapInfo};
+use crate::error::{Error, Result, TrapInfo};
 use crate::instance::deadline::Deadline;
 use crate::instance::host::{enter, unwind};
 use crate::instance::instrument::StateMap;
 use crate::instance::memory::AnyMemory;
+use crate::instance::pool::no_thread;
 use crate::instance::replica::{Guest, Replica};
 use crate::instance::watch::ROUND;
+use crate::scarcity;
 
 /// Rounds in which nobody in a guest has done anything, before that is called a deadlock: half a second.
 const QUIET_ROUNDS: u32 = 10;
@@ -206,11 +208,8 @@ impl Sleeper {
             }
         };
         let builder = std::thread::Builder::new().name("molt-sleeper".into());
-        let started = builder.stack_size(Self::STACK_BYTES).spawn(run);
-        started.map_err(|error| {
-            let why = format!("a thread to wait on could not be started: {error}");
-            Error::new(ErrorCode::Internal, why)
-        })?;
+        let started = scarcity::thread(builder.stack_size(Self::STACK_BYTES), run);
+        started.map_err(|error| no_thread("a thread to wait on", &error))?;
         Ok(Self { jobs, waits })
     }
 }

@@ -246,6 +246,21 @@ impl CallJob {
         (self.settle)(Err(error));
     }
 
+    /// Runs on `replica`, to which the ticket belongs; or, where the pool could not start its threads, is answered
+    /// with the reason.
+    pub(crate) fn run_on_pool(self, started: Result<()>, replica: &Replica, ticket: Ticket<Job>) {
+        match started {
+            Ok(()) => self.run(replica, Seat::Ticket(ticket)),
+            Err(error) => {
+                let shared = Arc::clone(&self.shared);
+                let settling = shared.settling();
+                drop(ticket);
+                self.refuse(error);
+                drop(settling);
+            }
+        }
+    }
+
     /// Runs on `replica`, which the calling thread holds through `seat`; gives the seat back, then answers.
     pub(crate) fn run(self, replica: &Replica, seat: Seat<'_>) {
         let shared = Arc::clone(&self.shared);

@@ -217,8 +217,17 @@ impl Lease {
 
     /// Starts the next call, or gives the instance back, or leaves it idle.
     fn pump<'a>(self: &'a Arc<Self>, mut state: MutexGuard<'a, State>) {
+        // A call for which there is no thread makes room for the next one.
+        while !self.pump_once(state) {
+            state = self.lock();
+            state.is_running = false;
+        }
+    }
+
+    /// `false`: the call could not be started, and has been refused.
+    fn pump_once<'a>(self: &'a Arc<Self>, mut state: MutexGuard<'a, State>) -> bool {
         if state.is_running || self.depth.load(Ordering::Relaxed) > 0 {
-            return;
+            return true;
         }
         if self.replica.is_poisoned() && !state.waiting.is_empty() {
             let _settling = self.shared.settling();
@@ -237,21 +246,26 @@ impl Lease {
             let pool = state.pool.clone();
             drop(state);
             let lease = Arc::clone(self);
-            let run = move || {
-                let replica = Arc::clone(&lease.replica);
-                job.run(&replica, Seat::Lease(&lease));
+            let run = move |started: Result<()>| match started {
+                Ok(()) => {
+                    let replica = Arc::clone(&lease.replica);
+                    job.run(&replica, Seat::Lease(&lease));
+                }
+                Err(error) => {
+                    let _settling = lease.shared.settling();
+                    job.refuse(error);
+                }
             };
-            match pool {
+            return match pool {
                 Some(pool) => pool.spawn(run),
                 // The pool may be taken by calls that wait for the very swap that waits for this hook.
-                None => self.shared.spawn("hook", move |_| run()),
-            }
-            return;
+                None => self.shared.spawn_or("hook", move |_, started| run(started)),
+            };
         }
         self.has_waiting.store(false, Ordering::Relaxed);
         if !state.is_released {
             self.word.store(IDLE, Ordering::Release);
-            return;
+            return true;
         }
         let ticket = state.ticket.take();
         let pool = state.pool.take();
@@ -263,6 +277,7 @@ impl Lease {
             let lost = self.shared.give_back(ticket, &self.replica);
             self.shared.repair_lost(lost);
         }
+        true
     }
 
     /// A pool thread has left the guest.

@@ -89,7 +89,9 @@ impl Manager {
     pub fn compile_later(&self, bytes: Vec<u8>, done: Done<Arc<Module>>) {
         let shared = Arc::clone(&self.shared);
         let pool = Arc::clone(&shared.lock_serving().pool);
-        pool.spawn(move || done(guarded(|| shared.compile(bytes))));
+        pool.spawn(move |started| {
+            done(started.and_then(|()| guarded(|| shared.compile(bytes))));
+        });
     }
 
     /// Starts a native thread of a realm's guest.

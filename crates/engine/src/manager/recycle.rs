@@ -324,7 +324,11 @@ impl Shared {
     /// Has a decision carried out as soon as it can be.
     pub(crate) fn enqueue(self: &Arc<Self>, due: Due) {
         if self.options.is_realm {
-            self.spawn("rec", move |shared| {
+            self.spawn_or("rec", move |shared, started| {
+                if let Err(error) = started {
+                    shared.realm_recycled(due, Err(error));
+                    return;
+                }
                 // Nobody asked for it, so it rather comes when there is no scope; but under load there always is one.
                 let over = || shared.is_over();
                 let is_full = due.replica.wear().is_full(due.replica.memory_limit_bytes());
@@ -381,8 +385,9 @@ impl Shared {
             self.supersede(due);
         }
         if let Some(due) = next {
-            self.spawn("rec", move |shared| {
-                let outcome = guarded(|| shared.recycle(&due, false));
+            self.spawn_or("rec", move |shared, started| {
+                let has_thread = started.is_ok();
+                let outcome = started.and_then(|()| guarded(|| shared.recycle(&due, false)));
                 shared.let_off(&due, &outcome);
                 {
                     let mut control = shared.lock_control();
@@ -390,7 +395,11 @@ impl Shared {
                     control.repairing.retain(|s| *s != due.replica.slot());
                     control.seeing_off += 1;
                 }
-                shared.finish_recycle(due, outcome);
+                shared.conclude(due, outcome);
+                // Else the others would end as this one: they come with the next decision.
+                if has_thread {
+                    shared.recycle_next();
+                }
             });
         }
     }
@@ -475,6 +484,11 @@ impl Shared {
 
     /// The control is free for others, and the end of the manager waits until the outcome is told.
     fn finish_recycle(self: &Arc<Self>, due: Due, outcome: Result<Outcome>) {
+        self.conclude(due, outcome);
+        self.recycle_next();
+    }
+
+    fn conclude(self: &Arc<Self>, due: Due, outcome: Result<Outcome>) {
         let slot = due.replica.slot();
         self.control_changed.notify_all();
         let _ = guarded(|| {
@@ -488,7 +502,6 @@ impl Shared {
         for (shared, due) in budget::enforce() {
             shared.enqueue(due);
         }
-        self.recycle_next();
     }
 
     fn tell_outcome(self: &Arc<Self>, due: Due, outcome: Result<Outcome>) {

@@ -145,7 +145,7 @@ impl Shared {
             OnDrainTimeout::Interrupt => options.drain_timeout,
             OnDrainTimeout::Abort => None,
         };
-        self.spawn("old", move |shared| {
+        let see_off = move |shared: &Arc<Self>| {
             let _ = guarded(|| {
                 loop {
                     let Some(stragglers) = shared.release_left(roll) else {
@@ -163,7 +163,8 @@ impl Shared {
             });
             shared.lock_control().seeing_off -= 1;
             shared.control_changed.notify_all();
-        });
+        };
+        self.spawn_patiently("old", Box::new(see_off));
     }
 
     /// Releases what a roll, or an earlier one, has left behind and nobody is inside. Returns how many
@@ -243,7 +244,7 @@ impl Shared {
             self.control_changed.notify_all();
         } else {
             drop(control);
-            self.spawn("ctl", Self::run_control);
+            self.start_control();
         }
         outcome
     }

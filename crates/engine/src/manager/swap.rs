@@ -411,7 +411,9 @@ impl Backend for Swap<'_> {
             self.pool = Some(Arc::new(pool));
         }
         self.make_next().map_err(|(phase, error)| {
-            let does_not_fit = self.options.source.is_some() && error.code() == Some(ErrorCode::Link);
+            // And not that the system has refused it something.
+            let is_link = matches!(error, Error::Plain { code: ErrorCode::Link, .. });
+            let does_not_fit = self.options.source.is_some() && is_link;
             if does_not_fit {
                 (phase, Error::Incompatible {
                     message: format!(

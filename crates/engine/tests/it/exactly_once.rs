@@ -1,9 +1,14 @@
-//! Random histories: whatever happens, each call is answered once and has run at most once.
+//! Random histories: whatever happens, each call is answered once and has run at most once, in an order
+//! and on a generation that fit to when it was asked and answered.
 //!
-//! One thread makes up a history of calls, leases, stops, reloads, failures and an end, while pool,
-//! control and timer threads do what they do. There is no telling which of them comes first, so the
-//! model does not say how each call ends: it says how it *may* end, given what was done to it, and
-//! whether its code has then run.
+//! One thread makes up a history of calls, leases, stops, reloads, snapshots, resets, recycles, failures and
+//! an end, while pool, control and timer threads do what they do. There is no telling which of them comes
+//! first, so the model does not say how each call ends: it says how it *may* end, given what was done to it,
+//! and whether its code has then run.
+//!
+//! *When* is a number of steps: something that was answered before a step is over before whatever that step
+//! begins. A call sees no generation that was replaced before it was asked, and none whose reload was asked
+//! for only after its answer.
 //!
 //! The seed of a run is printed; `WASM_MOLT_SEED=<number>` repeats it, as far as threads repeat.
 
@@ -16,8 +21,9 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use proptest::test_runner::{RngAlgorithm, TestError, TestRng, TestRunner};
 use wasm_molt_engine::{
-    CallControl, CallLimits, Error, ErrorCode, HostRef, Lease, ManagerState, OnDrainTimeout,
-    Outcome, ReloadOptions, ReloadReport, Source, Stop, Value, WaitId,
+    Backoff, CallControl, CallLimits, Error, ErrorCode, HostRef, Lease, OnDrainTimeout, Outcome,
+    RecycleOptions, ReloadOptions, ReloadReport, ResetOptions, ResetReport, Snapshot, Source, Stop,
+    Value, WaitId,
 };
 use wasm_molt_testkit::door::Door;
 use wasm_molt_testkit::faults::Point;
@@ -109,8 +115,16 @@ enum Op {
         /// To the first build or to the other one.
         build: Option<bool>,
     },
+    Snapshot,
+    /// To the newest one.
+    Reset {
+        drain_ms: Option<u64>,
+        interrupts: bool,
+    },
     /// The next hook of that kind fails.
     Fail(Point),
+    /// In the middle of it all.
+    Close,
     Breathe(u8),
 }
 
@@ -121,6 +135,8 @@ struct World {
     max_queue: usize,
     home: bool,
     signals: bool,
+    /// Calls until an instance is recycled.
+    recycles: Option<u64>,
     ends_with_close: bool,
 }
 
@@ -173,6 +189,9 @@ fn op() -> impl Strategy<Value = Op> {
         5 => reload.prop_map(|(reason, drain_ms, interrupts, skip_save, is_rolling, build)| {
             Op::Reload { reason, drain_ms, interrupts, skip_save, is_rolling, build }
         }),
+        2 => Just(Op::Snapshot),
+        2 => (prop::option::of(0..5u64), any::<bool>())
+            .prop_map(|(drain_ms, interrupts)| Op::Reset { drain_ms, interrupts }),
         1 => prop_oneof![
             Just(Point::Imports),
             Just(Point::Initialize),
@@ -192,15 +211,17 @@ fn world() -> impl Strategy<Value = World> {
         queues,
         any::<bool>(),
         any::<bool>(),
+        prop::option::weighted(0.3, 2..6u64),
         any::<bool>(),
     )
         .prop_map(
-            |(instances, threads, max_queue, home, signals, ends_with_close)| World {
+            |(instances, threads, max_queue, home, signals, recycles, ends_with_close)| World {
                 instances,
                 threads,
                 max_queue,
                 home,
                 signals,
+                recycles,
                 ends_with_close,
             },
         )
@@ -232,26 +253,51 @@ struct Call {
     tag: i32,
     kind: Kind,
     bound: Bound,
-    ended: Answer<Ended>,
+    /// What had been put in place by then.
+    least_generation: u64,
+    /// The last step before which there was no answer.
+    asked: usize,
+    answered: Option<usize>,
+    answer: Answer<Ended>,
+    ended: Option<Ended>,
     control: Option<Arc<CallControl>>,
     is_aborted: bool,
     lease: Option<u64>,
+}
+
+/// A call was inside an instance.
+#[derive(Clone, Copy)]
+struct Note {
+    tag: i32,
+    generation: u64,
+}
+
+/// A reload that was asked for.
+struct Reload {
+    what: &'static str,
+    /// Before that step there was none.
+    asked: usize,
+    answer: Answer<wasm_molt_engine::Result<Arc<ReloadReport>>>,
+    ended: Option<wasm_molt_engine::Result<Arc<ReloadReport>>>,
 }
 
 struct History {
     world: World,
     rig: Rig,
     door: Door,
-    notes: Arc<Mutex<Vec<i32>>>,
+    steps: usize,
+    /// The newest generation that a reload has reported.
+    reported: u64,
+    notes: Arc<Mutex<Vec<Note>>>,
     calls: Vec<Call>,
     /// Synchronous calls, with their outcome.
     sync: Vec<(i32, Kind, wasm_molt_engine::Result<Vec<Value>>)>,
     asked_leases: Vec<(Answer<wasm_molt_engine::Result<Arc<Lease>>>, WaitId)>,
     leases: Vec<Arc<Lease>>,
-    reloads: Vec<(
-        &'static str,
-        Answer<wasm_molt_engine::Result<Arc<ReloadReport>>>,
-    )>,
+    reloads: Vec<Reload>,
+    snapshots: Vec<Answer<wasm_molt_engine::Result<Arc<Snapshot>>>>,
+    resets: Vec<Answer<wasm_molt_engine::Result<ResetReport>>>,
+    closed: Option<Answer<wasm_molt_engine::Result<()>>>,
     builds: [Source; 2],
     has_rolled: bool,
     next_tag: i32,
@@ -268,7 +314,8 @@ impl History {
                 let Value::I32(tag) = call.args[0] else {
                     panic!("{:?}", call.args)
                 };
-                log.lock().unwrap().push(tag);
+                let generation = call.replica.generation().get();
+                log.lock().unwrap().push(Note { tag, generation });
                 Ok(())
             })
             .function("hold", door.function())
@@ -283,6 +330,14 @@ impl History {
             o.threads = Some(world.threads);
             o.max_queue = world.max_queue;
             o.engine.signals_based_traps = world.signals;
+            o.recycle = world.recycles.map(|calls| RecycleOptions {
+                calls: Some(calls),
+                backoff: Backoff {
+                    initial: Duration::from_millis(1),
+                    max: Duration::from_millis(4),
+                },
+                ..RecycleOptions::default()
+            });
         });
         let rig = if world.home {
             setup.at_home().start()
@@ -293,12 +348,17 @@ impl History {
             world,
             rig,
             door,
+            steps: 0,
+            reported: 1,
             notes,
             calls: Vec::new(),
             sync: Vec::new(),
             asked_leases: Vec::new(),
             leases: Vec::new(),
             reloads: Vec::new(),
+            snapshots: Vec::new(),
+            resets: Vec::new(),
+            closed: None,
             builds: [guests::source(LEDGER), other_build()],
             has_rolled: false,
             next_tag: 0,
@@ -335,11 +395,35 @@ impl History {
             tag,
             kind,
             bound,
-            ended,
+            least_generation: self.reported,
+            asked: self.steps,
+            answered: None,
+            answer: ended,
+            ended: None,
             control,
             is_aborted: false,
             lease,
         });
+    }
+
+    /// What has been answered meanwhile was so before whatever comes now.
+    fn take_answers(&mut self) {
+        self.take_leases();
+        let open = self.calls.iter_mut().filter(|call| call.ended.is_none());
+        for call in open {
+            call.ended = call.answer.try_get();
+            call.answered = call.ended.is_some().then_some(self.steps);
+        }
+        for reload in self.reloads.iter_mut().filter(|it| it.ended.is_none()) {
+            reload.ended = reload.answer.try_get();
+            if let Some(Ok(report)) = &reload.ended {
+                self.reported = self.reported.max(report.generation.get());
+            }
+        }
+    }
+
+    fn may_be_closed(&self) -> bool {
+        self.closed.is_some() || !self.world.ends_with_close
     }
 
     /// Leases that have been granted meanwhile.
@@ -360,7 +444,7 @@ impl History {
             None => {}
             Some(ErrorCode::QueueFull) => assert!(self.world.max_queue < 1024, "{error}"),
             Some(ErrorCode::ReloadFailed) => assert!(self.may_fail, "{error}"),
-            Some(ErrorCode::Closed) => assert!(self.rig.manager.state() == ManagerState::Closed),
+            Some(ErrorCode::Closed) => assert!(self.may_be_closed(), "{error}"),
             Some(_) => panic!("a lease was refused with {error}"),
         }
     }
@@ -373,7 +457,8 @@ impl History {
     }
 
     fn step(&mut self, op: &Op) {
-        self.take_leases();
+        self.steps += 1;
+        self.take_answers();
         match op {
             Op::Call(kind, bound) => self.call(None, *kind, *bound),
             Op::CallInLease(index, kind, bound) => {
@@ -445,7 +530,34 @@ impl History {
                     source: build.map(|other| self.builds[usize::from(other)].clone()),
                     is_recycle: false,
                 });
-                self.reloads.push((what, reload));
+                self.reloads.push(Reload {
+                    what,
+                    asked: self.steps,
+                    answer: reload,
+                    ended: None,
+                });
+            }
+            Op::Snapshot => self.snapshots.push(self.rig.ask_snapshot().0),
+            Op::Reset {
+                drain_ms,
+                interrupts,
+            } => {
+                self.may_interrupt |= interrupts;
+                let reset = self.rig.ask_reset(ResetOptions {
+                    drain_timeout: drain_ms.map(Duration::from_millis),
+                    on_drain_timeout: if *interrupts {
+                        OnDrainTimeout::Interrupt
+                    } else {
+                        OnDrainTimeout::Abort
+                    },
+                    ..ResetOptions::default()
+                });
+                self.resets.push(reset);
+            }
+            Op::Close => {
+                if self.closed.is_none() {
+                    self.closed = Some(self.rig.close(None));
+                }
             }
             Op::Fail(point) => {
                 self.may_fail = true;
@@ -464,7 +576,14 @@ impl History {
         } else {
             self.rig.destroy().get().unwrap();
         }
-        assert_eq!(self.rig.manager.state(), ManagerState::Closed);
+        assert_eq!(
+            self.rig.manager.state(),
+            wasm_molt_engine::ManagerState::Closed
+        );
+        if let Some(closed) = self.closed.take() {
+            assert!(closed.get().is_ok(), "close() in the middle of it all");
+            self.closed = Some(self.rig.close(None));
+        }
         for (answer, _) in std::mem::take(&mut self.asked_leases) {
             match answer.get() {
                 Ok(lease) => assert!(lease.enter().is_err(), "a lease after the end"),
@@ -472,12 +591,20 @@ impl History {
             }
         }
         self.check_reloads(tally);
+        self.check_pauses(tally);
+        for call in &mut self.calls {
+            if call.ended.is_none() {
+                let (_, none) = wasm_molt_testkit::wait::answer("taken");
+                call.ended = Some(std::mem::replace(&mut call.answer, none).get());
+            }
+        }
         let notes = std::mem::take(&mut *self.notes.lock().unwrap());
         let mut ran: HashMap<i32, usize> = HashMap::new();
         notes
             .iter()
-            .for_each(|tag| *ran.entry(*tag).or_default() += 1);
+            .for_each(|note| *ran.entry(note.tag).or_default() += 1);
         self.check_order(&notes);
+        self.check_intervals(&notes);
         let answered = (self.calls.len() + self.sync_that_ran()) as u64;
         for call in std::mem::take(&mut self.calls) {
             let times = ran.get(&call.tag).copied().unwrap_or_default();
@@ -489,6 +616,9 @@ impl History {
         }
         // Only now: a call that was stopped while it waited is counted just before it is answered.
         let stats = self.rig.stats();
+        if stats.reloads.contains_key("calls") {
+            count(tally, "recycle", "done");
+        }
         let c = stats.calls;
         let counted = c.completed + c.failed + c.trapped + c.interrupted + c.rejected;
         assert_eq!(counted, answered, "{c:?}");
@@ -525,40 +655,106 @@ impl History {
     }
 
     fn check_reloads(&mut self, tally: &Tally) {
+        let may_be_closed = self.may_be_closed();
+        let last = self.rig.manager.generation().get();
         let mut generations = Vec::new();
-        for (what, reload) in std::mem::take(&mut self.reloads) {
-            let reload = reload.get();
-            count(tally, what, &word(&reload));
-            match reload {
+        for reload in &mut self.reloads {
+            if reload.ended.is_none() {
+                let (_, none) = wasm_molt_testkit::wait::answer("taken");
+                reload.ended = Some(std::mem::replace(&mut reload.answer, none).get());
+            }
+            let Some(ended) = &reload.ended else { continue };
+            count(tally, reload.what, &word(ended));
+            match ended {
                 Ok(report) => generations.push(report.generation.get()),
                 Err(error) => match error.code() {
                     Some(ErrorCode::DrainTimeout) => {}
                     Some(ErrorCode::ReloadFailed) => assert!(self.may_fail, "{error}"),
-                    Some(ErrorCode::Closed) => assert!(!self.world.ends_with_close, "{error}"),
+                    Some(ErrorCode::Closed) => assert!(may_be_closed, "{error}"),
                     _ => panic!("a reload ended with {error}"),
                 },
             }
         }
-        let last = self.rig.manager.generation().get();
-        assert!(
-            generations
-                .iter()
-                .all(|generation| (2..=last).contains(generation))
-        );
+        let is_theirs = |generation: &u64| (2..=last).contains(generation);
+        assert!(generations.iter().all(is_theirs), "{generations:?}, {last}");
+        // Whoever is joined gets the same report; otherwise they come in the order in which they were asked for.
+        assert!(generations.is_sorted(), "{generations:?}");
+    }
+
+    fn check_pauses(&mut self, tally: &Tally) {
+        for snapshot in std::mem::take(&mut self.snapshots) {
+            let ended = snapshot.get();
+            count(tally, "snapshot", &word(&ended));
+            self.check_pause(ended.err());
+        }
+        for reset in std::mem::take(&mut self.resets) {
+            let ended = reset.get();
+            count(tally, "reset", &word(&ended));
+            self.check_pause(ended.err());
+        }
+    }
+
+    fn check_pause(&self, error: Option<Error>) {
+        let Some(error) = error else { return };
+        match error.code() {
+            // Asked for and not begun: an end waits for reloads only.
+            Some(ErrorCode::Closed) => {}
+            // The snapshot is of a build that does not serve any more, or not taken yet.
+            Some(ErrorCode::DrainTimeout | ErrorCode::StaleHandle | ErrorCode::InvalidArgument) => {
+            }
+            Some(ErrorCode::ReloadFailed) => assert!(self.may_fail, "{error}"),
+            _ => panic!("a pause ended with {error}"),
+        }
     }
 
     /// One instance runs its calls in the order in which they came, unless two generations run at
-    /// once; so does one lease, whatever the generations do.
-    fn check_order(&self, notes: &[i32]) {
-        let is_sync = |tag: &i32| self.sync.iter().any(|(sync, _, _)| sync == tag);
+    /// once; so does one thread; and so does one lease, whatever the generations do.
+    fn check_order(&self, notes: &[Note]) {
+        let is_sync = |note: &&Note| self.sync.iter().any(|(sync, _, _)| *sync == note.tag);
         let mut orders: HashMap<Option<u64>, Vec<i32>> = HashMap::new();
-        for tag in notes.iter().filter(|tag| !is_sync(tag)) {
-            let call = self.calls.iter().find(|call| call.tag == *tag).unwrap();
-            orders.entry(call.lease).or_default().push(*tag);
+        for note in notes.iter().filter(|note| !is_sync(note)) {
+            let call = self.calls.iter().find(|call| call.tag == note.tag).unwrap();
+            orders.entry(call.lease).or_default().push(note.tag);
         }
+        let is_one_by_one = self.world.instances == 1 || self.world.threads == 1;
         for (lease, order) in orders {
-            if lease.is_some() || self.world.instances == 1 && !self.has_rolled {
+            if lease.is_some() || is_one_by_one && !self.has_rolled {
                 assert!(order.is_sorted(), "{lease:?}: {order:?}");
+            }
+        }
+    }
+
+    /// What does not overlap is seen in its order: calls among themselves, and calls and reloads.
+    fn check_intervals(&self, notes: &[Note]) {
+        for (place, note) in notes.iter().enumerate() {
+            let Some(call) = self.calls.iter().find(|call| call.tag == note.tag) else {
+                continue;
+            };
+            let Note { tag, generation } = *note;
+            // A lease keeps the instance that it has.
+            assert!(
+                call.lease.is_some() || generation >= call.least_generation,
+                "call {tag} ran on {generation}, which {} had replaced before it was asked",
+                call.least_generation
+            );
+            for later in &notes[place + 1..] {
+                let later = self.calls.iter().find(|call| call.tag == later.tag);
+                let is_before = |later: &Call| later.answered.is_some_and(|at| at <= call.asked);
+                assert!(
+                    !later.is_some_and(is_before),
+                    "call {tag} ran before one that was answered before it was asked"
+                );
+            }
+            for reload in &self.reloads {
+                if let Some(Ok(report)) = &reload.ended
+                    && call.answered.is_some_and(|at| at <= reload.asked)
+                {
+                    let made = report.generation.get();
+                    assert!(
+                        generation < made,
+                        "call {tag} ran on {made}, which came after it"
+                    );
+                }
             }
         }
     }
@@ -575,7 +771,7 @@ impl History {
             ..
         } = call;
         assert!(times <= 1, "call {tag} ran {times} times");
-        let ended = ended.get();
+        let ended = ended.unwrap();
         let place = if lease.is_some() {
             "in a lease"
         } else {
@@ -622,11 +818,7 @@ impl History {
                     None
                 }
                 Some(ErrorCode::Interrupted) => {
-                    assert!(
-                        self.may_interrupt || !self.world.ends_with_close,
-                        "{}",
-                        what()
-                    );
+                    assert!(self.may_interrupt || self.may_be_closed(), "{}", what());
                     None
                 }
                 Some(ErrorCode::QueueFull) => {
@@ -642,7 +834,7 @@ impl History {
                     Some(false)
                 }
                 Some(ErrorCode::Closed) => {
-                    assert!(!self.world.ends_with_close, "{}", what());
+                    assert!(self.may_be_closed(), "{}", what());
                     Some(false)
                 }
                 _ => panic!("{}", what()),
@@ -665,6 +857,7 @@ fn check_sync(kind: Kind, outcome: &wasm_molt_engine::Result<Vec<Value>>, times:
                 ErrorCode::Busy,
                 ErrorCode::Reloading,
                 ErrorCode::ReloadFailed,
+                ErrorCode::Closed,
             ];
             (code.is_some_and(|code| refusals.contains(&code)), false)
         }
@@ -676,7 +869,7 @@ fn check_sync(kind: Kind, outcome: &wasm_molt_engine::Result<Vec<Value>>, times:
 }
 
 /// What a run must have come across to be worth anything.
-const ENDS: [&str; 16] = [
+const ENDS: [&str; 20] = [
     "call: done",
     "call: thrown",
     "call: aborted",
@@ -693,6 +886,10 @@ const ENDS: [&str; 16] = [
     "roll: done",
     "swap: done",
     "in a lease: ERR_WASM_INTERRUPTED",
+    "snapshot: done",
+    "reset: done",
+    "reset: ERR_WASM_DRAIN_TIMEOUT",
+    "recycle: done",
 ];
 
 pub(crate) fn seed() -> u64 {
@@ -720,7 +917,14 @@ fn every_call_is_answered_once_and_has_run_at_most_once() {
     };
     let tally = Tally::default();
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &bytes);
-    let histories = (world(), prop::collection::vec(op(), 1..80));
+    let ops = |count| prop::collection::vec(op(), count);
+    let close = prop::option::weighted(0.2, Just(Op::Close));
+    let histories = (world(), ops(1..80), close, ops(0..10));
+    let histories = histories.prop_map(|(world, mut ops, close, more)| {
+        ops.extend(close);
+        ops.extend(more);
+        (world, ops)
+    });
     let outcome = TestRunner::new_with_rng(config, rng).run(&histories, |(world, ops)| {
         let mut history = History::begin(world);
         ops.iter().for_each(|op| history.step(op));

@@ -12,9 +12,11 @@ use wasm_molt_engine::{
 use wasm_molt_testkit::door::Door;
 use wasm_molt_testkit::faults::Point;
 use wasm_molt_testkit::host::Script;
-use wasm_molt_testkit::inside::call_leased;
+use wasm_molt_testkit::inside::ask;
 use wasm_molt_testkit::rig::{Ended, Rig, Setup, because, number};
 use wasm_molt_testkit::wait::{Answer, eventually};
+
+mod pairs;
 
 /// A number in memory; `held` asks the host; the start function traps if the host says so.
 const GUEST: &str = r#"(module $faulty
@@ -165,11 +167,6 @@ impl Cell {
     fn is_destroy(self) -> bool {
         matches!(self.fault, Fault::DestroyInside | Fault::DestroyOutside)
     }
-}
-
-fn ask(lease: &Arc<Lease>, name: &str, args: Vec<Value>) -> Result<Vec<Value>> {
-    let inside = lease.enter()?;
-    call_leased(&inside, name, args)
 }
 
 /// Which hook traps the guest; each does so once.

@@ -4,14 +4,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use wasm_molt_engine::{
-    CallLimits, Error, ErrorCode, FailedPhase, HostRef, Lease, ReloadOptions, Result, Source,
-    Strategy, Value, Work,
+    CallLimits, Error, ErrorCode, FailedPhase, HostRef, ReloadOptions, Source, Strategy, Value,
+    Work,
 };
 use wasm_molt_testkit::door::Door;
 use wasm_molt_testkit::faults::Point;
 use wasm_molt_testkit::guests::{self, Returns, allocator};
 use wasm_molt_testkit::host::Script;
-use wasm_molt_testkit::inside::call_leased;
 use wasm_molt_testkit::rig::{Rig, Setup, because, bytes, code, number, trap};
 use wasm_molt_testkit::wait::{answer, eventually};
 
@@ -42,22 +41,8 @@ fn to_build(version: i32, more: &str) -> ReloadOptions {
     to(guests::source(&build(version, more)))
 }
 
-fn ask(lease: &Arc<Lease>, name: &str, args: Vec<Value>) -> Result<Vec<Value>> {
-    let inside = lease.enter()?;
-    call_leased(&inside, name, args)
-}
-
-fn carrying() -> Script {
-    Script::new()
-        .save(|lease, _| Ok(Some(HostRef::new(ask(lease, "get", Vec::new())?.remove(0)))))
-        .restore(|lease, state, _| {
-            let count: &Value = state.downcast_ref().unwrap();
-            ask(lease, "set", vec![count.clone()]).map(drop)
-        })
-}
-
 fn first(more: &str) -> Setup {
-    Setup::new(&build(1, more)).script(carrying())
+    Setup::new(&build(1, more)).script(Script::carrying())
 }
 
 fn both(setup: impl Fn() -> Setup) -> [Rig; 2] {

@@ -7,13 +7,12 @@ use std::sync::atomic::{AtomicI32, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use wasm_molt_engine::{
-    Backoff, Error, ErrorCode, Event, HostRef, Lease, ManagerState, MemoryThreshold, Reason,
+    Backoff, Error, ErrorCode, Event, HostRef, ManagerState, MemoryThreshold, Reason,
     RecycleOptions, RecycleStrategy, Result, Strategy, Value,
 };
 use wasm_molt_testkit::faults::Point;
 use wasm_molt_testkit::guests;
 use wasm_molt_testkit::host::Script;
-use wasm_molt_testkit::inside::call_leased;
 use wasm_molt_testkit::rig::{Rig, Setup, because, code, number, trap};
 use wasm_molt_testkit::wait::eventually;
 
@@ -21,23 +20,6 @@ const PAGE: u64 = 65_536;
 const REPLICAS: usize = 2;
 /// Calls that an instance runs.
 const CALLS: u64 = 4;
-
-fn ask(lease: &Arc<Lease>, name: &str, args: Vec<Value>) -> Result<Vec<Value>> {
-    let inside = lease.enter()?;
-    call_leased(&inside, name, args)
-}
-
-fn carrying() -> Script {
-    Script::new()
-        .save(|lease, _| {
-            let state = ask(lease, "get", Vec::new())?.remove(0);
-            Ok(Some(HostRef::new(state)))
-        })
-        .restore(|lease, state, _| {
-            let state: &Value = state.downcast_ref().unwrap();
-            ask(lease, "set", vec![state.clone()]).map(drop)
-        })
-}
 
 fn exact() -> RecycleOptions {
     RecycleOptions {
@@ -160,7 +142,7 @@ impl Cell {
 fn run(cell: Cell) {
     let is_exclusive = cell.strategy == RecycleStrategy::Exclusive;
     let script = if is_exclusive {
-        carrying()
+        Script::carrying()
     } else {
         Script::new()
     };
@@ -476,7 +458,7 @@ fn synchronous_calls_recycle_on_the_home_thread() {
     let inits = Arc::new(AtomicUsize::new(0));
     let seen = Arc::clone(&inits);
     let last = Arc::new(AtomicI32::new(0));
-    let script = carrying().initialize(move |_| {
+    let script = Script::carrying().initialize(move |_| {
         seen.fetch_add(1, Ordering::SeqCst);
         Ok(())
     });
@@ -543,6 +525,6 @@ fn wrong_policies_are_refused() {
         strategy: RecycleStrategy::Rolling,
         ..exact()
     };
-    let made = counter(rolling).script(carrying()).try_create();
+    let made = counter(rolling).script(Script::carrying()).try_create();
     assert_eq!(code(made.map(drop)), ErrorCode::InvalidArgument);
 }

@@ -6,37 +6,18 @@ use std::time::Duration;
 
 use wasm_molt_engine::{
     Error, ErrorCode, Event, FailedPhase, HostRef, Lease, ManagerState, OnDrainTimeout,
-    ReloadOptions, Result, Value,
+    ReloadOptions, Value,
 };
 use wasm_molt_testkit::door::Door;
 use wasm_molt_testkit::faults::Point;
 use wasm_molt_testkit::guests;
 use wasm_molt_testkit::host::Script;
-use wasm_molt_testkit::inside::call_leased;
+use wasm_molt_testkit::inside::ask;
 use wasm_molt_testkit::rig::{Rig, Setup, because, code, number, trap, values};
 use wasm_molt_testkit::wait::{answer, eventually};
 
-/// Calls an export in a hook, on the hook's own thread.
-fn ask(lease: &Arc<Lease>, name: &str, args: Vec<Value>) -> Result<Vec<Value>> {
-    let inside = lease.enter()?;
-    call_leased(&inside, name, args)
-}
-
-/// Carries the counter over.
-fn carrying() -> Script {
-    Script::new()
-        .save(|lease, _| {
-            let count = ask(lease, "get", Vec::new())?.remove(0);
-            Ok(Some(HostRef::new(count)))
-        })
-        .restore(|lease, state, _| {
-            let count: &Value = state.downcast_ref().unwrap();
-            ask(lease, "set", vec![count.clone()]).map(drop)
-        })
-}
-
 fn counter() -> Setup {
-    Setup::new(&guests::counter()).script(carrying())
+    Setup::new(&guests::counter()).script(Script::carrying())
 }
 
 fn at_door(door: &Door) -> Setup {

@@ -4,10 +4,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use wasm_molt_engine::{CallLimits, HostRef, Manager, ReloadOptions, Strategy, Value, Work};
+use wasm_molt_engine::{CallLimits, Manager, ReloadOptions, Strategy, Work};
 use wasm_molt_testkit::guests;
 use wasm_molt_testkit::host::Script;
-use wasm_molt_testkit::inside::call_leased;
 use wasm_molt_testkit::meter::{self, Reading};
 use wasm_molt_testkit::quiet::alone;
 use wasm_molt_testkit::rig::{Rig, Setup, because, number, trap};
@@ -17,19 +16,9 @@ const MIB: usize = 1 << 20;
 
 /// A counter of two replicas that carries its counts over.
 fn counter() -> Setup {
-    let script = Script::new()
-        .save(|lease, _| {
-            let inside = lease.enter()?;
-            Ok(Some(HostRef::new(
-                call_leased(&inside, "get", Vec::new())?.remove(0),
-            )))
-        })
-        .restore(|lease, state, _| {
-            let count: &Value = state.downcast_ref().unwrap();
-            let inside = lease.enter()?;
-            call_leased(&inside, "set", vec![count.clone()]).map(drop)
-        });
-    Setup::new(&guests::counter()).instances(2).script(script)
+    Setup::new(&guests::counter())
+        .instances(2)
+        .script(Script::carrying())
 }
 
 /// Reads the meter once the threads that are on their way out have gone.

@@ -31,6 +31,9 @@ const FULL_GUARD: usize = 32 << 20;
 /// move.
 const WIDE_RESERVATION: usize = 16 << 30;
 
+/// How errors begin that say that the system has refused one.
+pub(crate) const NO_MEMORY: &str = "could not make a linear memory";
+
 /// How linear memories are laid out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct MemoryOptions {
@@ -251,7 +254,10 @@ impl MemoryHost {
     fn poll_memory(&self, reserved: usize, guard: usize) -> Result<PollPage, String> {
         let total = reserved.saturating_add(guard);
         PollPage::new(self.platform, total).map_err(|error| {
-            format!("could not reserve {total} bytes of address space for the poll page: {error}")
+            format!(
+                "{NO_MEMORY} for the poll page ({total} reserved): {error}; lower \
+                 engine.memoryReservationBytes, or raise the limits on address space and mappings"
+            )
         })
     }
 
@@ -309,8 +315,8 @@ impl MemoryHost {
             })
             .map_err(|error| {
                 format!(
-                    "could not make a linear memory of {minimum} bytes \
-                     ({reserved} reserved): {error}"
+                    "{NO_MEMORY} of {minimum} bytes ({reserved} reserved): {error}; lower \
+                     engine.memoryReservationBytes, or raise the limits on address space and mappings"
                 )
             })
     }

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
 
 use super::region::{Platform, Region};
+use crate::scarcity;
 
 pub(super) const PLATFORM: Platform = Platform {
     guards: true,
@@ -45,6 +46,7 @@ fn flags() -> MapFlags {
 }
 
 fn reserve(len: usize) -> io::Result<Box<dyn Region>> {
+    scarcity::memory()?;
     // SAFETY: a new anonymous mapping at an address of the kernel's choosing touches no memory of
     // ours.
     let base = unsafe { mmap_anonymous(ptr::null_mut(), len, ProtFlags::empty(), flags()) }?;
@@ -91,6 +93,7 @@ unsafe impl Region for Mapping {
     }
 
     fn commit(&self, offset: usize, len: usize) -> io::Result<()> {
+        scarcity::memory()?;
         self.protect(offset, len, MprotectFlags::READ | MprotectFlags::WRITE)
     }
 
@@ -99,6 +102,7 @@ unsafe impl Region for Mapping {
         if len == 0 {
             return Ok(());
         }
+        scarcity::memory()?;
         // A fresh mapping, so that the range joins the rest of the reservation again.
         // SAFETY: MAP_FIXED replaces pages of our own mapping only, and whoever could still access
         // them was asked about first (`Reservation::uncommit`).
@@ -122,6 +126,7 @@ unsafe impl Region for Mapping {
         if len == 0 {
             return Ok(());
         }
+        scarcity::memory()?;
         let kind = if shared {
             MapFlags::SHARED
         } else {
@@ -148,6 +153,7 @@ unsafe impl Region for Mapping {
         if len == 0 {
             return Ok(());
         }
+        scarcity::memory()?;
         let flags = flags() | MapFlags::FIXED;
         // SAFETY: as for `map_file`.
         unsafe { mmap_anonymous(start, len, ProtFlags::READ | ProtFlags::WRITE, flags) }?;
@@ -176,7 +182,7 @@ unsafe impl Region for Mapping {
         // A fresh mapping and not madvise: it reads as zeros whatever was mapped there, on every
         // Unix. SAFETY: MAP_FIXED replaces pages of our own mapping only; a concurrent raw reader
         // sees old bytes or zeros.
-        let fresh = unsafe {
+        let map = || unsafe {
             mmap_anonymous(
                 start,
                 len,
@@ -184,7 +190,8 @@ unsafe impl Region for Mapping {
                 flags() | MapFlags::FIXED,
             )
         };
-        if fresh.is_err() {
+        let is_refused = scarcity::memory().is_err();
+        if is_refused || map().is_err() {
             // Out of mappings: zero in place, which costs time and keeps the pages until the pin
             // goes. SAFETY: the caller names committed bytes of this mapping, which are writable.
             unsafe { ptr::write_bytes(start.cast::<u8>(), 0, len) };
@@ -206,6 +213,8 @@ unsafe impl Region for Mapping {
 
     fn set_accessible(&self, len: usize, accessible: bool) -> io::Result<()> {
         let flags = if accessible {
+            // Taking it away needs nothing of the system.
+            scarcity::memory()?;
             MprotectFlags::READ | MprotectFlags::WRITE
         } else {
             MprotectFlags::empty()

@@ -569,14 +569,15 @@ impl Shared {
             return;
         }
         self.lock_control().seeing_off += 1;
-        self.spawn("old", move |shared| {
+        let see_off = move |shared: &Arc<Self>| {
             let _ = guarded(|| {
                 finish(shared);
                 Ok(())
             });
             shared.lock_control().seeing_off -= 1;
             shared.control_changed.notify_all();
-        });
+        };
+        self.spawn_patiently("old", Box::new(see_off));
     }
 
     // ------------------------------------------------------------------ realms
@@ -657,7 +658,11 @@ impl Shared {
         }))
     }
 
-    fn realm_recycled(self: &Arc<Self>, due: Due, outcome: Result<Box<RecycleReport>>) {
+    pub(in crate::manager) fn realm_recycled(
+        self: &Arc<Self>,
+        due: Due,
+        outcome: Result<Box<RecycleReport>>,
+    ) {
         match outcome {
             Ok(report) => {
                 self.recycled(&due, &report);

@@ -23,6 +23,7 @@ use super::super::region::Platform;
 use super::super::reservation::Reservation;
 use super::super::{GRANULE, extent};
 use super::{CHUNK, Contents, Image, Written, admit, dirty, finish, not_zero, total};
+use crate::scarcity;
 
 /// The smallest page there is.
 const PAGE: usize = 1 << 12;
@@ -55,6 +56,7 @@ pub(in crate::instance::memory) struct Sheet {
 
 impl Sheet {
     pub(in crate::instance::memory) fn new(len: usize) -> io::Result<Self> {
+        scarcity::memory()?;
         let file = File::from(memfd_create("wasm-molt", MemfdFlags::CLOEXEC)?);
         file.set_len(len as u64)?;
         Ok(Self {
@@ -138,6 +140,7 @@ impl Sheet {
     }
 
     fn write(&self, offset: usize, bytes: &[u8]) -> io::Result<()> {
+        scarcity::memory()?;
         self.file.write_all_at(bytes, offset as u64)
     }
 
