@@ -96,8 +96,10 @@ mod tests {
             assert!(!freed.is_kept(), "{freed:?}");
             return;
         }
+        let (_, module) = module_path!().split_once("::").unwrap();
+        let name = format!("{module}::what_is_freed_is_seen");
         let output = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "freed::tests::what_is_freed_is_seen"])
+            .args(["--exact", &name])
             .env(ALONE, "1")
             .output()
             .unwrap();
