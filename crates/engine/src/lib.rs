@@ -37,6 +37,7 @@ mod pool;
 mod realm;
 mod replica;
 mod serving;
+mod signals;
 mod snapshot;
 mod stack;
 mod stats;

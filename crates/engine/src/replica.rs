@@ -37,6 +37,7 @@ use crate::module::{Import, ImportKind, Module};
 use crate::occupant::Occupant;
 use crate::options::OnTrap;
 use crate::realm::{Realm, Twin};
+use crate::signals;
 use crate::snapshot::{Origin, Snapshot};
 use crate::threads::Threads;
 use crate::trap::triage;
@@ -199,6 +200,9 @@ impl Blueprint {
         let replica = self.make(place, watch.flatten(), attendant.flatten());
         known(&replica);
         let imports = host.imports(&replica, &self.module)?;
+        if self.engine.options.signals_based_traps {
+            signals::stay_first()?;
+        }
         // SAFETY: nobody else can enter a replica that has no exports yet.
         let outcome = unsafe { replica.bring_up(&imports, self, from.map(|from| &*from.captured)) };
         if let Some(from) = from {

@@ -31,6 +31,9 @@ const FULL_GUARD: usize = 32 << 20;
 /// move.
 const WIDE_RESERVATION: usize = 16 << 30;
 
+/// Where the system has not enough.
+const REMEDY: &str = "if address space is what lacks (ulimit -v, many instances), lower engine.memoryReservationBytes";
+
 /// How linear memories are laid out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct MemoryOptions {
@@ -249,7 +252,9 @@ impl MemoryHost {
     fn poll_memory(&self, reserved: usize, guard: usize) -> Result<PollPage, String> {
         let total = reserved.saturating_add(guard);
         PollPage::new(self.platform, total).map_err(|error| {
-            format!("could not reserve {total} bytes of address space for the poll page: {error}")
+            format!(
+                "could not reserve {total} bytes of address space for the poll page: {error}; {REMEDY}"
+            )
         })
     }
 
@@ -308,7 +313,7 @@ impl MemoryHost {
             .map_err(|error| {
                 format!(
                     "could not make a linear memory of {minimum} bytes \
-                     ({reserved} reserved): {error}"
+                     ({reserved} reserved): {error}; {REMEDY}"
                 )
             })
     }

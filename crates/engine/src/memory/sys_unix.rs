@@ -59,7 +59,9 @@ impl Mapping {
     /// The address `offset` bytes in; the end of what is left of the mapping at most.
     fn at(&self, offset: usize, len: usize) -> io::Result<*mut c_void> {
         match offset.checked_add(len) {
-            Some(end) if end <= self.kept.load(Ordering::Acquire) => Ok(self.base.wrapping_byte_add(offset)),
+            Some(end) if end <= self.kept.load(Ordering::Acquire) => {
+                Ok(self.base.wrapping_byte_add(offset))
+            }
             _ => Err(io::ErrorKind::InvalidInput.into()),
         }
     }
