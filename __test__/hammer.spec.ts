@@ -249,7 +249,7 @@ test(
     )
     const { kinds, refused } = reported<{ kinds: number; refused: [string, number][] }>(ended)
     assert.ok(kinds >= 6, `${kinds} kinds of handles`)
-    const wants = refused.filter(([name]) => !['threadSpawn', 'threadRealm', 'functionType'].includes(name))
+    const wants = refused.filter(([name]) => !['threadSpawn', 'threadRealm', 'functionType', 'isBusy'].includes(name))
     for (const [name, count] of wants) assert.ok(count >= kinds - 1, `${name} has refused ${count} of ${kinds}`)
   },
 )

@@ -26,6 +26,8 @@ const mayBeUnsafe = [
   ),
   ...['dirty', 'linux', 'portable'].map((name) => `crates/engine/src/instance/memory/image/${name}.rs`),
   ...['image', 'lifetime', 'size'].map((name) => `crates/engine/src/instance/memory/tests/${name}.rs`),
+  // The handlers of signals, which belong to the process (sigaction).
+  'crates/engine/src/instance/signals.rs',
   // One store, one thread at a time: replica.rs holds the store, the others hold the ticket that makes its use sound.
   ...[
     ...['replica', 'realm', 'host', 'threads'].map((name) => `instance/${name}`),

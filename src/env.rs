@@ -553,8 +553,11 @@ impl EnvState {
 
     /// The environment goes: stop everything, wait for the threads that are inside guests, let go.
     fn tear_down(&self) {
-        // Where buffers are finalized only after this (Bun), nobody has looked yet.
-        self.look_whether_moved();
+        // Where buffers are finalized only after this (Bun), nobody has looked yet. Deno finalizes them when
+        // nobody has them any more, and says nothing of an end: looking ends its process.
+        if self.js().is_ending() {
+            self.look_whether_moved();
+        }
         self.settled.borrow_mut().clear();
         let managers: Vec<_> = self.managers.borrow_mut().drain().map(|(_, m)| m).collect();
         let mut ends = Vec::new();

@@ -17,6 +17,7 @@ pub(crate) mod occupant;
 pub(crate) mod pool;
 pub(crate) mod realm;
 pub(crate) mod replica;
+pub(crate) mod signals;
 pub(crate) mod snapshot;
 pub(crate) mod stack;
 pub(crate) mod threads;

@@ -10,6 +10,7 @@ use wasmtime::Config;
 use crate::error::{Error, ErrorCode, Result};
 use crate::instance::cache::Cache;
 use crate::instance::memory::{self, MemoryOptions};
+use crate::instance::signals;
 
 /// How guests are compiled and checked. Two managers with equal options share one engine.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -200,7 +201,13 @@ impl Engine {
         // V8 owns the Mach exception ports of a Node process.
         #[cfg(target_os = "macos")]
         config.macos_use_mach_ports(false);
-        let wasmtime = wasmtime::Engine::new(&config).map_err(|e| {
+        let compiler = || wasmtime::Engine::new(&config);
+        let made = if options.signals_based_traps {
+            signals::with_engine(compiler)
+        } else {
+            compiler()
+        };
+        let wasmtime = made.map_err(|e| {
             Error::invalid(format!(
                 "these engine options cannot be combined on this machine: {e}"
             ))

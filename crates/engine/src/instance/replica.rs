@@ -38,6 +38,7 @@ use crate::instance::memory::{
 use crate::instance::module::{Import, ImportKind, Module};
 use crate::instance::occupant::Occupant;
 use crate::instance::realm::{Realm, Twin};
+use crate::instance::signals;
 use crate::instance::snapshot::{Origin, Snapshot};
 use crate::instance::threads::Threads;
 use crate::instance::trap::triage;
@@ -201,6 +202,9 @@ impl Blueprint {
         let replica = self.make(place, watch.flatten(), attendant.flatten());
         known(&replica);
         let imports = host.imports(&replica, &self.module)?;
+        if self.engine.options.signals_based_traps {
+            signals::stay_first()?;
+        }
         // SAFETY: nobody else can enter a replica that has no exports yet.
         let outcome = unsafe { replica.bring_up(&imports, self, from.map(|from| &*from.captured)) };
         if let Some(from) = from {

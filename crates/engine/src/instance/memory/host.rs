@@ -33,6 +33,8 @@ const WIDE_RESERVATION: usize = 16 << 30;
 
 /// How errors begin that say that the system has refused one.
 pub(crate) const NO_MEMORY: &str = "could not make a linear memory";
+/// Where the system has not enough.
+const REMEDY: &str = "if address space is what lacks (ulimit -v, many instances), lower engine.memoryReservationBytes";
 
 /// How linear memories are laid out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -254,10 +256,7 @@ impl MemoryHost {
     fn poll_memory(&self, reserved: usize, guard: usize) -> Result<PollPage, String> {
         let total = reserved.saturating_add(guard);
         PollPage::new(self.platform, total).map_err(|error| {
-            format!(
-                "{NO_MEMORY} for the poll page ({total} reserved): {error}; lower \
-                 engine.memoryReservationBytes, or raise the limits on address space and mappings"
-            )
+            format!("{NO_MEMORY} for the poll page ({total} reserved): {error}; {REMEDY}")
         })
     }
 
@@ -314,10 +313,7 @@ impl MemoryHost {
                 GuestMemory::new(layout, start)
             })
             .map_err(|error| {
-                format!(
-                    "{NO_MEMORY} of {minimum} bytes ({reserved} reserved): {error}; lower \
-                     engine.memoryReservationBytes, or raise the limits on address space and mappings"
-                )
+                format!("{NO_MEMORY} of {minimum} bytes ({reserved} reserved): {error}; {REMEDY}")
             })
     }
 
