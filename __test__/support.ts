@@ -17,8 +17,11 @@ import { temporaryFolder, workbench } from './guests.ts'
 
 export { WasmError, WasmModuleManager }
 
+/** Everything takes longer under a sanitizer (`npm run asan`). */
+const PATIENCE = process.env.WASM_MOLT_ASAN === undefined ? 1 : 10
+
 /** Generous for a loaded machine, and finite: a hang is a failure. */
-export const LIMIT = { timeout: 60_000 }
+export const LIMIT = { timeout: 60_000 * PATIENCE }
 
 // A promise that nobody will ever settle must time its own test out, not end the process with all the others.
 const awake = setInterval(() => {}, 60_000)
@@ -243,7 +246,7 @@ export async function runNode(args: string[], options: ChildOptions = {}): Promi
   process_.stderr.setEncoding('utf8').on('data', (text: string) => {
     stderr += text
   })
-  const timer = setTimeout(() => process_.kill('SIGKILL'), options.timeoutMs ?? 30_000)
+  const timer = setTimeout(() => process_.kill('SIGKILL'), (options.timeoutMs ?? 30_000) * PATIENCE)
   const [code, signal] = await new Promise<[number | null, NodeJS.Signals | null]>((resolve, reject) => {
     process_.on('error', reject)
     process_.on('close', (code, signal) => resolve([code, signal]))

@@ -125,14 +125,31 @@ function js() {
 
 /** There is no `unsafe` in the pure crate, and the compiler forbids it; miri would find what std is given wrongly. */
 function miri() {
-  const has = spawnSync('cargo', ['+nightly', 'miri', '--version'], { stdio: 'ignore' }).status === 0
-  if (!has) {
-    const how = 'rustup toolchain install nightly --component miri'
-    if (named.includes('miri')) fail(`there is no miri here: ${how}`)
-    step(`NOT RUN: miri, which is not here (${how})`)
+  if (!hasMiri()) {
+    step('miri')
+    const more = ['--component', 'miri', '--component', 'rust-src']
+    spawnSync('rustup', ['toolchain', 'install', 'nightly', '--profile', 'minimal', ...more], { stdio: 'inherit' })
+  }
+  if (!hasMiri()) {
+    const why = 'there is no miri here, and it could not be had: rustup toolchain install nightly --component miri'
+    if (named.includes('miri')) fail(why)
+    step(`NOT RUN: ${why}`)
     return undefined
   }
   step('the pure crate under miri')
-  run('cargo', ['+nightly', 'miri', 'test', '-p', 'wasm-molt-lifecycle', '--lib'])
+  run('cargo', [
+    '+nightly',
+    'miri',
+    'test',
+    '-p',
+    'wasm-molt-lifecycle',
+    '--lib',
+    '--target-dir',
+    join(root, 'target', 'miri'),
+  ])
   return 'miri'
+}
+
+function hasMiri() {
+  return spawnSync('cargo', ['+nightly', 'miri', '--version'], { stdio: 'ignore' }).status === 0
 }
