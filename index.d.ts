@@ -495,8 +495,10 @@ export interface ManagerOptions {
    * Where compiled code is kept between processes. true: the user's cache folder; string: the folder `modules` in that one; false:
    * nowhere. Default true.
    *
-   * With true, a process without a usable cache folder runs without; a folder that was named must be usable (ERR_WASM_INVALID_ARGUMENT).
-   * Only name a folder that nobody else can write to: compiled code is run as it is.
+   * With true, a process without a usable cache folder runs without. Of a folder that was named, `modules` must be, or become, one
+   * that is this user's and that nobody else can write to (ERR_WASM_INVALID_ARGUMENT).
+   * What is kept is machine code. It runs only if this user has written it (it has a keyed hash, and only this user can read the
+   * key), whole, for this module, these options and this version; anything else is compiled again and overwritten.
    */
   cache?: boolean | string
   /** How guests are compiled; see {@link EngineOptions}. Managers with equal options share one engine. */

@@ -23,3 +23,9 @@ test('both engines refuse the same damaged modules', LIMIT, async () => {
   console.log(tally)
   assert.ok(tally.valid > 20 && tally.valid < tally.modules - 100, JSON.stringify(tally))
 })
+
+test('both engines refuse the same of what the fuzzer has kept', LIMIT, async () => {
+  const tally = await validity(0, 0, 'corpus')
+  console.log(tally)
+  assert.ok(tally.modules > 50 && tally.valid > 5, JSON.stringify(tally))
+})

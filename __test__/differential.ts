@@ -381,10 +381,12 @@ export async function differential(seed: number, count: number): Promise<Tally> 
   return tally
 }
 
-/** Damaged modules of a seed: both engines refuse the same ones. */
-export async function validity(seed: number, count: number): Promise<Tally> {
+/**
+ * Whether both engines refuse the same bytes: damaged modules of a seed, or (`corpus`) what the fuzzer has kept.
+ */
+export async function validity(seed: number, count: number, kind: 'almost' | 'corpus' = 'almost'): Promise<Tally> {
   const tally: Tally = { modules: 0, valid: 0, calls: 0, traps: 0, explained: {} }
-  for await (const module of generated(seed, count, 'almost')) {
+  for await (const module of generated(seed, count, kind)) {
     tally.modules += 1
     if (compareValidity(module, tally)) tally.valid += 1
   }

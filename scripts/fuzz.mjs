@@ -5,7 +5,7 @@
 import { spawn, spawnSync } from 'node:child_process'
 import { cpSync, existsSync, mkdirSync, readdirSync, renameSync, rmSync, statSync } from 'node:fs'
 import { cpus } from 'node:os'
-import { join, relative } from 'node:path'
+import { basename, join, relative } from 'node:path'
 import { parseArgs } from 'node:util'
 import { fail, files, hostTarget, root, run, step } from './tools.mjs'
 
@@ -19,14 +19,14 @@ const { values: options, positionals } = parseArgs({
     merge: { type: 'boolean', default: false },
   },
 })
-const known = files('fuzz/fuzz_targets', (path) => path.endsWith('.rs')).map((path) => path.slice(18, -3))
+const known = files('fuzz/fuzz_targets', (path) => path.endsWith('.rs')).map((path) => basename(path, '.rs'))
 const unknown = positionals.filter((name) => !known.includes(name))
 if (unknown.length > 0) fail(`no such fuzz target: ${unknown.join(', ')}; there are: ${known.join(', ')}`)
 const targets = positionals.length > 0 ? positionals : known
 /** Larger inputs take longer and say no more: a few hundred decisions, or a small module. */
 const LIMITS = ['-max_len=4096', '-timeout=60', '-rss_limit_mb=4096']
-/** Of one target, in the repository. */
-const MOST_KEPT = 200
+/** Inputs of one target in the repository: `npm test` runs all of them again, and a history takes a while. */
+const MOST_KEPT = { modules: 150, values: 150, histories: 40, cache: 60 }
 
 build()
 if (options.input !== undefined) {
@@ -142,7 +142,7 @@ function merge(target) {
   const sizeOf = (name) => statSync(join(fresh, name)).size
   const all = readdirSync(fresh).sort((a, b) => sizeOf(a) - sizeOf(b))
   // Beyond that the smallest: these are also what mutations start from.
-  for (const name of all.slice(MOST_KEPT)) rmSync(join(fresh, name))
+  for (const name of all.slice(MOST_KEPT[target])) rmSync(join(fresh, name))
   // What a crash has left behind stays, whatever it covers.
   for (const name of readdirSync(kept)) {
     if (name.startsWith('regression-') && !existsSync(join(fresh, name))) cpSync(join(kept, name), join(fresh, name))

@@ -869,6 +869,17 @@ impl Replica {
                 types.join(", ")
             )));
         }
+        if ty
+            .results()
+            .any(|t| ValueType::from(&t) == ValueType::Opaque)
+        {
+            // Before it runs: there would be no way to tell what came of it.
+            return Err(Error::invalid(format!(
+                "{}: a function {} was called, and not all of its results can cross to the host",
+                self.module.name(),
+                Signature::of(&ty)
+            )));
+        }
         self.refuel(&mut context);
         self.pristine.store(0, Ordering::Relaxed);
         let made = args

@@ -224,6 +224,22 @@ fn arguments_that_do_not_fit_are_refused_and_do_no_harm() {
 }
 
 #[test]
+fn a_function_whose_result_cannot_cross_is_refused_before_it_runs() {
+    let rig = Setup::new(
+        r#"(module
+        (global $ran (mut i32) (i32.const 0))
+        (func (export "vector") (result v128)
+            (global.set $ran (i32.const 1)) (v128.const i64x2 1 2))
+        (func (export "ran") (result i32) (global.get $ran)))"#,
+    )
+    .start();
+    let error = rig.call("vector", &[]).get().unwrap_err();
+    assert_eq!(error.code(), Some(ErrorCode::InvalidArgument), "{error}");
+    assert_eq!(rig.number("ran", &[]), 0);
+    assert_eq!(rig.stats().generation, 1, "nobody was replaced for it");
+}
+
+#[test]
 fn a_function_that_is_not_there_is_answered_too() {
     let rig = Setup::new(&guests::adder()).start();
     let work = Work::Call {

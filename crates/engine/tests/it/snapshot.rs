@@ -11,11 +11,11 @@ use wasm_molt_engine::{
 use wasm_molt_testkit::dice::Dice;
 use wasm_molt_testkit::faults::Point;
 use wasm_molt_testkit::guests;
-use wasm_molt_testkit::history::{self, setup};
+use wasm_molt_testkit::history;
 use wasm_molt_testkit::inside::call_leased;
 use wasm_molt_testkit::meter::{Reading, read};
 use wasm_molt_testkit::quiet::alone;
-use wasm_molt_testkit::rig::{Rig, Setup, because, code, number, values};
+use wasm_molt_testkit::rig::{Rig, Setup, because, code, number};
 use wasm_molt_testkit::wait::eventually;
 
 use crate::exactly_once::seed;
