@@ -10,7 +10,7 @@ type Ends = [step: string, end: string, text: string][]
 /** What the child does under its limits, and the way to set them: limits of its own process, only the soft ones. */
 const STARVED = `
   import { execFileSync } from 'node:child_process'
-  import { closeSync, openSync, readFileSync, readdirSync } from 'node:fs'
+  import { closeSync, openSync, readFileSync } from 'node:fs'
   const limit = (kind, soft) => execFileSync('prlimit', ['--pid', String(process.pid), '--' + kind + '=' + soft + ':'])
   const mapped = () => Number(/VmSize:\\s+(\\d+) kB/.exec(readFileSync('/proc/self/status', 'latin1'))[1]) * 1024
   const MiB = 1 << 20
@@ -137,9 +137,9 @@ if (process.platform === 'linux') {
       const old = await WasmModuleManager.create(process.env.WORKBENCH, options)
       await serves(old)
       for (const more of [0, 1, 2, 3]) {
-        // Kept for whoever sets the limit back.
+        // Kept for whoever sets the limit back. They are the lowest that were free, so that below the last none is.
         const spare = Array.from({ length: 32 }, () => openSync('/dev/null'))
-        const used = Math.max(...readdirSync('/proc/self/fd').map(Number)) + 1
+        const used = spare[spare.length - 1] + 1
         limit('nofile', used + more)
         await change(old, more + ' more')
         for (const fd of spare) closeSync(fd)
