@@ -444,7 +444,8 @@ test('calls of leases that are taken away are counted once each, if they were le
   const work = async (instance: LeasedInstance, rounds: number) => {
     for (let round = 0; round < rounds; round += 1) {
       const calls = [instance.call('burn', [20_000]), instance.call('add', [1, 2])]
-      for (const end of await Promise.all(calls.map(outcome))) count('error' in end ? (end.error as WasmError) : undefined)
+      for (const end of await Promise.all(calls.map(outcome)))
+        count('error' in end ? (end.error as WasmError) : undefined)
       try {
         instance.exports.add?.(1, 2)
         count()

@@ -286,6 +286,8 @@ struct Control {
     queue: VecDeque<Op>,
     /// The reload that runs: equal ones join it.
     current_reload: Option<(ReloadOptions, Vec<Done<Arc<ReloadReport>>>)>,
+    /// What it has made serves: whoever asks from now on may have called that already, and wants another one.
+    is_committed: bool,
     /// Slots whose poisoned instance is being replaced in the background.
     repairing: Vec<usize>,
     /// Slot 0 is being replaced on the home thread.
@@ -314,7 +316,8 @@ impl Control {
             Op::Reload(pending) => Some((&pending.options, &mut pending.done)),
             _ => None,
         });
-        let current = self.current_reload.as_mut();
+        let is_committed = self.is_committed;
+        let current = self.current_reload.as_mut().filter(|_| !is_committed);
         queued
             .chain(current.map(|(options, done)| (&*options, done)))
             .take_while(|(other, _)| other.source == options.source)

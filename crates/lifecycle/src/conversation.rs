@@ -79,6 +79,8 @@ struct State<W: Words> {
     is_stopped: bool,
     is_asker_gone: bool,
     is_answerer_gone: bool,
+    /// Ends that sleep. With none there is nobody to wake, which would be a system call.
+    sleepers: usize,
 }
 
 struct Shared<W: Words> {
@@ -95,8 +97,11 @@ impl<W: Words> Shared<W> {
     fn change<R>(&self, change: impl FnOnce(&mut State<W>) -> R) -> R {
         let mut state = self.lock();
         let changed = change(&mut state);
+        let does_wake = state.sleepers > 0;
         drop(state);
-        self.changed.notify_all();
+        if does_wake {
+            self.changed.notify_all();
+        }
         changed
     }
 
@@ -119,9 +124,13 @@ impl<W: Words> Shared<W> {
             if let Some(found) = look(&mut state) {
                 return found;
             }
+            state.sleepers += 1;
             state = match patience.map(|patience| patience.saturating_sub(clock.now())) {
                 None => self.changed.wait(state),
-                Some(Duration::ZERO) => return Err(Silence::Late),
+                Some(Duration::ZERO) => {
+                    state.sleepers -= 1;
+                    return Err(Silence::Late);
+                }
                 Some(left) => self
                     .changed
                     .wait_timeout(state, left)
@@ -129,6 +138,7 @@ impl<W: Words> Shared<W> {
                     .map_err(|poisoned| PoisonError::new(poisoned.into_inner().0)),
             }
             .unwrap_or_else(PoisonError::into_inner);
+            state.sleepers -= 1;
         }
     }
 }
@@ -144,6 +154,7 @@ pub fn conversation<W: Words>() -> (Asker<W>, Answerer<W>) {
             is_stopped: false,
             is_asker_gone: false,
             is_answerer_gone: false,
+            sleepers: 0,
         }),
         changed: Condvar::new(),
     });

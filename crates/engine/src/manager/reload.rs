@@ -46,6 +46,11 @@ impl Shared {
         Ok(())
     }
 
+    /// A generation is about to serve: nobody joins the reload that has made it any more.
+    pub(crate) fn commits(&self) {
+        self.lock_control().is_committed = true;
+    }
+
     /// Repairs need not wait any more: those that have waited begin.
     fn end_swap(self: &Arc<Self>) {
         let due = Self::end_swapping(&mut self.lock_control());
@@ -75,6 +80,7 @@ impl Shared {
             let mut control = self.wait_repaired(self.lock_control());
             control.is_swapping = true;
             control.current_reload = Some((options.clone(), done));
+            control.is_committed = false;
         }
         let outcome = guarded(|| swap::run(self, &options, self.hook_scope(false)));
         let (done, due) = {

@@ -518,6 +518,7 @@ impl Backend for Swap<'_> {
             shared.begin_wear(&change.new);
             shared.recovered();
             shared.stats.reloaded(&reason);
+            shared.commits();
             shared.set_state(ManagerState::Ready);
             for old in &change.old {
                 // Before what they import is nobody's any more.
@@ -562,6 +563,7 @@ impl Backend for Swap<'_> {
             shared.begin_wear(&change.new);
             shared.recovered();
             shared.stats.reloaded(&reason);
+            shared.commits();
             shared.set_state(ManagerState::Ready);
             // A panic of the host's must not leave the gate behind what serves.
             let told = catch_unwind(AssertUnwindSafe(|| shared.host.replaced(&change)));

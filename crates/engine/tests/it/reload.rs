@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use wasm_molt_engine::{
     Error, ErrorCode, Event, FailedPhase, HostRef, Lease, ManagerState, OnDrainTimeout,
-    ReloadOptions, Value,
+    ReloadOptions, Strategy, Value,
 };
 use wasm_molt_testkit::door::Door;
 use wasm_molt_testkit::faults::Point;
@@ -387,6 +387,24 @@ fn skip_save_leaves_state_behind() {
         assert_eq!(rig.ask_reload(options).get().unwrap().generation.get(), 2);
         assert_eq!(rig.faults.left(), 2);
         assert_eq!(rig.number("get", &[]), 0);
+    }
+}
+
+#[test]
+fn a_reload_that_is_asked_for_when_the_new_generation_serves_is_another_one() {
+    for strategy in [Strategy::Exclusive, Strategy::Rolling] {
+        let rig = Setup::new(&guests::counter()).start();
+        let options = ReloadOptions {
+            strategy,
+            ..because("the same")
+        };
+        let held = rig.faults.hold(Point::Replaced, 0);
+        let first = rig.ask_reload(options.clone());
+        held.wait();
+        let second = rig.ask_reload(options);
+        held.release();
+        let generations = [first, second].map(|it| it.get().unwrap().generation.get());
+        assert_eq!(generations, [2, 3]);
     }
 }
 

@@ -8,6 +8,7 @@ use std::io;
 use std::ptr::{self, NonNull};
 
 use super::region::{Platform, Region};
+use crate::scarcity;
 
 pub(super) const PLATFORM: Platform = Platform {
     guards: false,
@@ -31,6 +32,7 @@ unsafe impl Send for Allocation {}
 unsafe impl Sync for Allocation {}
 
 fn reserve(len: usize) -> io::Result<Box<dyn Region>> {
+    scarcity::memory()?;
     let layout = Layout::from_size_align(len.max(ALIGN), ALIGN)
         .map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
     // SAFETY: the layout's size is not zero.
