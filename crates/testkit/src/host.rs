@@ -262,8 +262,8 @@ impl TestHost {
         self.log().changes.clone()
     }
 
-    /// What must be true of every life that has ended: each instance that came has gone, and no
-    /// number of a generation was used twice.
+    /// What must be true of every life that has ended: each instance that came has gone, no
+    /// number of a generation was used twice, and each slot saw them rise.
     #[track_caller]
     pub fn assert_consistent(&self) {
         let changes = self.changes();
@@ -275,16 +275,26 @@ impl TestHost {
             );
         }
         let came = changes.iter().filter(|change| !change.new.is_empty());
-        let mut generations: Vec<_> = came.map(|change| change.generation).collect();
-        // Only a home puts the steps of different threads in an order.
+        let mut generations: Vec<_> = came.clone().map(|change| change.generation).collect();
+        generations.sort_unstable();
+        let is_used_once = generations.windows(2).all(|pair| pair[0] < pair[1]);
+        assert!(is_used_once, "a number was used twice: {changes:?}");
+        // Only a home puts the steps of different threads in an order, and those of different slots come to it by
+        // different ways: of one slot each follows what it replaces.
         if self.home.is_none() {
-            generations.sort_unstable();
+            return;
         }
-        let is_increasing = generations.windows(2).all(|pair| pair[0] < pair[1]);
-        assert!(
-            is_increasing,
-            "out of order, or used twice: {generations:?}"
-        );
+        let mut known = std::collections::HashMap::new();
+        for change in came {
+            for id in &change.old {
+                let before = known.get(id).copied();
+                assert!(
+                    before.is_some_and(|before| before < change.generation),
+                    "out of order: {id} goes with {change:?} and came with {before:?}: {changes:?}"
+                );
+            }
+            known.extend(change.new.iter().map(|id| (*id, change.generation)));
+        }
     }
 
     /// Forgets what happened, but for instances that came and have not gone: a log that grows would

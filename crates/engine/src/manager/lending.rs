@@ -6,7 +6,7 @@ use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 use crossbeam_channel::{Receiver, TryRecvError, bounded};
 use wasm_molt_lifecycle::Ticket;
 
-use super::{Job, Shared, destroyed};
+use super::{Job, Shared, destroyed, guarded};
 use crate::error::Result;
 use crate::instance::interrupt::Stop;
 use crate::instance::pool::Pool;
@@ -44,7 +44,8 @@ impl Shared {
     ) -> Result<T> {
         let lease = Lease::for_hook(self, Arc::clone(replica), scope);
         *self.hook_lease() = Some(Arc::clone(&lease));
-        let outcome = hook(&lease);
+        // A panic must not leave the lease noted, which keeps the instance, and with it the manager.
+        let outcome = guarded(|| hook(&lease));
         lease.release();
         if self.is_destroyed() {
             replica.interrupter().stop_for_good(destroyed());
