@@ -527,7 +527,8 @@ export interface Limits {
   /**
    * Bytes that a linear memory may reach; memory.grow beyond it fails in the guest as the spec says. Default: what the module declares.
    *
-   * Each memory of each replica is held to it by itself. A module that starts with more is refused (ERR_WASM_INVALID_ARGUMENT).
+   * Each memory of each replica is held to it by itself, and so is its heap of structs, arrays and references, whose end is a trap
+   * ('allocation-failed'). A module that starts with more is refused (ERR_WASM_INVALID_ARGUMENT).
    * During a reload old and new instances exist side by side.
    */
   memoryBytes?: number
@@ -565,7 +566,12 @@ export interface EngineOptions {
   interruptible?: boolean
   /** Instructions are counted, for `limits.fuel`. Default false. */
   fuel?: boolean
-  /** false: explicit bounds checks instead of signal handlers, for processes that own SIGSEGV. Default true. */
+  /**
+   * false: explicit bounds checks instead of signal handlers, for processes that own SIGSEGV. Default true.
+   *
+   * Handlers of others that were there before get what is no trap. One that is installed later, and hands nothing on, is a crash
+   * at the next trap; whenever an instance is made (create, reload, fork) ours is put before it, at most four times.
+   */
   signalsBasedTraps?: boolean
   /** Default true. */
   simd?: boolean

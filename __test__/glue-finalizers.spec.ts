@@ -15,7 +15,7 @@ interface Finalizers {
 const PATH = fileURLToPath(new URL('../lib/glue/finalizers.js', import.meta.url))
 const { makeFinalizers } = createRequire(import.meta.url)(PATH) as { makeFinalizers(): Finalizers }
 
-const LIMIT = { timeout: 60_000 }
+const LIMIT = { timeout: 110_000 }
 
 /** Collects until `look` is true; the test's own timeout is the bound. Looking keeps what is looked at for a turn. */
 async function until(look: () => boolean): Promise<void> {

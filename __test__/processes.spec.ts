@@ -1,7 +1,7 @@
 // Processes around us: signals and ends, caps of the system, children, clusters, workers with little memory.
 import assert from 'node:assert/strict'
 import { describe, test } from 'node:test'
-import { wat, workbench } from './guests.ts'
+import { wat } from './guests.ts'
 import { env, POINTS, SCENE } from './points.ts'
 import { child, INDEX_URL, LIMIT, reported } from './support.ts'
 

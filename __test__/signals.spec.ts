@@ -5,7 +5,7 @@ import { writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { before, describe, test } from 'node:test'
 import { temporaryFolder, wat } from './guests.ts'
-import { child, type Ended, LIMIT, reported } from './support.ts'
+import { type ChildOptions, child, type Ended, LIMIT, reported } from './support.ts'
 
 /** Installs a handler for the signals that guests trap with, and can crash. Needs no header of Node's. */
 const ADDON = `
@@ -82,7 +82,7 @@ const ONCE = 8
 
 const env: Record<string, string> = { TRAPS }
 /** With the crash that some of these end with, and no file of it. */
-const CRASH = { env, mayCrash: true, under: ['sh', '-c', 'ulimit -c 0; exec "$0" "$@"'] } as const
+const CRASH: ChildOptions = { env, mayCrash: true, under: ['sh', '-c', 'ulimit -c 0; exec "$0" "$@"'] }
 before(() => {
   const folder = temporaryFolder('addon')
   writeFileSync(join(folder, 'addon.c'), ADDON)

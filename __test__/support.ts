@@ -21,7 +21,7 @@ export { WasmError, WasmModuleManager }
 const PATIENCE = process.env.WASM_MOLT_ASAN === undefined ? 1 : 10
 
 /** Generous for a loaded machine, and finite: a hang is a failure. */
-export const LIMIT = { timeout: 60_000 * PATIENCE }
+export const LIMIT = { timeout: 110_000 * PATIENCE }
 
 // A promise that nobody will ever settle must time its own test out, not end the process with all the others.
 const awake = setInterval(() => {}, 60_000)

@@ -6,7 +6,8 @@ import { readdirSync, writeFileSync } from 'node:fs'
 import { cpus, loadavg } from 'node:os'
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
-import { buildAddon, ensureDependencies, fail, nodeOfLine, root, step } from './tools.mjs'
+import { programOf } from './programs.mjs'
+import { buildAddon, ensureDependencies, fail, root, step } from './tools.mjs'
 
 const FOLDER = join(root, 'examples', 'o1js')
 const VERSIONS = ['2.14.0', '2.15.0']
@@ -27,7 +28,7 @@ const versions = versionsOf(values.version ?? (isSmoke ? VERSIONS[0] : 'all'))
 
 if (!readdirSync(root).some((name) => /^wasm-molt\..*\.node$/.test(name))) buildAddon()
 for (const version of versions) ensureDependencies(join(FOLDER, `v${version}`))
-const bin = nodeOfLine(values.node)
+const bin = values.node === undefined ? process.execPath : programOf(`node${values.node}`)
 
 const load = loadavg()[0].toFixed(1)
 const results = []

@@ -52,7 +52,7 @@ function install() {
 function run(name, args) {
   step(`${name} ${args.slice(1).join(' ')}`)
   // A runner that hangs must fail, not wait.
-  const options = { cwd: join(folder, name), encoding: 'utf8', timeout: 180_000, killSignal: 'SIGKILL' }
+  const options = { cwd: join(folder, name), encoding: 'utf8', timeout: 300_000, killSignal: 'SIGKILL' }
   const { status, signal, stdout, stderr } = spawnSync(process.execPath, args, options)
   process.stderr.write(`${stdout}${stderr}`)
   if (status !== 0) fail(`${name} ended with ${signal ?? status}`)

@@ -1,11 +1,15 @@
 // What the scripts share. Plain Node: these run before anything is installed.
 import { spawnSync } from 'node:child_process'
-import { existsSync, mkdirSync, readdirSync, statSync, writeFileSync } from 'node:fs'
+import { existsSync, readdirSync, statSync } from 'node:fs'
 import { createRequire } from 'node:module'
+import { availableParallelism } from 'node:os'
 import { dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
 
 export const root = dirname(dirname(fileURLToPath(import.meta.url)))
+
+/** Specs of tests that run at a time. Much of a spec is waiting, so that two serve one core. */
+export const jobs = Math.max(2, availableParallelism() - 1)
 
 /** Says what comes next. To stderr, so that it stays in order with what the tools print. */
 export function step(text) {
@@ -70,16 +74,6 @@ export function npm(args, options) {
   if (self?.endsWith('.js')) node([self, ...args], options)
   else if (process.platform === 'win32') run('cmd', ['/c', 'npm', ...args], options)
   else run('npm', args, options)
-}
-
-/** The program of a line of Node, such as 24: this one, or the newest from the npm package `node`. */
-export function nodeOfLine(line) {
-  if (line === undefined || process.versions.node.startsWith(`${line}.`)) return process.execPath
-  const folder = join(root, 'target', 'nodes', line)
-  mkdirSync(folder, { recursive: true })
-  writeFileSync(join(folder, 'package.json'), '{ "private": true }')
-  npm(['install', `node@${line}`, '--no-save', '--no-package-lock', '--loglevel=error'], { cwd: folder })
-  return join(folder, 'node_modules', 'node', 'bin', process.platform === 'win32' ? 'node.exe' : 'node')
 }
 
 /**

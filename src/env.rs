@@ -49,6 +49,30 @@ pub(crate) struct Helpers {
     pub(crate) look_soon: sys::napi_ref,
 }
 
+impl Helpers {
+    fn release(&self, js: Js) {
+        let all = [
+            self.error,
+            self.object,
+            self.array,
+            self.type_error,
+            self.range_error,
+            self.to_number,
+            self.to_bigint64,
+            self.to_array,
+            self.follow,
+            self.make_lease,
+            self.make_context,
+            self.make_snapshot,
+            self.make_export,
+            self.look_soon,
+        ];
+        for reference in all.into_iter().filter(|reference| !reference.is_null()) {
+            js.unreference(reference);
+        }
+    }
+}
+
 /// A value of JavaScript kept in the environment's slab. Any thread may hold and drop it.
 pub(crate) struct Kept {
     inbox: Arc<Inbox>,
@@ -84,8 +108,12 @@ pub(crate) struct EnvState {
     pub(crate) managers: RefCell<HashMap<u64, Rc<ManagerSide>>>,
     pub(crate) replicas: RefCell<HashMap<u64, Rc<ReplicaSide>>>,
     lookout: Cell<sys::napi_ref>,
+    /// The references are given back: nothing can be had by them any more.
+    is_gone: Cell<bool>,
     settled: RefCell<HashMap<u32, Settled>>,
     scratch: *const Scratch,
+    /// What keeps its buffer.
+    scratch_buffer: sys::napi_ref,
     /// `memory_changes` when the views were looked at last.
     memory_changes: Cell<usize>,
     next_id: Cell<u32>,
@@ -113,9 +141,9 @@ impl EnvState {
         let Some(bytes) = bytes else {
             return Err(js.throw_type_error("setup needs a scratch"));
         };
-        // Never given back: it lasts as long as the environment, and is never moved nor detached. It holds nothing:
-        // it was made by `newScratch`, and so is of Node's own realm.
-        js.reference(scratch)?;
+        // It lasts as long as the environment, and is never moved nor detached. It holds nothing: it was made by
+        // `newScratch`, and so is of Node's own realm.
+        let scratch_buffer = js.reference(scratch)?;
         let call = js.function(
             "call",
             Some(call_through_scratch),
@@ -163,8 +191,10 @@ impl EnvState {
             managers: RefCell::default(),
             replicas: RefCell::default(),
             lookout: Cell::new(ptr::null_mut()),
+            is_gone: Cell::new(false),
             settled: RefCell::default(),
             scratch: bytes.data.cast::<c_void>().cast::<Scratch>(),
+            scratch_buffer,
             memory_changes: Cell::new(0),
             next_id: Cell::new(0),
         });
@@ -260,7 +290,9 @@ impl EnvState {
     #[inline]
     pub(crate) fn helper(&self, reference: sys::napi_ref) -> JsResult<Val> {
         let js = self.js();
-        js.dereference(reference)
+        let value = (!self.is_gone.get()).then(|| js.dereference(reference));
+        value
+            .flatten()
             .ok_or_else(|| js.throw_type_error("a helper is missing"))
     }
 
@@ -576,8 +608,29 @@ impl EnvState {
         for told in ends {
             let _ = told.recv_deadline(latest);
         }
-        self.replicas.borrow_mut().clear();
+        let js = self.js();
+        let replicas: Vec<_> = self.replicas.borrow_mut().drain().map(|(_, r)| r).collect();
+        // Node does not delete references that an addon has made.
+        if js.is_ending() {
+            managers.iter().for_each(|side| side.release(js));
+            replicas.iter().for_each(|side| side.release(js));
+            self.release(js);
+        }
+        drop(replicas);
         drop(self.inbox.take_graves());
+    }
+
+    fn release(&self, js: Js) {
+        if self.is_gone.replace(true) {
+            return;
+        }
+        self.helpers.release(js);
+        js.unreference(self.slab);
+        js.unreference(self.scratch_buffer);
+        let lookout = self.lookout.replace(ptr::null_mut());
+        if !lookout.is_null() {
+            js.unreference(lookout);
+        }
     }
 }
 

@@ -166,6 +166,10 @@ pub(crate) fn live_exports(
     };
     let target = Target::Live(Rc::clone(handle));
     fill(env, manager, (object, &module, None), &target)?;
+    if !env.managers.borrow().contains_key(&manager.id) {
+        // It is closed: nothing will change any more, and nobody would give the reference back.
+        return Ok(object);
+    }
     let exports = LiveExports {
         object: js.weak_reference(object)?,
         handle: Rc::downgrade(handle),

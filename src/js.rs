@@ -6,13 +6,13 @@
 //! A failed call always leaves a JavaScript exception pending, and [`Pending`] says so: whoever gets
 //! one returns to JavaScript, or takes the exception with [`Js::take_exception`].
 
-use std::any::TypeId;
+use std::any::{Any, TypeId};
 use std::cell::Cell;
 use std::ffi::{CStr, c_void};
 use std::ptr;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use napi::sys;
 
@@ -958,7 +958,14 @@ struct Hint<P> {
     pin: P,
 }
 
-unsafe extern "C" fn drop_hint<P>(env: sys::napi_env, _data: *mut c_void, hint: *mut c_void) {
+/// What may be in use elsewhere for as long as the process lives.
+static KEPT: Mutex<Vec<Box<dyn Any + Send>>> = Mutex::new(Vec::new());
+
+unsafe extern "C" fn drop_hint<P: Send + 'static>(
+    env: sys::napi_env,
+    _data: *mut c_void,
+    hint: *mut c_void,
+) {
     guard_drop(|| {
         // SAFETY: `hint` came out of `Box::into_raw` as a `Hint<P>`, and finalizers run once.
         let hint = unsafe { Box::from_raw(hint.cast::<Hint<P>>()) };
@@ -968,7 +975,8 @@ unsafe extern "C" fn drop_hint<P>(env: sys::napi_env, _data: *mut c_void, hint: 
         // now, which nobody will ever tell us of; Bun tells of it there, where the environment is unknown.
         let is_going = || EnvState::at(env as usize).is_none_or(|env| env.js().is_ending());
         if hint.is_moved.load(Ordering::Relaxed) && is_going() {
-            std::mem::forget(hint.pin);
+            let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+            kept.push(Box::new(hint.pin));
         }
     });
 }

@@ -140,10 +140,23 @@ impl View {
         js.scoped(|| js.dereference(self.buffer.get()).is_none())
     }
 
+    /// Lets go of the buffer as it is: it reads zeros in the end, and its address range stays for as long as JavaScript
+    /// holds it.
+    pub(crate) fn release(&self, js: Js) {
+        let reference = self.buffer.replace(ptr::null_mut());
+        if !reference.is_null() {
+            js.unreference(reference);
+        }
+    }
+
     pub(crate) fn detach(&self, js: Js) {
         self.look_whether_moved(js);
-        // Tried again later if it cannot be done now; the pin keeps a view harmless meanwhile.
-        if !self.is_live() || !js.scoped(|| js.can_run()) {
+        if !self.is_live() {
+            return;
+        }
+        if !js.scoped(|| js.can_run()) {
+            // Tried again later, or never, and then nobody looks whether it is moved. The pin keeps it harmless.
+            self.is_moved.borrow().store(true, Ordering::Relaxed);
             return;
         }
         let reference = self.buffer.replace(ptr::null_mut());

@@ -39,6 +39,16 @@ struct Hooks {
     expired: Option<sys::napi_ref>,
 }
 
+impl Hooks {
+    fn release(self, js: Js) {
+        let own = [self.error, self.make_exception, self.exception_parts];
+        let more = [self.captured, self.rewound, self.exit_threads, self.expired];
+        for reference in own.into_iter().chain(more.into_iter().flatten()) {
+            js.unreference(reference);
+        }
+    }
+}
+
 struct RealmView {
     view: View,
     memory: Arc<MemoryRecord>,
@@ -102,6 +112,17 @@ impl RealmView {
         }
         self.view.detach(js);
         self.drop_empty(js);
+    }
+
+    fn release(&self, js: Js) {
+        for view in self.retired.borrow_mut().drain(..) {
+            view.release(js);
+        }
+        self.view.release(js);
+        let empty = self.empty.replace(ptr::null_mut());
+        if !empty.is_null() {
+            js.unreference(empty);
+        }
     }
 
     fn buffer(&self, js: Js) -> JsResult<Val> {
@@ -199,6 +220,7 @@ impl RealmSide {
     pub(crate) fn expire(&self, js: Js) {
         for view in self.views.borrow_mut().drain(..) {
             view.detach(js);
+            view.release(js);
         }
         let hooks: Vec<_> = self.hooks.borrow_mut().drain(..).collect();
         for hooks in hooks {
@@ -207,16 +229,17 @@ impl RealmSide {
             {
                 js.scoped(|| tell(js, expired, &[]));
             }
-            let own = [hooks.error, hooks.make_exception, hooks.exception_parts];
-            let more = [
-                hooks.captured,
-                hooks.rewound,
-                hooks.exit_threads,
-                hooks.expired,
-            ];
-            for reference in own.into_iter().chain(more.into_iter().flatten()) {
-                js.unreference(reference);
-            }
+            hooks.release(js);
+        }
+    }
+
+    /// Gives its references back.
+    pub(crate) fn release(&self, js: Js) {
+        for view in self.views.borrow_mut().drain(..) {
+            view.release(js);
+        }
+        for hooks in self.hooks.borrow_mut().drain(..) {
+            hooks.release(js);
         }
     }
 

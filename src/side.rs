@@ -88,6 +88,15 @@ impl ReplicaSide {
         if let Some(realm) = &self.realm {
             realm.expire(js);
         }
+        self.release(js);
+    }
+
+    /// Gives its references back: no view of it is asked for any more.
+    pub(crate) fn release(&self, js: Js) {
+        self.view.release(js);
+        if let Some(realm) = &self.realm {
+            realm.release(js);
+        }
         for (_, reference) in self.functions.borrow_mut().drain() {
             js.unreference(reference);
         }
@@ -308,9 +317,14 @@ impl ManagerSide {
     /// The manager is closed and everything is answered: what the user gave is let go of.
     pub(crate) fn forget(&self, env: &EnvState) {
         env.managers.borrow_mut().remove(&self.id);
-        self.hooks.release(env.js());
+        self.release(env.js());
+    }
+
+    /// Gives its references back.
+    pub(crate) fn release(&self, js: Js) {
+        self.hooks.release(js);
         if let Some(exports) = self.exports.borrow_mut().take() {
-            env.js().unreference(exports.object);
+            js.unreference(exports.object);
         }
     }
 

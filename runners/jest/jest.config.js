@@ -1,1 +1,7 @@
-module.exports = { testMatch: ['**/test/*.test.js'], collectCoverageFrom: ['src/**'], coverageReporters: ['text'] }
+module.exports = {
+  testMatch: ['**/test/*.test.js'],
+  // Compiles without the cache, on whatever machine.
+  testTimeout: 60_000,
+  collectCoverageFrom: ['src/**'],
+  coverageReporters: ['text'],
+}

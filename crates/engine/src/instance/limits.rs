@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 /// What one instance, and one call, may use.
 #[derive(Debug, Clone, Default)]
 pub struct Limits {
-    /// Bytes of one linear memory. Default: what the module declares.
+    /// Bytes of one linear memory, and of the heap of references. Default: what the module declares.
     pub memory_bytes: Option<u64>,
     /// Elements of one table. Default [`Limits::DEFAULT_TABLE_ELEMENTS`].
     pub table_elements: Option<u64>,
@@ -74,6 +74,8 @@ fn cap(limit: Option<u64>) -> usize {
 #[derive(Debug)]
 pub(crate) struct Limiter {
     pub(crate) table_elements: usize,
+    /// What the heap of references may reach: structs, arrays, exceptions, and what host references cost.
+    heap_bytes: usize,
     /// Set while the instance is being made: which limit refused, for a clear error.
     pub(crate) refused: Option<String>,
 }
@@ -86,21 +88,26 @@ impl Limiter {
                     .table_elements
                     .unwrap_or(Limits::DEFAULT_TABLE_ELEMENTS),
             )),
+            heap_bytes: limits.memory_cap(),
             refused: None,
         }
     }
 }
 
+/// The poll page is made as a memory of one page, and a heap may begin with as much.
+const PAGE: usize = 65_536;
+
 impl ResourceLimiter for Limiter {
-    /// Linear memories have limits of their own (`MemoryRecord::set_limit_bytes`): wasmtime asks here
-    /// for the poll page and the heap of references as well, and not at all for shared memories.
+    /// Linear memories have limits of their own (`MemoryRecord::set_limit_bytes`), which are no higher:
+    /// wasmtime asks here for the heap of references as well, which has no other, and for the poll page;
+    /// and not at all for shared memories.
     fn memory_growing(
         &mut self,
-        _current: usize,
-        _desired: usize,
+        current: usize,
+        desired: usize,
         _maximum: Option<usize>,
     ) -> wasmtime::Result<bool> {
-        Ok(true)
+        Ok(desired <= self.heap_bytes || (current == 0 && desired <= PAGE))
     }
 
     fn table_growing(

@@ -44,6 +44,10 @@ pub(crate) fn triage(
             UNCAUGHT_EXCEPTION,
             "the guest threw an exception that nobody caught".into(),
         ),
+        None if error.is::<wasmtime::GcHeapOutOfMemory<()>>() => (
+            "allocation-failed",
+            "the heap of references is full; limits.memoryBytes bounds it".into(),
+        ),
         None => return Error::internal(format_args!("{what}: {error:#}")),
     };
     Error::Trap {
