@@ -24,13 +24,23 @@ interface Generated {
   ours: boolean
   theirs: boolean
   bytes: Uint8Array<ArrayBuffer>
-  /** Of the exports, in their order: parameters and results of a function, else its kind. */
-  exports: ([string[], string[]] | string)[]
+  /** In their order. */
+  imports: Shape[]
+  exports: Shape[]
 }
+
+type Shape =
+  | { kind: 'function'; params: string[]; results: string[] }
+  | { kind: 'memory'; initial: number; maximum: number; is64: boolean }
+  | { kind: 'table'; element: string; initial: number; maximum: number; is64: boolean }
+  | { kind: 'global'; value: string; mutable: boolean }
+  | { kind: 'tag' }
 
 export interface Tally {
   modules: number
   valid: number
+  /** Instances that both engines made. */
+  made: number
   calls: number
   traps: number
   /** Differences that are explained, by their explanation. */
@@ -104,29 +114,50 @@ async function* generated(seed: number, count: number, kind: string): AsyncGener
 
 // ---------------------------------------------------------------- one engine
 
-const thrown = new Error('thrown by an import')
+const held = [{ held: 0 }, { held: 1 }]
+const heldNames = new Map<unknown, string>(held.map((object, index) => [object, `held ${index}`]))
 
-/** What a module may import: of that engine, and the same in both. */
-function importsOf(wasm: Namespace, notes: unknown[]): Values {
-  const global = (value: GlobalType, mutable: boolean, content: unknown) =>
-    new wasm.Global({ value, mutable } as never, content as never)
-  return {
-    note: (value: number) => void notes.push(value),
-    number: (x: number, y: number) => x * 3 + y,
-    wide: (x: bigint) => x ^ 0x5555n,
-    two: (x: number, y: number) => [x + 1, y],
-    held: (value: unknown) => value,
-    throw: () => {
-      throw thrown
-    },
-    i32: global('i32', false, 42),
-    i64: global('i64', false, 2n ** 40n),
-    f64: global('f64', true, 0.5),
-    memory: new wasm.Memory({ initial: 1, maximum: 32 }),
-    table: new wasm.Table({ element: 'anyfunc', initial: 10, maximum: 1000 }),
+/** A value of that type that both engines can have; undefined where there is none. */
+function plain(type: string): unknown {
+  const plains: Record<string, unknown> = { i32: 7, i64: 7n, f32: 1.5, f64: 2.5, externref: held[0], funcref: null }
+  return plains[type]
+}
+
+/** What a module imports, of that engine, and the same in both. */
+function importsOf(module: Generated, wasm: Namespace, notes: unknown[]): Values {
+  const needs = theirs.Module.imports(new theirs.Module(module.bytes))
+  const imports: Record<string, Values> = {}
+  for (const [index, shape] of module.imports.entries()) {
+    const { module: space, name } = needs[index] as WebAssembly.ModuleImportDescriptor
+    imports[space] ??= {}
+    // Of two with one name the first must do for both, and where it does not, neither engine can link them.
+    imports[space][name] ??= importOf(shape, wasm, (args) => notes.push(`${index}: ${args.map(shown)}`))
+  }
+  return imports
+}
+
+function importOf(shape: Shape, wasm: Namespace, note: (args: unknown[]) => void): unknown {
+  const sizes = (initial: number, maximum: number, is64: boolean) =>
+    is64 ? { address: 'i64', initial: BigInt(initial), maximum: BigInt(maximum) } : { initial, maximum }
+  switch (shape.kind) {
+    case 'function':
+      return (...args: unknown[]) => {
+        note(args)
+        const results = shape.results.map(plain)
+        return results.length > 1 ? results : results[0]
+      }
+    case 'memory':
+      return new wasm.Memory(sizes(shape.initial, shape.maximum, shape.is64) as never)
+    case 'table': {
+      const element = shape.element === 'funcref' ? 'anyfunc' : shape.element
+      return new wasm.Table({ element, ...sizes(shape.initial, shape.maximum, shape.is64) } as never)
+    }
+    case 'global':
+      return new wasm.Global({ value: shape.value, mutable: shape.mutable } as never, plain(shape.value) as never)
+    case 'tag':
+      return undefined
   }
 }
-type GlobalType = 'i32' | 'i64' | 'f64'
 
 /** One engine with one instance in it; everything that is told is the same in both, or differs. */
 interface Side {
@@ -137,7 +168,6 @@ interface Side {
 
 /** How something ended, in words that both engines share. */
 function wordOf(error: unknown, wasm: Namespace): string {
-  if (error === thrown) return 'thrown by the import'
   if (error instanceof WasmError)
     return error.code === 'ERR_WASM_TRAP' ? `trap: ${trapOf(error.trap ?? '')}` : `error: ${error.code}`
   if (error instanceof wasm.RuntimeError) return `trap: ${trapOf(error.message)}`
@@ -158,8 +188,11 @@ const traps: [RegExp, string][] = [
     'table',
   ],
   [/divide by zero|remainder by zero|integer-divide-by-zero/, 'division by zero'],
-  [/divide result unrepresentable|integer-overflow|integer overflow/, 'overflow'],
-  [/float unrepresentable|invalid-conversion|invalid conversion/, 'conversion'],
+  // V8 has a word for divisions and one for conversions; the specification one for NaN and one for all else.
+  [
+    /divide result unrepresentable|integer-overflow|integer overflow|float unrepresentable|invalid-conversion|invalid conversion/,
+    'not representable',
+  ],
   // Older lines of V8 have one message for both.
   [
     /null function or function signature|signature mismatch|indirect-call|indirect call|uninitialized element/,
@@ -185,9 +218,6 @@ function shown(value: unknown): string {
   if (typeof value === 'object' && value !== null) return heldNames.get(value) ?? 'an object of the guest'
   return String(value)
 }
-
-const held = [{ held: 0 }, { held: 1 }]
-const heldNames = new Map<unknown, string>(held.map((object, index) => [object, `held ${index}`]))
 
 /** Arguments of a function, of the same dice for both. */
 function argument(type: string, dice: Dice): unknown {
@@ -233,7 +263,9 @@ function stateOf(side: Side, wasm: Namespace): string[] {
       state.push(`${name}: ${wordOf(error, wasm)}`)
     }
   }
-  for (const [name, item] of Object.entries(side.imports)) look(`import ${name}`, item)
+  for (const [space, items] of Object.entries(side.imports)) {
+    for (const [name, item] of Object.entries(items as Values)) look(`import ${space}.${name}`, item)
+  }
   for (const [name, item] of side.exports) look(`export ${name}`, item)
   return [...state, `notes ${side.notes.join(' ')}`]
 }
@@ -250,6 +282,8 @@ function compare(what: string, left: string, right: string): void {
   assert.equal(right, left, what)
 }
 
+const call = (fn: unknown, args: unknown[]) => (fn as (...args: unknown[]) => unknown)(...args)
+
 function ended(act: () => unknown, wasm: Namespace): string {
   try {
     return shown(act())
@@ -264,30 +298,37 @@ function exportsOf(module: WebAssembly.Module, instance: WebAssembly.Instance, w
 }
 
 function compareNamespaces(module: Generated, tally: Tally): void {
-  const make = (wasm: Namespace): { side?: Side; word: string } => {
+  const make = (wasm: Namespace): { side?: Side; word: string; why?: string } => {
     const notes: unknown[] = []
-    const imports = importsOf(wasm, notes)
     try {
+      const imports = importsOf(module, wasm, notes)
       const compiled = new wasm.Module(module.bytes)
-      const instance = new wasm.Instance(compiled, { env: imports } as never)
+      const instance = new wasm.Instance(compiled, imports as never)
       return { side: { exports: exportsOf(compiled, instance, wasm), imports, notes }, word: 'made' }
     } catch (error) {
-      return { word: wordOf(error, wasm) }
+      return { word: wordOf(error, wasm), why: String(error) }
     }
   }
   const [left, right] = [make(theirs), make(ours)]
   compare(`${module.seed}: instantiation`, left.word, right.word)
-  if (left.side === undefined || right.side === undefined) return
+  if (left.side === undefined || right.side === undefined) {
+    if (process.env.DIFF_WHY) console.log(left.word, left.why)
+    return
+  }
+  tally.made += 1
   const names = ({ exports }: Side) => exports.map(([name, value]) => `${name}: ${typeof value}`).join()
   compare(`${module.seed}: exports`, names(left.side), names(right.side))
   const dice = new Dice(Number(module.seed))
   for (const [index, type] of module.exports.entries()) {
-    if (typeof type === 'string') continue
-    const args = type[0].map((parameter) => argument(parameter, dice))
-    const call = (side: Side) => () => (side.exports[index]?.[1] as (...args: unknown[]) => unknown)(...args)
-    const what = `${module.seed}: export ${index} of [${type}] with ${shown(args)}`
-    const word = ended(call(left.side), theirs)
-    compare(what, word, ended(call(right.side), ours))
+    if (type.kind !== 'function') continue
+    const args = type.params.map((parameter) => argument(parameter, dice))
+    const what = `${module.seed}: export ${index} of (${type.params}) -> (${type.results}) with ${shown(args)}`
+    const word = ended(() => call(left.side?.exports[index]?.[1], args), theirs)
+    compare(
+      what,
+      word,
+      ended(() => call(right.side?.exports[index]?.[1], args), ours),
+    )
     tally.calls += 1
     if (word.startsWith('trap')) tally.traps += 1
     compare(`${what}, afterwards`, stateOf(left.side, theirs).join('\n'), stateOf(right.side, ours).join('\n'))
@@ -296,23 +337,19 @@ function compareNamespaces(module: Generated, tally: Tally): void {
 
 /** The same through a manager, which makes imports and instance by itself. */
 function compareManager(module: Generated, tally: Tally): void {
+  // Memories, tables, globals and tags are shared by the instances of a realm, not of a manager: the namespaces have
+  // been compared with them.
+  if (module.imports.some(({ kind }) => kind !== 'function')) return
   const notes: [unknown[], unknown[]] = [[], []]
-  const imports = importsOf(theirs, notes[0])
-  const needsOurs = theirs.Module.imports(new theirs.Module(module.bytes)).some(({ kind }) => kind !== 'function')
-  // Memories, tables and mutable globals are a realm's affair: the namespaces have been compared with them.
-  if (needsOurs) return
   let instance: WebAssembly.Instance | undefined
   const word = ended(() => {
-    instance = new theirs.Instance(new theirs.Module(module.bytes), { env: imports } as never)
+    instance = new theirs.Instance(new theirs.Module(module.bytes), importsOf(module, theirs, notes[0]) as never)
   }, theirs)
   let manager: WasmModuleManager | undefined
-  const functions = Object.fromEntries(
-    Object.entries(importsOf(theirs, notes[1])).filter(([, it]) => typeof it === 'function'),
-  )
   const managed = ended(() => {
     manager = WasmModuleManager.createSync(module.bytes, {
       cache: false,
-      imports: { env: functions },
+      imports: importsOf(module, theirs, notes[1]) as never,
       limits: { stackBytes: 4 << 20 },
       // What a trap leaves behind is compared, too.
       recycle: { onTrap: 'keep' },
@@ -327,11 +364,11 @@ function compareManager(module: Generated, tally: Tally): void {
     const dice = new Dice(Number(module.seed))
     const names = theirs.Module.exports(new theirs.Module(module.bytes)).map(({ name }) => name)
     for (const [index, type] of module.exports.entries()) {
-      if (typeof type === 'string') continue
+      if (type.kind !== 'function') continue
       const name = names[index] as string
-      const args = type[0].map((parameter) => argument(parameter, dice))
-      const what = `${module.seed}: manager's ${index} of [${type}] with ${shown(args)}`
-      const left = ended(() => (instance?.exports[name] as (...args: unknown[]) => unknown)(...args), theirs)
+      const args = type.params.map((parameter) => argument(parameter, dice))
+      const what = `${module.seed}: manager's ${index} of (${type.params}) -> (${type.results}) with ${shown(args)}`
+      const left = ended(() => call(instance?.exports[name], args), theirs)
       compare(
         what,
         left,
@@ -364,7 +401,7 @@ function whyValid(module: Generated, v8: boolean): string | undefined {
 
 /** Modules of a seed, through both engines. */
 export async function differential(seed: number, count: number): Promise<Tally> {
-  const tally: Tally = { modules: 0, valid: 0, calls: 0, traps: 0, explained: {} }
+  const tally: Tally = { modules: 0, valid: 0, made: 0, calls: 0, traps: 0, explained: {} }
   for await (const module of generated(seed, count, 'comparison')) {
     tally.modules += 1
     if (!compareValidity(module, tally)) continue
@@ -385,7 +422,7 @@ export async function differential(seed: number, count: number): Promise<Tally> 
  * Whether both engines refuse the same bytes: damaged modules of a seed, or (`corpus`) what the fuzzer has kept.
  */
 export async function validity(seed: number, count: number, kind: 'almost' | 'corpus' = 'almost'): Promise<Tally> {
-  const tally: Tally = { modules: 0, valid: 0, calls: 0, traps: 0, explained: {} }
+  const tally: Tally = { modules: 0, valid: 0, made: 0, calls: 0, traps: 0, explained: {} }
   for await (const module of generated(seed, count, kind)) {
     tally.modules += 1
     if (compareValidity(module, tally)) tally.valid += 1

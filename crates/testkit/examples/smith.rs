@@ -3,8 +3,8 @@
 //! * `KIND`: `comparison`, `almost` for modules that were damaged, or `corpus` for what the fuzzer has kept.
 //! * `FEATURE`: what another engine knows, in wasmparser's words, such as GC or MEMORY64.
 //!
-//! A line is JSON: the bytes in hexadecimal, whether they are valid for us and for that engine, and the types of the
-//! exports in their order.
+//! A line is JSON: the bytes in hexadecimal, whether they are valid for us and for that engine, and the types of
+//! imports and exports in their order.
 #![expect(clippy::print_stdout, reason = "that is what it is for")]
 
 use std::error::Error;
@@ -13,7 +13,8 @@ use std::fs;
 use wasm_molt_testkit::dice::Dice;
 use wasm_molt_testkit::hostile::{features, is_valid_in_realm, module_of};
 use wasm_molt_testkit::smith::{self, Purpose};
-use wasmparser::{ExternalKind, Parser, Payload, Validator, WasmFeatures, types::EntityType};
+use wasmparser::types::{EntityType, TypesRef};
+use wasmparser::{Parser, Payload, ValType, Validator, WasmFeatures};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args: Vec<_> = std::env::args().skip(1).collect();
@@ -44,7 +45,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             continue;
         };
         if kind == "almost" {
-            let damage = dice.bytes(12);
+            let damage = dice.bytes(3);
             smith::damage(&mut bytes, &mut Dice::read(&damage));
         }
         tell(&seed.to_string(), &bytes, theirs)?;
@@ -57,42 +58,72 @@ fn tell(name: &str, bytes: &[u8], theirs: WasmFeatures) -> Result<(), Box<dyn Er
     let is_theirs = Validator::new_with_features(theirs)
         .validate_all(bytes)
         .is_ok();
-    let exports = if ours { exports(bytes)? } else { Vec::new() };
+    let [imports, exports] = if ours {
+        shapes(bytes)?
+    } else {
+        Default::default()
+    };
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let (imports, exports) = (imports.join(","), exports.join(","));
     println!(
-        r#"{{"seed":"{name}","ours":{ours},"theirs":{is_theirs},"bytes":"{hex}","exports":[{}]}}"#,
-        exports.join(",")
+        r#"{{"seed":"{name}","ours":{ours},"theirs":{is_theirs},"bytes":"{hex}","imports":[{imports}],"exports":[{exports}]}}"#
     );
     Ok(())
 }
 
-/// The type of each export: parameters and results of a function, else its kind.
-fn exports(bytes: &[u8]) -> Result<Vec<String>, Box<dyn Error>> {
+/// The types of imports and of exports, each as a JSON object.
+fn shapes(bytes: &[u8]) -> Result<[Vec<String>; 2], Box<dyn Error>> {
     let types = Validator::new_with_features(features(true)).validate_all(bytes)?;
-    let mut exports = Vec::new();
+    let types = types.as_ref();
+    let mut shapes = [Vec::new(), Vec::new()];
     for payload in Parser::new(0).parse_all(bytes) {
-        let Payload::ExportSection(section) = payload? else {
-            continue;
-        };
-        for export in section {
-            let export = export?;
-            let types = types.as_ref();
-            let kind = match export.kind {
-                ExternalKind::Func | ExternalKind::FuncExact => {
-                    let Some(EntityType::Func(id)) = types.entity_type_from_export(&export) else {
-                        return Err("a function without a type".into());
-                    };
-                    let ty = types[id].unwrap_func();
-                    let words = |types: &[wasmparser::ValType]| {
-                        let words: Vec<_> = types.iter().map(ToString::to_string).collect();
-                        format!("{words:?}")
-                    };
-                    format!("[{},{}]", words(ty.params()), words(ty.results()))
+        match payload? {
+            Payload::ImportSection(section) => {
+                for import in section.into_imports() {
+                    let ty = types.entity_type_from_import(&import?);
+                    shapes[0].push(ty.map_or("null".into(), |ty| shape(types, ty)));
                 }
-                other => format!("\"{other:?}\""),
-            };
-            exports.push(kind);
+            }
+            Payload::ExportSection(section) => {
+                for export in section {
+                    let ty = types.entity_type_from_export(&export?);
+                    shapes[1].push(ty.map_or("null".into(), |ty| shape(types, ty)));
+                }
+            }
+            _ => {}
         }
     }
-    Ok(exports)
+    Ok(shapes)
+}
+
+fn shape(types: TypesRef<'_>, ty: EntityType) -> String {
+    let limits = |initial: u64, maximum: Option<u64>, is_64: bool| {
+        let maximum = maximum.map_or("null".into(), |maximum| maximum.to_string());
+        format!(r#""initial":{initial},"maximum":{maximum},"is64":{is_64}"#)
+    };
+    let words = |types: &[ValType]| {
+        let words: Vec<_> = types.iter().map(ToString::to_string).collect();
+        format!("{words:?}")
+    };
+    match ty {
+        EntityType::Func(id) | EntityType::FuncExact(id) => {
+            let ty = types[id].unwrap_func();
+            let (params, results) = (words(ty.params()), words(ty.results()));
+            format!(r#"{{"kind":"function","params":{params},"results":{results}}}"#)
+        }
+        EntityType::Memory(ty) => {
+            let limits = limits(ty.initial, ty.maximum, ty.memory64);
+            format!(r#"{{"kind":"memory",{limits}}}"#)
+        }
+        EntityType::Table(ty) => {
+            let element = ValType::Ref(ty.element_type);
+            let limits = limits(ty.initial, ty.maximum, ty.table64);
+            format!(r#"{{"kind":"table","element":"{element}",{limits}}}"#)
+        }
+        EntityType::Global(ty) => format!(
+            r#"{{"kind":"global","value":"{}","mutable":{}}}"#,
+            ty.content_type, ty.mutable
+        ),
+        EntityType::Tag(_) => r#"{"kind":"tag"}"#.into(),
+    }
 }

@@ -20,20 +20,6 @@ const FUEL: u32 = 1_000;
 /// What one memory may reach: 2 MiB.
 const MOST_MEMORY_BYTES: u64 = 32 << 16;
 
-/// What modules for a comparison may import; both engines are given the same of it.
-pub const IMPORTS: &str = r#"(module
-    (import "env" "note" (func (param i32)))
-    (import "env" "number" (func (param f64 i32) (result f64)))
-    (import "env" "wide" (func (param i64) (result i64)))
-    (import "env" "two" (func (param i32 f32) (result i32 f32)))
-    (import "env" "held" (func (param externref) (result externref)))
-    (import "env" "throw" (func))
-    (import "env" "i32" (global i32))
-    (import "env" "i64" (global i64))
-    (import "env" "f64" (global (mut f64)))
-    (import "env" "memory" (memory 1 32))
-    (import "env" "table" (table 10 1000 funcref)))"#;
-
 fn config(purpose: Purpose, features: WasmFeatures, dice: &mut Dice<'_>) -> Config {
     let has = |feature| features.contains(feature);
     let mut on = |sides| dice.roll(sides) != 0;
@@ -77,7 +63,7 @@ fn config(purpose: Purpose, features: WasmFeatures, dice: &mut Dice<'_>) -> Conf
             config.export_everything = true;
             // Shared memories are an option of ours, and waiting takes time.
             config.threads_enabled = false;
-            config.available_imports = wat::parse_str(IMPORTS).ok();
+            config.max_imports = 8;
         }
     }
     config
