@@ -723,7 +723,7 @@ impl Manager {
         self.shared.stats.failed_at_home(error);
         self.shared.tell_trap(error);
         if self.shared.is_destroyed() {
-            self.shared.go_on();
+            self.shared.go_on(true);
         }
     }
 
@@ -991,22 +991,31 @@ impl Shared {
 
     /// Somebody has just said that the control runs.
     fn start_control(self: &Arc<Self>) {
-        self.spawn_or("ctl", |shared, started| match started {
+        self.try_control(true);
+    }
+
+    /// * `may_run_here`: this is not the timer thread, which others wait for.
+    fn try_control(self: &Arc<Self>, may_run_here: bool) {
+        self.spawn_or("ctl", move |shared, started| match started {
             Ok(()) => shared.run_control(),
-            Err(error) => shared.without_control(&error),
+            Err(error) => shared.without_control(&error, may_run_here),
         });
     }
 
     /// The system refuses the control thread: what was asked for is refused, except the end.
-    fn without_control(self: &Arc<Self>, error: &Error) {
-        let (refused, is_end_left) = {
+    fn without_control(self: &Arc<Self>, error: &Error, may_run_here: bool) {
+        let (refused, is_end_left, is_waiting) = {
             let mut control = self.lock_control();
             let ops = std::mem::take(&mut control.queue);
             let is_end = |op: &Op| matches!(op, Op::Destroy);
             let (ends, refused): (VecDeque<_>, VecDeque<_>) = ops.into_iter().partition(is_end);
             control.queue = ends;
             control.is_running = !control.queue.is_empty();
-            (refused, control.is_running)
+            // For others, who may want a thread of the pool themselves.
+            let is_waiting = control.seeing_off > 0
+                || !control.repairing.is_empty()
+                || control.is_repairing_home;
+            (refused, control.is_running, is_waiting)
         };
         for op in refused {
             let _ = guarded(|| {
@@ -1018,35 +1027,38 @@ impl Shared {
         if !is_end_left {
             return;
         }
-        // Everything was stopped before, so threads of the pool come free.
-        let (pool, shared) = (Arc::clone(&self.lock_serving().pool), Arc::clone(self));
-        let Err(run) = pool.spawn_if_running(move || shared.run_control()) else {
-            return;
-        };
-        if Deadline::is_available() {
-            let shared = Arc::clone(self);
-            if let Ok(again) = Deadline::after(UNTIL_ANOTHER_TRY, move || shared.start_control()) {
-                again.detach();
+        if !is_waiting {
+            // Everything was stopped before, so threads of the pool come free.
+            let (pool, shared) = (Arc::clone(&self.lock_serving().pool), Arc::clone(self));
+            let Err(run) = pool.spawn_if_running(move || shared.run_control()) else {
+                return;
+            };
+            // Leases have ended by now, but this very thread may be inside.
+            if may_run_here && self.gate.wait_drained(Some(Duration::ZERO)).is_ok() {
+                run();
                 return;
             }
         }
-        if self.gate.wait_drained(Some(Duration::ZERO)).is_ok() {
-            run();
-        } else {
-            // This very thread may be inside. Whoever leaves goes on.
-            self.lock_control().is_running = false;
+        self.lock_control().is_running = false;
+        // Else whoever leaves goes on.
+        if Deadline::is_available() {
+            let shared = Arc::clone(self);
+            let again = move || shared.go_on(false);
+            if let Ok(again) = Deadline::after(UNTIL_ANOTHER_TRY, again) {
+                again.detach();
+            }
         }
     }
 
     /// An end that found neither a thread nor an empty gate.
-    fn go_on(self: &Arc<Self>) {
+    fn go_on(self: &Arc<Self>, may_run_here: bool) {
         let mut control = self.lock_control();
         if control.is_running || control.queue.is_empty() {
             return;
         }
         control.is_running = true;
         drop(control);
-        self.start_control();
+        self.try_control(may_run_here);
     }
 
     fn refuse_op(self: &Arc<Self>, op: Op, error: &Error) {
@@ -1128,7 +1140,8 @@ impl Shared {
         });
     }
 
-    /// The same for what may take as long as somebody else's call: later, where that can be waited for.
+    /// The same for what may take as long as somebody else's call: later, where that can be waited for. At the end
+    /// everything has been stopped, and it takes no longer than that.
     fn spawn_patiently(
         self: &Arc<Self>,
         role: &'static str,
@@ -1137,7 +1150,7 @@ impl Shared {
         self.spawn_or(role, move |shared, started| {
             if started.is_ok() {
                 body(shared);
-            } else if Deadline::is_available() {
+            } else if !shared.is_destroyed() && Deadline::is_available() {
                 let own = Arc::clone(shared);
                 let again = move || own.spawn_patiently(role, body);
                 if let Ok(again) = Deadline::after(UNTIL_ANOTHER_TRY, again) {

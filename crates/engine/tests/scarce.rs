@@ -519,6 +519,25 @@ fn the_end_comes_with_everything_refused_and_something_in_flight() {
 }
 
 #[test]
+fn a_fork_whose_threads_have_never_begun_can_be_ended_without_any() {
+    let _alone = alone();
+    both(|has_home| {
+        let parent = world(has_home, |setup| setup);
+        // There is a timer by now.
+        assert_eq!(number(parent.rig.call_for(60_000, "get", &[]).get()), 0);
+        let child = world_to_be(has_home);
+        parent.rig.fork_into(&child.rig).unwrap();
+        let lease = child.rig.lease();
+        scarcity::refuse(0..usize::MAX);
+        let ended = child.rig.destroy().get();
+        scarcity::relent();
+        assert!(ended.is_ok() && lease.is_released());
+        assert_eq!(child.rig.manager.state(), ManagerState::Closed);
+        serves(parent);
+    });
+}
+
+#[test]
 fn an_interrupting_reload_ends_what_runs_for_ever() {
     let _alone = alone();
     sweep(
