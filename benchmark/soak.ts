@@ -18,11 +18,12 @@ import { drawSoak } from './soak/chart.ts'
 import type { Setting } from './soak/crew.ts'
 import { answersOf, Environment, mergeAll, recyclesOf } from './soak/environment.ts'
 import { writeGuests } from './soak/guests.ts'
+import { stalls } from './soak/machine.ts'
 import { judge, type Sample, sample, tolerances } from './soak/samples.ts'
 import { threads, Workers } from './soak/worker.ts'
 
 /** How long the end may take, then what is left may go, and the process may exit. */
-const [endMs, goneMs, exitMs] = [180_000, 10_000, 10_000]
+const [endMs, goneMs, exitMs] = [900_000, 60_000, 60_000]
 /** Of samples that are written down: an hour's are thinned out. */
 const mostWritten = 600
 
@@ -68,7 +69,7 @@ while (performance.now() - begun < minutes * 60_000) {
   const all = accounts()
   const one = sample(begun, answersOf(all), recyclesOf(all), workers.now, workers.isAtWork)
   samples.push(one)
-  if (samples.length % 10 === 0) process.stdout.write(`${progress(one)}\n`)
+  if (samples.length % 10 === 0) process.stdout.write(`${progress(one, found(all))}\n`)
 }
 const late = setTimeout(() => {
   problems.push(
@@ -193,6 +194,9 @@ function tellEnd(code: number): void {
     if (asked < answered) problems.push(`${name}: ${asked} were asked, and ${answered} answered`)
   }
   if (code !== 0 && problems.length === 0) problems.push(`the process ended with ${code}`)
+  if (stalls() > 0) {
+    process.stdout.write(`The machine kept the event loop waiting for more than 5 s ${count(stalls())} times.\n`)
+  }
   for (const problem of problems) process.stdout.write(`${paint('red', problem)}\n`)
   const isWhole = problems.length === 0
   const answers = answersOf(all)
@@ -235,11 +239,19 @@ function table(all: Account[]): string {
     .join('\n')
 }
 
-function progress({ seconds, resident, heap, threads, descriptors, answers, recycles }: Sample): string {
+function found(all: Account[]): number {
+  return all.reduce((total, { problemCount }) => total + problemCount, problems.length + workers.problems.length)
+}
+
+function progress(
+  { seconds, resident, heap, threads, descriptors, answers, recycles }: Sample,
+  problemCount: number,
+): string {
   const mib = (bytes: number) => `${count(Math.round(bytes / 2 ** 20))} MiB`
   return (
     `${count(Math.round(seconds)).padStart(5)} s${count(answers).padStart(12)} answers, ${count(recycles)} recycles, ` +
-    `resident ${mib(resident)}, heap ${mib(heap)}, ${threads ?? '?'} threads, ${descriptors ?? '?'} descriptors, ${workersTold()}`
+    `resident ${mib(resident)}, heap ${mib(heap)}, ${threads ?? '?'} threads, ${descriptors ?? '?'} descriptors, ${workersTold()}` +
+    `${problemCount > 0 ? `, ${count(problemCount)} problems` : ''}`
   )
 }
 

@@ -51,8 +51,8 @@ export class ThreadsCrew extends Crew {
     ])()
   }
 
-  #use(what: string, random: Random, act: (guest: Guest) => Promise<boolean>): Promise<unknown> {
-    return this.book.follow(
+  async #use(what: string, random: Random, act: (guest: Guest) => Promise<boolean>): Promise<void> {
+    const { error } = await this.book.follow(
       what,
       false,
       () =>
@@ -62,6 +62,17 @@ export class ThreadsCrew extends Crew {
           return isRight && this.#manager.guestThreads.total === 0
         }),
       (isRight) => isRight,
+    )
+    // Whatever it was, a thread that has failed leaves nothing that could be used.
+    if (error !== undefined) await this.#revive()
+  }
+
+  #revive(): Promise<unknown> {
+    return this.book.follow(
+      'reload, to revive',
+      false,
+      () => this.#manager.reload(),
+      () => true,
     )
   }
 

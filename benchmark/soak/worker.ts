@@ -13,8 +13,8 @@ import { Random } from './random.ts'
 
 const filename = fileURLToPath(new URL('../workers/soak.mjs', import.meta.url))
 
-/** How long a worker may take to begin, to end everything that it has, to exit, and its threads to go. */
-const [beginMs, endMs, exitMs, goneMs] = [180_000, 120_000, 30_000, 10_000]
+/** How long a worker may take to begin, to end everything that it has, to exit, and its threads to go: on any machine. */
+const [beginMs, endMs, exitMs, goneMs] = [600_000, 600_000, 120_000, 60_000]
 
 export class Workers {
   readonly problems: string[] = []
