@@ -6,8 +6,6 @@ node(['scripts/fmt.mjs', '--check'])
 node(['scripts/lint.mjs'])
 buildAddon()
 node(['scripts/test.mjs'])
-step('the newest Node')
-node(['scripts/runtimes.mjs', 'node26'])
 step('tracing')
 const tracing = ['--features', 'wasm-molt-engine/tracing', '--test', 'trace']
 run('cargo', ['test', '--release', '--workspace', ...tracing, ...hostTarget])

@@ -1,7 +1,19 @@
 // npm test [rust|js|types …]: sets itself up, then runs the named suites, or all of them.
 // npm run test:js -- __test__/reload.spec.ts runs one file; words with a dash go to the runner (node --test, cargo test).
 import { existsSync } from 'node:fs'
-import { buildAddon, ensureDependencies, fail, files, hostTarget, jobs, node, run, step, tool, workspace } from './tools.mjs'
+import {
+  buildAddon,
+  ensureDependencies,
+  fail,
+  files,
+  hostTarget,
+  jobs,
+  node,
+  run,
+  step,
+  tool,
+  workspace,
+} from './tools.mjs'
 
 const suites = { rust, types, js }
 const words = process.argv.slice(2)

@@ -612,8 +612,12 @@ impl EnvState {
         let replicas: Vec<_> = self.replicas.borrow_mut().drain().map(|(_, r)| r).collect();
         // Node does not delete references that an addon has made.
         if js.is_ending() {
-            managers.iter().for_each(|side| side.release(js));
-            replicas.iter().for_each(|side| side.release(js));
+            for side in &managers {
+                side.release(js);
+            }
+            for side in &replicas {
+                side.release(js);
+            }
             self.release(js);
         }
         drop(replicas);

@@ -336,7 +336,7 @@ impl JsImport {
             args: args.collect(),
             is_begun: AtomicBool::new(false),
         });
-        let asked = Arc::clone(&request);
+        let kept = Arc::clone(&request);
         let inner = NESTED.with_borrow(|nested| nested.last().cloned());
         if let Some(asker) = inner {
             // The JS thread waits in a nested call of ours: it serves this request right there. One that nobody
@@ -344,7 +344,7 @@ impl JsImport {
             let _ = asker.ask(request);
             return Ok(PoolEnd {
                 asker,
-                asked,
+                asked: kept,
                 _listening: None,
             });
         }
@@ -363,7 +363,7 @@ impl JsImport {
         posted.map_err(|_| gone())?;
         Ok(PoolEnd {
             asker,
-            asked,
+            asked: kept,
             _listening: Some(listening),
         })
     }

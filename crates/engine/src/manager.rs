@@ -277,6 +277,17 @@ pub(crate) struct PendingReload {
     done: Vec<Done<Arc<ReloadReport>>>,
 }
 
+/// A reload that runs.
+struct CurrentReload {
+    options: ReloadOptions,
+    done: Vec<Done<Arc<ReloadReport>>>,
+    /// What it has made serves: whoever asks from now on may have called that already, and wants another one.
+    is_committed: bool,
+}
+
+/// What a thread of a manager is started for.
+type Body = Box<dyn FnOnce(&Arc<Shared>) + Send>;
+
 #[derive(Default)]
 struct Control {
     /// An operation runs, on the control thread or at home.
@@ -285,9 +296,7 @@ struct Control {
     is_swapping: bool,
     queue: VecDeque<Op>,
     /// The reload that runs: equal ones join it.
-    current_reload: Option<(ReloadOptions, Vec<Done<Arc<ReloadReport>>>)>,
-    /// What it has made serves: whoever asks from now on may have called that already, and wants another one.
-    is_committed: bool,
+    current_reload: Option<CurrentReload>,
     /// Slots whose poisoned instance is being replaced in the background.
     repairing: Vec<usize>,
     /// Slot 0 is being replaced on the home thread.
@@ -316,10 +325,10 @@ impl Control {
             Op::Reload(pending) => Some((&pending.options, &mut pending.done)),
             _ => None,
         });
-        let is_committed = self.is_committed;
-        let current = self.current_reload.as_mut().filter(|_| !is_committed);
+        let current = self.current_reload.as_mut();
+        let current = current.filter(|current| !current.is_committed);
         queued
-            .chain(current.map(|(options, done)| (&*options, done)))
+            .chain(current.map(|current| (&current.options, &mut current.done)))
             .take_while(|(other, _)| other.source == options.source)
             .filter(|(other, _)| *other == options)
             .map(|(_, done)| done)
@@ -1142,11 +1151,7 @@ impl Shared {
 
     /// The same for what may take as long as somebody else's call: later, where that can be waited for. At the end
     /// everything has been stopped, and it takes no longer than that.
-    fn spawn_patiently(
-        self: &Arc<Self>,
-        role: &'static str,
-        body: Box<dyn FnOnce(&Arc<Self>) + Send>,
-    ) {
+    fn spawn_patiently(self: &Arc<Self>, role: &'static str, body: Body) {
         self.spawn_or(role, move |shared, started| {
             if started.is_ok() {
                 body(shared);

@@ -67,11 +67,16 @@ pub struct Unheard;
 /// How deep a call is: the first is 1, one inside of it 2.
 type Level = u32;
 
+/// What lies there for an answerer: outcomes say of which call.
+type Told<W> = ForAnswerer<<W as Words>::Request, (Level, <W as Words>::Outcome)>;
+/// What an answerer hears.
+type Heard<W> = ForAnswerer<<W as Words>::Request, <W as Words>::Outcome>;
+
 struct State<W: Words> {
     /// One thing at a time, because they speak in turn.
     for_asker: Option<ForAsker<W::Reply, W::Call>>,
     /// More than one only when a stop has the asker leave several calls at once.
-    for_answerer: VecDeque<ForAnswerer<W::Request, (Level, W::Outcome)>>,
+    for_answerer: VecDeque<Told<W>>,
     /// Calls that the asker is in.
     begun: Level,
     /// Calls whose outcome the answerer waits for.
@@ -371,9 +376,7 @@ impl<W: Words> Answerer<W> {
 }
 
 impl<W: Words> State<W> {
-    fn look_for_answerer(
-        &mut self,
-    ) -> Option<Result<ForAnswerer<W::Request, W::Outcome>, Silence>> {
+    fn look_for_answerer(&mut self) -> Option<Result<Heard<W>, Silence>> {
         let is_of_outer = |told: &ForAnswerer<_, (Level, _)>| match told {
             ForAnswerer::Outcome((level, _)) => *level < self.awaited,
             ForAnswerer::Request(_) => false,

@@ -3,11 +3,12 @@
 //! * `KIND`: `comparison`, `almost` for modules that were damaged, or `corpus` for what the fuzzer has kept.
 //! * `FEATURE`: what another engine knows, in wasmparser's words, such as GC or MEMORY64.
 //!
-//! A line is JSON: the bytes in hexadecimal, whether they are valid for us and for that engine, and the types of
+//! A line is JSON: the bytes in hexadecimal, whether they are valid for us and for that engine, why not, and the types of
 //! imports and exports in their order.
 #![expect(clippy::print_stdout, reason = "that is what it is for")]
 
 use std::error::Error;
+use std::fmt::Write;
 use std::fs;
 
 use wasm_molt_testkit::dice::Dice;
@@ -55,18 +56,23 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 fn tell(name: &str, bytes: &[u8], theirs: WasmFeatures) -> Result<(), Box<dyn Error>> {
     let ours = is_valid_in_realm(bytes);
-    let is_theirs = Validator::new_with_features(theirs)
-        .validate_all(bytes)
-        .is_ok();
+    let said = Validator::new_with_features(theirs).validate_all(bytes);
+    // In the validator's words, which are plain ASCII.
+    let why = said.as_ref().err().map_or("", |error| error.message());
+    let is_theirs = said.is_ok();
     let [imports, exports] = if ours {
         shapes(bytes)?
     } else {
         Default::default()
     };
-    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let hex = bytes.iter().fold(String::new(), |mut hex, byte| {
+        // Into a string nothing fails.
+        let _ = write!(hex, "{byte:02x}");
+        hex
+    });
     let (imports, exports) = (imports.join(","), exports.join(","));
     println!(
-        r#"{{"seed":"{name}","ours":{ours},"theirs":{is_theirs},"bytes":"{hex}","imports":[{imports}],"exports":[{exports}]}}"#
+        r#"{{"seed":"{name}","ours":{ours},"theirs":{is_theirs},"why":{why:?},"bytes":"{hex}","imports":[{imports}],"exports":[{exports}]}}"#
     );
     Ok(())
 }

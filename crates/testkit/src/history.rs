@@ -19,14 +19,14 @@ const MOST_ELEMENTS: usize = 40;
 pub fn holder() -> String {
     let hash = |memory: &str| {
         format!(
-            r#"(local $at i32) (local $hash i64)
+            r"(local $at i32) (local $hash i64)
             (block $done (loop $next
                 (br_if $done (i32.ge_u (local.get $at) (i32.mul (memory.size ${memory}) (i32.const 65536))))
                 (local.set $hash (i64.add (i64.mul (local.get $hash) (i64.const 1099511628211))
                     (i64.load ${memory} (local.get $at))))
                 (local.set $at (i32.add (local.get $at) (i32.const 8)))
                 (br $next)))
-            (local.get $hash)"#
+            (local.get $hash)"
         )
     };
     format!(

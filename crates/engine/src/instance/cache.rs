@@ -123,7 +123,7 @@ impl Cache {
         }
         let digest = self.seal(name, code);
         write_own(&self.path_of(name), &[digest.as_bytes(), code])?;
-        if name.as_bytes()[0] % PRUNE_EVERY == 0 {
+        if name.as_bytes()[0].is_multiple_of(PRUNE_EVERY) {
             prune(&self.folder, MOST_BYTES, MOST_ENTRIES)?;
         }
         Ok(())

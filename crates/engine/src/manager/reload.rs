@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 use wasm_molt_lifecycle::{Generation, Home, InFlight, OnDrainTimeout};
 
 use super::lending::{HookScope, impatient};
-use super::{Answer, Control, Event, Job, ManagerState, Op, PendingReload, Shared, guarded};
+use super::{
+    Answer, Control, CurrentReload, Event, Job, ManagerState, Op, PendingReload, Shared, guarded,
+};
 use crate::error::{Done, Error, ErrorCode, Result};
 use crate::instance::replica::Replica;
 use crate::manager::swap::{self, ReloadOptions, ReloadReport, Strategy};
@@ -48,7 +50,9 @@ impl Shared {
 
     /// A generation is about to serve: nobody joins the reload that has made it any more.
     pub(crate) fn commits(&self) {
-        self.lock_control().is_committed = true;
+        if let Some(current) = &mut self.lock_control().current_reload {
+            current.is_committed = true;
+        }
     }
 
     /// Repairs need not wait any more: those that have waited begin.
@@ -79,14 +83,17 @@ impl Shared {
         {
             let mut control = self.wait_repaired(self.lock_control());
             control.is_swapping = true;
-            control.current_reload = Some((options.clone(), done));
-            control.is_committed = false;
+            control.current_reload = Some(CurrentReload {
+                options: options.clone(),
+                done,
+                is_committed: false,
+            });
         }
         let outcome = guarded(|| swap::run(self, &options, self.hook_scope(false)));
         let (done, due) = {
             let mut control = self.lock_control();
             let current = control.current_reload.take();
-            let done = current.map(|(_, done)| done).unwrap_or_default();
+            let done = current.map(|current| current.done).unwrap_or_default();
             (done, Self::end_swapping(&mut control))
         };
         // One that a policy wants, and that has not got its turn, is no failure: it comes again.
