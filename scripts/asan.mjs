@@ -1,5 +1,5 @@
 // npm run asan [rust|js …] [-- words]: the Rust tests and a part of the JS tests under AddressSanitizer, our own code
-// with debug assertions on, so that who enters a store beside somebody is told (crates/engine/src/occupant.rs).
+// with debug assertions on, so that who enters a store beside somebody is told (crates/engine/src/instance/occupant.rs).
 // npm run asan miri: the pure crate under miri, where a nightly toolchain has it.
 //
 // What is instrumented is ours: every load and store of these crates, generic code of others that they bring along
@@ -25,7 +25,14 @@ const MEASURES =
   /flat|leave nothing behind|gives? .*back|given back|resident|address space|depth|deep|stack|less than|within|quick|collections|fits? where|figures|milliseconds/
 
 /** The same of the Rust tests, by parts of their names. */
-const MEASURING = ['everything_back', 'memory_of_the_realm_back', 'the_memory_back', 'nothing_behind']
+const MEASURING = [
+  'what_is_freed',
+  'everything_back',
+  'memory_of_the_realm_back',
+  'the_memory_back',
+  'nothing_behind',
+  'keep_nothing',
+]
 
 const folder = join(root, 'target', 'asan')
 const libs = { gcc: '', rust: '' }

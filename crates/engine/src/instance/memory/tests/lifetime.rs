@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use super::super::sys_portable;
+use super::super::{GRANULE, sys_portable};
 use super::*;
 
 /// Resident bytes of the mappings that begin in a range, and how many mappings there are.
@@ -97,6 +97,19 @@ fn a_pin_keeps_the_range_but_not_the_pages() {
             assert!(!is_mapped(base) || resident(base, 67 << 16).0 < 60 << 16);
         }
     }
+}
+
+#[test]
+fn what_a_region_has_given_back_it_maps_nothing_over() {
+    let region = (Platform::NATIVE.reserve)(4 * GRANULE).unwrap();
+    region.commit(0, 2 * GRANULE).unwrap();
+    region.trim(GRANULE);
+    // It may be somebody else's by now.
+    assert!(region.commit(0, 2 * GRANULE).is_err());
+    assert!(region.decommit(GRANULE, GRANULE).is_err());
+    assert!(region.renew(2 * GRANULE).is_err());
+    assert!(region.discard(GRANULE, GRANULE).is_err());
+    assert!(region.decommit(0, GRANULE).is_ok());
 }
 
 #[test]
