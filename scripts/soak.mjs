@@ -5,7 +5,7 @@ import { spawnSync } from 'node:child_process'
 import { appendFileSync, existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { buildAddon, root, step } from './tools.mjs'
+import { buildAddon, ensureDependencies, root, step } from './tools.mjs'
 
 /** A line for each run that there was. */
 const seeds = join(root, 'benchmark', 'soak', 'seeds.jsonl')
@@ -16,6 +16,8 @@ const transfer = 'transfer' in ArrayBuffer.prototype ? [] : ['--harmony-rab-gsab
 const flags = process.argv.slice(2)
 const rest = flags.filter((flag) => flag !== '--kept')
 buildAddon()
+// Its real modules are those of the benchmarks.
+ensureDependencies(join(root, 'benchmark'))
 let isGood = true
 if (rest.length < flags.length) {
   for (const { name, seed, minutes } of JSON.parse(readFileSync(kept, 'utf8'))) {
