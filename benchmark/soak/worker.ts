@@ -61,7 +61,10 @@ export class Workers {
       return [1]
     })
     const [begun, done] = [new AbortController(), new AbortController()]
+    let isCutOff = false
     worker.on('message', (told: Told) => {
+      // Once Node has begun to end it, what its JavaScript still does fails, and says nothing.
+      if (isCutOff) return
       this.now = told
       begun.abort()
       if (told.isDone) done.abort()
@@ -74,6 +77,7 @@ export class Workers {
       this.isAtWork = false
       if (isCut && !this.#over.signal.aborted) {
         this.count.cut += 1
+        isCutOff = true
         await this.#gone(where, worker.terminate())
       } else {
         worker.postMessage('over')
