@@ -176,6 +176,8 @@ interface Side {
 
 /** How something ended, in words that both engines share. */
 function wordOf(error: unknown, wasm: Namespace): string {
+  // Each engine has a heap of its own size for objects of GC.
+  if (error instanceof Error && /GC heap out of memory/.test(error.message)) return 'trap: allocation'
   if (error instanceof WasmError && error.trap === 'uncaught-exception') return 'an exception'
   if (error instanceof WasmError)
     return error.code === 'ERR_WASM_TRAP' ? `trap: ${trapOf(error.trap ?? '')}` : `error: ${error.code}`
