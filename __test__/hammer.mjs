@@ -146,6 +146,8 @@ class Scene {
   /** What its memory is filled with. */
   tag = 0
   snapshotTag
+  /** What calls have filled the other replica with, where there are two. */
+  called = new Set()
   constructor(name) {
     this.name = name
   }
@@ -178,6 +180,7 @@ class Scene {
     const before = this.life
     // A realm's views stay attached over a reset: they show what it shows.
     if (!isInPlace) this.life = new Life(tag)
+    this.called = new Set()
     this.life.tags.add(tag)
     this.tag = tag
     // Whoever enters first has what has trapped replaced, if nobody has yet.
@@ -253,8 +256,13 @@ const ends = {
   },
   trap: async (scene) => {
     assert.throws(() => scene.guest.boom(), { code: 'ERR_WASM_TRAP' })
-    // A realm goes on.
+    // A realm goes on; and of two the other one, with what calls have left there.
+    const { called } = scene
     if (!scene.isRealm) anew(scene)
+    for (const tag of called) {
+      scene.called.add(tag)
+      scene.life.tags.add(tag)
+    }
   },
   fork: async (scene) => {
     if (scene.isRealm) return
@@ -388,6 +396,7 @@ const acts = {
     if (scene.isRealm) return
     const tag = newTag()
     scene.life.tags.add(tag)
+    if (scene.name === 'two') scene.called.add(tag)
     await scene.manager.call('fill', [tag])
     // Of two the other one was free.
     if (scene.name !== 'two') scene.tag = tag

@@ -54,9 +54,9 @@ const STARVED = `
     }
   }
   /** With all that it wants again. */
-  const serves = async (manager) => {
+  const serves = async (manager, isSync = true) => {
     assert.equal(await manager.call('add', [40, 2]), 42)
-    assert.equal(manager.callSync('add', [40, 2]), 42)
+    if (isSync) assert.equal(manager.callSync('add', [40, 2]), 42)
     await manager.reload()
     assert.equal(await manager.call('add', [40, 2]), 42)
     assert.equal(manager.state, 'ready')
@@ -107,15 +107,14 @@ if (process.platform === 'linux') {
   test('threads that cannot be had end in errors, and the manager serves on', LIMIT, async () => {
     const ended = await child(
       `${STARVED}
-      // Their stacks are what there is no room for.
+      // Their stacks are what there is no room for. This thread's own is smaller, so that nothing is called here.
       const large = { ...options, limits: { stackBytes: 256 * MiB }, engine: { memoryReservationBytes: 0 } }
       const old = WasmModuleManager.createSync(process.env.WORKBENCH, large)
       for (const threads of [0, 1, 2, 3, 4]) {
         limit('as', mapped() + 160 * MiB + threads * 258 * MiB)
         await change(old, threads + ' threads')
-        assert.equal(old.callSync('add', [1, 2]), 3)
         limit('as', 'unlimited')
-        await serves(old)
+        await serves(old, false)
       }
       limit('as', mapped() + 160 * MiB)
       await step('close', () => old.close())

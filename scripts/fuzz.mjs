@@ -141,8 +141,10 @@ function merge(target) {
   run(programOf(target), ['-merge=1', ...LIMITS, fresh, kept, found])
   const sizeOf = (name) => statSync(join(fresh, name)).size
   const all = readdirSync(fresh).sort((a, b) => sizeOf(a) - sizeOf(b))
-  // Beyond that the smallest: these are also what mutations start from.
-  for (const name of all.slice(MOST_KEPT[target])) rmSync(join(fresh, name))
+  // Beyond that some of every size: the smallest say little of what runs.
+  const most = Math.min(all.length, MOST_KEPT[target])
+  const chosen = new Set(Array.from({ length: most }, (_, index) => all[Math.floor((index * all.length) / most)]))
+  for (const name of all) if (!chosen.has(name)) rmSync(join(fresh, name))
   // What a crash has left behind stays, whatever it covers.
   for (const name of readdirSync(kept)) {
     if (name.startsWith('regression-') && !existsSync(join(fresh, name))) cpSync(join(kept, name), join(fresh, name))

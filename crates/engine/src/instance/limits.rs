@@ -1,5 +1,8 @@
 //! Limits refuse: growth beyond them fails in the guest, as the specification says.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use wasmtime::ResourceLimiter;
 
 use crate::error::{Error, Result};
@@ -78,6 +81,8 @@ pub(crate) struct Limiter {
     heap_bytes: usize,
     /// Set while the instance is being made: which limit refused, for a clear error.
     pub(crate) refused: Option<String>,
+    /// How large a memory was whose growth was refused last; 0 for none.
+    pub(crate) refused_growth_of: Arc<AtomicUsize>,
 }
 
 impl Limiter {
@@ -90,6 +95,7 @@ impl Limiter {
             )),
             heap_bytes: limits.memory_cap(),
             refused: None,
+            refused_growth_of: Arc::default(),
         }
     }
 }
@@ -107,7 +113,11 @@ impl ResourceLimiter for Limiter {
         desired: usize,
         _maximum: Option<usize>,
     ) -> wasmtime::Result<bool> {
-        Ok(desired <= self.heap_bytes || (current == 0 && desired <= PAGE))
+        let fits = desired <= self.heap_bytes || (current == 0 && desired <= PAGE);
+        if !fits {
+            self.refused_growth_of.store(current, Ordering::Release);
+        }
+        Ok(fits)
     }
 
     fn table_growing(

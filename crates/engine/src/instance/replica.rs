@@ -10,7 +10,7 @@
 use std::cell::UnsafeCell;
 use std::collections::HashMap;
 use std::fmt::{self, Write as _};
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -41,7 +41,7 @@ use crate::instance::realm::{Realm, Twin};
 use crate::instance::signals;
 use crate::instance::snapshot::{Origin, Snapshot};
 use crate::instance::threads::Threads;
-use crate::instance::trap::triage;
+use crate::instance::trap::{ALLOCATION_FAILED, triage};
 use crate::instance::value::{FuncHandle, Signature, Value, ValueType, default_val, null_ref};
 use crate::instance::wait::{Attendant, provide};
 use crate::instance::watch::Watch;
@@ -139,6 +139,8 @@ pub struct Replica {
     /// What it is a twin of, if it belongs to such a thread.
     twin: OnceLock<Twin>,
     wear: Wear,
+    /// As in [`Limiter`].
+    refused_growth_of: Arc<AtomicUsize>,
     /// It serves on after a trap.
     outlives_traps: bool,
     store: StoreCell,
@@ -244,6 +246,7 @@ impl Blueprint {
             replica: Address(std::ptr::null()),
             replica_id: id,
         };
+        let refused_growth_of = Arc::clone(&guest.limiter.refused_growth_of);
         let mut store = Store::new(&self.engine.wasmtime, guest);
         store.limiter(|guest| &mut guest.limiter);
         if epochs {
@@ -293,6 +296,7 @@ impl Blueprint {
             twin: OnceLock::new(),
             wear: Wear::new(self.policy.for_instance(slot, generation.get())),
             outlives_traps: self.outlives_traps,
+            refused_growth_of,
             store: StoreCell(UnsafeCell::new(Some(store))),
             occupant: Occupant::default(),
         })
@@ -997,7 +1001,9 @@ impl Replica {
     pub(crate) fn triage(&self, error: wasmtime::Error, what: &str) -> Error {
         let what = format!("{}: {what}", self.module.name());
         let mut error = triage(error, &what, self.interrupter.pending(), self.fuel);
-        if let Error::Trap { info, .. } = &mut error {
+        if let Error::Trap { info, .. } = &mut error
+            && info.kind != ALLOCATION_FAILED
+        {
             self.tell_refusal(&mut info.message);
         }
         // Glue goes on after a trap, as it does on other engines; what to do about it is up to who owns it.
@@ -1015,8 +1021,9 @@ impl Replica {
     #[cold]
     fn tell_refusal(&self, message: &mut String) {
         let mut refused = None;
+        let size = self.refused_growth_of.swap(0, Ordering::AcqRel);
         let mut look = |memory: &MemoryRecord| {
-            if memory.take_refusal() {
+            if memory.take_refusal() || (size > 0 && memory.byte_len() == size) {
                 refused = Some((memory.byte_len(), memory.limit_bytes()));
             }
         };

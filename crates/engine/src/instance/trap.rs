@@ -8,6 +8,9 @@ use crate::error::{Error, ErrorCode, TrapInfo, UNCAUGHT_EXCEPTION};
 use crate::instance::interrupt::Stop;
 use crate::instance::memory::is_poll_fault;
 
+/// The heap of references has no room.
+pub(crate) const ALLOCATION_FAILED: &str = "allocation-failed";
+
 /// Sorts out why a run of the guest failed.
 ///
 /// * `stop`: the stop that was asked of this run, if any: its fault looks like a trap.
@@ -45,7 +48,7 @@ pub(crate) fn triage(
             "the guest threw an exception that nobody caught".into(),
         ),
         None if error.is::<wasmtime::GcHeapOutOfMemory<()>>() => (
-            "allocation-failed",
+            ALLOCATION_FAILED,
             "the heap of references is full; limits.memoryBytes bounds it".into(),
         ),
         None => return Error::internal(format_args!("{what}: {error:#}")),
