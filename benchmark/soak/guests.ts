@@ -25,6 +25,22 @@ const leaks = `
     (if (i32.eqz (local.get $at)) (then (unreachable)))
     (memory.fill (local.get $at) (i32.const 7) (local.get $size)))`
 
+/** A copy of what lies there, turned round; over `leaks`. */
+const reversed = `
+  (func $reversed (param $at i32) (param $size i32) (result i32)
+    (local $out i32) (local $to i32)
+    (local.set $out (call $allocate (local.get $size)))
+    (if (i32.eqz (local.get $out)) (then (unreachable)))
+    (local.set $to (i32.add (local.get $out) (local.get $size)))
+    (block $end
+      (loop $next
+        (br_if $end (i32.eq (local.get $to) (local.get $out)))
+        (local.set $to (i32.sub (local.get $to) (i32.const 1)))
+        (i32.store8 (local.get $to) (i32.load8_u (local.get $at)))
+        (local.set $at (i32.add (local.get $at) (i32.const 1)))
+        (br $next)))
+    (local.get $out))`
+
 /** Counts its calls and adds up what they brought, so that a call that is lost, or that ran twice, shows in the end. */
 const counter = `(module
   (memory (export "memory") 1 1024)
@@ -60,18 +76,10 @@ const bench = (version: number) => `(module
   (func (export "boom") (unreachable))
   (func (export "beyond") (result i32) (i32.load (i32.const -4)))
   (func (export "spin") (loop (br 0)))
+  ${reversed}
   (func (export "reverse") (param $at i32) (param $size i32) (param $cell i32) (result i32)
-    (local $out i32) (local $to i32)
-    (local.set $out (call $allocate (local.get $size)))
-    (if (i32.eqz (local.get $out)) (then (unreachable)))
-    (local.set $to (i32.add (local.get $out) (local.get $size)))
-    (block $end
-      (loop $next
-        (br_if $end (i32.eq (local.get $to) (local.get $out)))
-        (local.set $to (i32.sub (local.get $to) (i32.const 1)))
-        (i32.store8 (local.get $to) (i32.load8_u (local.get $at)))
-        (local.set $at (i32.add (local.get $at) (i32.const 1)))
-        (br $next)))
+    (local $out i32)
+    (local.set $out (call $reversed (local.get $at) (local.get $size)))
     (i32.store (local.get $cell) (local.get $size))
     (local.get $out)))`
 
@@ -79,19 +87,7 @@ const bench = (version: number) => `(module
 const buffers = `(module
   (memory (export "memory") 1 1024)
   ${leaks}
-  (func $reversed (param $at i32) (param $size i32) (result i32)
-    (local $out i32) (local $to i32)
-    (local.set $out (call $allocate (local.get $size)))
-    (if (i32.eqz (local.get $out)) (then (unreachable)))
-    (local.set $to (i32.add (local.get $out) (local.get $size)))
-    (block $end
-      (loop $next
-        (br_if $end (i32.eq (local.get $to) (local.get $out)))
-        (local.set $to (i32.sub (local.get $to) (i32.const 1)))
-        (i32.store8 (local.get $to) (i32.load8_u (local.get $at)))
-        (local.set $at (i32.add (local.get $at) (i32.const 1)))
-        (br $next)))
-    (local.get $out))
+  ${reversed}
   (func $packed (param i32 i32) (result i64)
     (i64.or (i64.shl (i64.extend_i32_u (local.get 0)) (i64.const 32)) (i64.extend_i32_u (local.get 1))))
   (func (export "reverse") (param i32 i32 i32) (result i32)

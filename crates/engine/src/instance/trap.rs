@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorCode, TrapInfo, UNCAUGHT_EXCEPTION};
 use crate::instance::interrupt::Stop;
 use crate::instance::memory::is_poll_fault;
 
-/// The heap of references has no room.
+/// The heap of references, or the guest's own allocator, has no room.
 pub(crate) const ALLOCATION_FAILED: &str = "allocation-failed";
 
 /// Sorts out why a run of the guest failed.

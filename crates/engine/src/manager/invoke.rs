@@ -4,6 +4,7 @@ use crate::error::{Error, ErrorCode, Result, TrapInfo};
 use crate::instance::memory::{MemoryRecord, OutOfBounds};
 use crate::instance::module::Module;
 use crate::instance::replica::{RawValue, Replica};
+use crate::instance::trap::ALLOCATION_FAILED;
 use crate::instance::value::{FuncHandle, Signature, ValueType};
 use crate::manager::options::{BufferAbi, BufferReturns};
 
@@ -197,7 +198,7 @@ impl Guest<'_> {
         let error = Error::Trap {
             what: format!("{name}: '{}'", self.abi.allocate),
             info: Box::new(TrapInfo {
-                kind: "allocation-failed",
+                kind: ALLOCATION_FAILED,
                 message: format!(
                     "the guest could not allocate {bytes} bytes with {} bytes of linear memory in use; \
                      the instance is replaced",
