@@ -385,6 +385,9 @@ const natives = {
 const atWork = new WeakSet()
 const isAtWork = (buffer) => process.versions.bun !== undefined && atWork.has(buffer)
 
+/** Those that it works on now, and how often. */
+const worked = new Map()
+
 const registry = new FinalizationRegistry(() => {})
 
 const acts = {
@@ -414,8 +417,10 @@ const acts = {
     if (!isAtWork(words.buffer)) assert.equal(words.length, 0, 'the end of a lease detaches its views')
   },
   move: () => {
-    const attached = views.filter((view) => view.words.length > 0)
-    if (attached.length > 0) move(pick(attached))
+    // Node itself writes through the bare address of what it works on, wherever the bytes have been moved to since,
+    // and freed: also with buffers that are nobody's but V8's.
+    const idle = views.filter((view) => view.words.length > 0 && !worked.has(view.words.buffer))
+    if (idle.length > 0) move(pick(idle))
   },
   put: () => {
     const attached = views.filter((view) => view.words.length > 0)
@@ -432,8 +437,16 @@ const acts = {
     const how = pick(Object.keys(natives))
     note(`native ${how}`)
     const view = pick(attached)
-    atWork.add(view.words.buffer)
-    later(natives[how](view))
+    const { buffer } = view.words
+    atWork.add(buffer)
+    worked.set(buffer, (worked.get(buffer) ?? 0) + 1)
+    later(
+      natives[how](view).finally(() => {
+        const left = worked.get(buffer) - 1
+        if (left === 0) worked.delete(buffer)
+        else worked.set(buffer, left)
+      }),
+    )
   },
   check: () => views.forEach(check),
   drop: () => views.splice(below(views.length + 1), 3),

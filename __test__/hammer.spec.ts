@@ -115,6 +115,20 @@ for (const [what, program] of [
      memory.buffer
      const moved = before.transfer()`,
   ],
+  [
+    'of glue with threads, whose buffer of before is collected',
+    `const memory = (await loadGlue(process.env.SHARED, { engine: { threads: true } })).module.memory
+     const move = () => {
+       const before = memory.buffer
+       memory.grow(1)
+       memory.buffer
+       return before.transfer()
+     }
+     const moved = move()
+     for (let i = 0; i < 3; i += 1) { gc(); await new Promise((resolve) => setImmediate(resolve)) }
+     memory.grow(1)
+     memory.buffer`,
+  ],
 ] as const) {
   test(`bytes that a worker has moved out of a memory ${what} outlive the worker`, LIMIT, async () => {
     const text = `

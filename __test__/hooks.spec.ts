@@ -556,6 +556,32 @@ test(
 )
 
 test(
+  'a reload that waits for a replacement whose hook never settles is given up with it, and not begun afterwards',
+  LIMIT,
+  async (t) => {
+    const inside = barrier()
+    const { manager } = await bench(
+      t,
+      misbehaving('initialize', () => {
+        inside.open()
+        return new Promise(() => {})
+      }),
+    )
+    await failure(manager.call('boom'), 'ERR_WASM_TRAP')
+    await inside.promise
+    const reloading = outcome(manager.reload())
+    // Time enough for the reload to come as far as it can.
+    const closed = await outcome(manager.close({ drainTimeoutMs: 300 }))
+    if ('error' in closed) hasCode('ERR_WASM_DRAIN_TIMEOUT')(closed.error)
+    const end = await reloading
+    assert.ok('error' in end)
+    hasCode('ERR_WASM_CLOSED')(end.error)
+    await manager.close()
+    assert.equal(manager.state, 'closed')
+  },
+)
+
+test(
   'a hook whose guest runs into limits.timeoutMs and hides it leaves an instance that does not serve',
   LIMIT,
   async (t) => {

@@ -98,15 +98,15 @@ impl View {
         }
     }
 
-    /// Only JavaScript detaches a buffer that is still in use here.
+    /// Only JavaScript detaches a buffer that is still in use here. Of one that is collected nobody can tell: its
+    /// bytes may live on in another.
     pub(crate) fn look_whether_moved(&self, js: Js) {
         if !self.is_live() {
             return;
         }
         js.scoped(|| {
-            if let Some(buffer) = js.dereference(self.buffer.get())
-                && js.is_detached(buffer)
-            {
+            let buffer = js.dereference(self.buffer.get());
+            if buffer.is_none_or(|buffer| js.is_detached(buffer)) {
                 self.is_moved.borrow().store(true, Ordering::Relaxed);
             }
         });

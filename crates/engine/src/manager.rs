@@ -47,7 +47,7 @@ pub(crate) mod swap;
 pub(crate) mod trace;
 
 use crash::Crashes;
-pub(crate) use lending::{HookScope, impatient};
+pub(crate) use lending::{HookScope, Hooks, impatient};
 pub(crate) use recycle::{Due, Recycling};
 pub use recycle::{Pressure, RecycleReport};
 pub(crate) use start::Making;
@@ -315,6 +315,15 @@ struct Control {
 }
 
 impl Control {
+    /// In one step with taking it out of the queue: there is no moment in which an equal one could not join it.
+    fn begin_reload(&mut self, pending: &mut PendingReload) {
+        self.current_reload = Some(CurrentReload {
+            options: pending.options.clone(),
+            done: std::mem::take(&mut pending.done),
+            is_committed: false,
+        });
+    }
+
     /// A reload that does just the same and has not ended: whoever asks for it once more is answered
     /// with it. One that leads to another build is not passed over, for it would have the last word.
     fn equal_reload(
@@ -355,10 +364,7 @@ pub(crate) struct Shared {
     is_destroyed: AtomicBool,
     /// Becomes disconnected when the manager is destroyed: wakes everything that waits for the host.
     cancel: (Mutex<Option<Sender<()>>>, Receiver<()>),
-    /// Becomes disconnected when nobody waits any more for the hooks that run now; what has not been
-    /// committed by then is rolled back. Repairs that come later get hooks again: calls wait for them.
-    hooks: Mutex<(Sender<()>, Receiver<()>)>,
-    are_hooks_given_up: AtomicBool,
+    hooks: Mutex<Hooks>,
     settling: AtomicUsize,
     memory_bytes_peak: AtomicUsize,
     snapshots: Mutex<Snapshots>,
@@ -457,8 +463,7 @@ impl Manager {
             state: AtomicU8::new(ManagerState::Starting as u8),
             is_destroyed: AtomicBool::new(false),
             cancel: (Mutex::new(Some(alive)), cancelled),
-            hooks: Mutex::new(bounded(0)),
-            are_hooks_given_up: AtomicBool::new(false),
+            hooks: Mutex::new(Hooks::new()),
             settling: AtomicUsize::new(0),
             memory_bytes_peak: AtomicUsize::new(0),
             snapshots: Mutex::default(),
@@ -1172,7 +1177,10 @@ impl Shared {
         loop {
             let next = {
                 let mut control = self.lock_control();
-                let next = control.queue.pop_front();
+                let mut next = control.queue.pop_front();
+                if let Some(Op::Reload(pending)) = &mut next {
+                    control.begin_reload(pending);
+                }
                 control.is_running = next.is_some();
                 next
             };
@@ -1205,7 +1213,7 @@ impl Shared {
                 let outcome = guarded(|| self.start_from(&blueprint, &snapshot, false));
                 Box::new(move || done(outcome))
             }
-            Op::Reload(pending) => self.run_reload(pending),
+            Op::Reload(pending) => self.run_reload(&pending.options),
             Op::Recycle(due) => self.recycle_realm(due),
             Op::Snapshot { control, done } => {
                 let outcome = self.paused(|scope| {

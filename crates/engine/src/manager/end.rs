@@ -16,7 +16,7 @@ impl Shared {
                 let weak = Arc::downgrade(self);
                 let give_up = move || {
                     if let Some(shared) = weak.upgrade() {
-                        shared.give_hooks_up();
+                        shared.lose_patience();
                     }
                 };
                 // Without a timer thread the close only waits longer.
@@ -60,7 +60,7 @@ impl Shared {
         self.gate
             .wait_idle(until.map(|until| until.saturating_duration_since(Instant::now())))
             .map_err(|in_flight| {
-                self.give_hooks_up();
+                self.lose_patience();
                 Error::DrainTimeout {
                     what: format!("close() of {}", self.name()),
                     in_flight: in_flight.0,
@@ -92,7 +92,7 @@ impl Shared {
             job.refuse(self.closed());
         }
         drop(settling);
-        self.give_hooks_up();
+        self.lose_patience();
         self.stop_all(&destroyed());
         // Leases end now: the operation under way may be waiting for one.
         self.spawn("end", Self::expire_handles);
@@ -163,6 +163,9 @@ impl Shared {
                 self.set_state(ManagerState::Closed);
             }
             control.hooks_until = None;
+            if outcome.is_err() {
+                self.regain_patience();
+            }
             let is_closed = self.state() == ManagerState::Closed;
             // A close that gave up leaves everybody to the destroy that is waiting behind it.
             let is_last = is_closed || is_destroy || !self.is_destroyed();

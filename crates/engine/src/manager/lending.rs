@@ -1,9 +1,8 @@
 //! Instances that are lent, to hooks and to whoever holds a lease, and how they are taken away again.
 
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 
-use crossbeam_channel::{Receiver, TryRecvError, bounded};
+use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
 use wasm_molt_lifecycle::Ticket;
 
 use super::{Job, Shared, destroyed, guarded};
@@ -25,6 +24,27 @@ pub(crate) struct HookScope {
 impl HookScope {
     pub(crate) fn is_cancelled(&self) -> bool {
         matches!(self.cancelled.try_recv(), Err(TryRecvError::Disconnected))
+    }
+}
+
+/// Whether anybody still waits for hooks.
+pub(crate) struct Hooks {
+    /// Dropped when nobody waits any more for the hooks that run now; what has not been committed by then is
+    /// rolled back. `None`: nor for those that would come, because the patience of a `close()` is over.
+    alive: Option<Sender<()>>,
+    cancelled: Receiver<()>,
+    /// Operations do not begin any more. Repairs do: calls wait for them.
+    are_given_up: bool,
+}
+
+impl Hooks {
+    pub(super) fn new() -> Self {
+        let (alive, cancelled) = bounded(0);
+        Self {
+            alive: Some(alive),
+            cancelled,
+            are_given_up: false,
+        }
     }
 }
 
@@ -145,21 +165,72 @@ impl Shared {
         }
     }
 
+    fn lock_hooks(&self) -> MutexGuard<'_, Hooks> {
+        self.hooks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     pub(super) fn hook_scope(&self, is_sync: bool) -> HookScope {
-        let hooks = self.hooks.lock().unwrap_or_else(PoisonError::into_inner);
+        self.scope_of(&self.lock_hooks(), is_sync)
+    }
+
+    fn scope_of(&self, hooks: &Hooks, is_sync: bool) -> HookScope {
         let cancelled = if self.is_destroyed() {
             // Disconnected, or about to be.
             self.cancel.1.clone()
         } else {
-            hooks.1.clone()
+            hooks.cancelled.clone()
         };
         HookScope { is_sync, cancelled }
     }
 
-    /// Hooks are not waited for any more, nor for what they have left running.
+    /// For an operation of the control thread, which does not begin once hooks are given up. To be asked for after
+    /// whatever it waits for: a scope is cancelled with the hooks that run then, or not at all.
+    pub(super) fn scope_of_operation(&self) -> Result<HookScope> {
+        let hooks = self.lock_hooks();
+        if hooks.are_given_up {
+            return Err(self.closed());
+        }
+        Ok(self.scope_of(&hooks, false))
+    }
+
+    /// The hooks that run now are not waited for any more, nor what they have left running.
     pub(super) fn give_hooks_up(&self) {
-        self.are_hooks_given_up.store(true, Ordering::Release);
-        *self.hooks.lock().unwrap_or_else(PoisonError::into_inner) = bounded(0);
+        let mut hooks = self.lock_hooks();
+        if hooks.alive.is_some() {
+            *hooks = Hooks::new();
+        }
+        hooks.are_given_up = true;
+        drop(hooks);
+        self.hooks_are_given_up();
+    }
+
+    /// Neither are those that come, until the `close()` whose patience it was is answered.
+    pub(super) fn lose_patience(&self) {
+        {
+            let control = self.lock_control();
+            // The timer of one that has just been answered.
+            if control.closing.is_empty() {
+                return;
+            }
+            let mut hooks = self.lock_hooks();
+            hooks.alive = None;
+            hooks.are_given_up = true;
+        }
+        self.hooks_are_given_up();
+    }
+
+    /// That was answered, and has left calls behind that may need an instance. With the control locked.
+    pub(super) fn regain_patience(&self) {
+        let mut hooks = self.lock_hooks();
+        if hooks.alive.is_none() {
+            *hooks = Hooks {
+                are_given_up: true,
+                ..Hooks::new()
+            };
+        }
+    }
+
+    fn hooks_are_given_up(&self) {
         let lease = self.hook_lease().clone();
         if let Some(lease) = lease
             && lease.is_cancelled()

@@ -8,7 +8,7 @@ use wasm_molt_lifecycle::{Generation, Home, InFlight, OnDrainTimeout};
 
 use super::lending::{HookScope, impatient};
 use super::{
-    Answer, Control, CurrentReload, Event, Job, ManagerState, Op, PendingReload, Shared, guarded,
+    Answer, Control, Event, Job, ManagerState, Op, PendingReload, Shared, guarded,
 };
 use crate::error::{Done, Error, ErrorCode, Result};
 use crate::instance::replica::Replica;
@@ -70,26 +70,12 @@ impl Shared {
         std::mem::take(&mut control.repairs_due)
     }
 
-    pub(super) fn run_reload(self: &Arc<Self>, pending: PendingReload) -> Answer {
-        let PendingReload { options, done } = pending;
-        if self.are_hooks_given_up.load(Ordering::Acquire) {
-            let error = self.closed();
-            return Box::new(move || {
-                for done in done {
-                    done(Err(error.clone()));
-                }
-            });
-        }
-        {
-            let mut control = self.wait_repaired(self.lock_control());
-            control.is_swapping = true;
-            control.current_reload = Some(CurrentReload {
-                options: options.clone(),
-                done,
-                is_committed: false,
-            });
-        }
-        let outcome = guarded(|| swap::run(self, &options, self.hook_scope(false)));
+    /// Runs the one that [has begun](Control::begin_reload).
+    pub(super) fn run_reload(self: &Arc<Self>, options: &ReloadOptions) -> Answer {
+        self.wait_repaired(self.lock_control()).is_swapping = true;
+        let scope = self.scope_of_operation();
+        let has_begun = scope.is_ok();
+        let outcome = scope.and_then(|scope| guarded(|| swap::run(self, options, scope)));
         let (done, due) = {
             let mut control = self.lock_control();
             let current = control.current_reload.take();
@@ -97,7 +83,8 @@ impl Shared {
             (done, Self::end_swapping(&mut control))
         };
         // One that a policy wants, and that has not got its turn, is no failure: it comes again.
-        if !(options.is_recycle && matches!(outcome, Err(Error::DrainTimeout { .. }))) {
+        let is_put_off = options.is_recycle && matches!(outcome, Err(Error::DrainTimeout { .. }));
+        if has_begun && !is_put_off {
             self.swap_ended(&outcome);
         }
         for slot in due {
@@ -267,11 +254,12 @@ impl Shared {
         self: &Arc<Self>,
         body: impl FnOnce(HookScope) -> Result<T>,
     ) -> Result<T> {
-        if self.is_over() || self.are_hooks_given_up.load(Ordering::Acquire) {
+        if self.is_over() {
             return Err(self.closed());
         }
+        self.scope_of_operation()?;
         self.wait_repaired(self.lock_control()).is_swapping = true;
-        let outcome = guarded(|| body(self.hook_scope(false)));
+        let outcome = guarded(|| body(self.scope_of_operation()?));
         self.end_swap();
         outcome
     }

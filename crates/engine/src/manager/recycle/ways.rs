@@ -618,10 +618,11 @@ impl Shared {
             });
             shared.realm_recycled(due, report);
         });
-        self.run_reload(PendingReload {
-            options,
+        self.lock_control().begin_reload(&mut PendingReload {
+            options: options.clone(),
             done: vec![done],
-        })
+        });
+        self.run_reload(&options)
     }
 
     fn reset_realm(self: &Arc<Self>, due: &Due, reading: Reading) -> Result<Box<RecycleReport>> {
