@@ -248,10 +248,12 @@ impl Shared {
         let error = self
             .crashes
             .repair_failed(error, self.backoff(), serves_nothing);
-        if !serves_nothing {
-            return;
+        if serves_nothing {
+            self.refuse_all(error);
+        } else if counts.queued > 0 {
+            // Whoever came while it was tried has been told that somebody is at it already.
+            self.repair_retired();
         }
-        self.refuse_all(error);
     }
 
     /// Nothing serves, and nobody may wait for ever.

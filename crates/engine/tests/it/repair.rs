@@ -324,6 +324,38 @@ fn one_slot_that_cannot_be_repaired_leaves_the_others_in_service() {
 }
 
 #[test]
+fn whoever_comes_while_a_repair_fails_is_served_by_the_next() {
+    let setup = || counter().instances(2);
+    for rig in both(setup) {
+        let failing = rig.faults.hold_then_fail(Point::Initialize, 0, thrown());
+        assert_eq!(trap(rig.call("trap", &[]).get()), "unreachable");
+        failing.wait();
+        // The other one stays taken: nobody else is going to ask for the slot.
+        let lease = rig.lease();
+        let waiting = rig.call("increment", &[]);
+        failing.release();
+        assert_eq!(number(waiting.get()), 1);
+        assert_eq!(rig.stats().reloads_failed, 1);
+        rig.release(&lease);
+    }
+}
+
+#[test]
+fn a_reload_that_waits_for_a_repair_can_be_joined() {
+    for rig in both(counter) {
+        let hold = rig.faults.hold(Point::Initialize, 0);
+        assert_eq!(trap(rig.call("trap", &[]).get()), "unreachable");
+        hold.wait();
+        let reloads: Vec<_> = (0..3).map(|_| rig.ask_reload(because("one"))).collect();
+        hold.release();
+        for reload in reloads {
+            assert_eq!(reload.get().unwrap().generation.get(), 3);
+        }
+        assert_eq!(rig.stats().generation, 3);
+    }
+}
+
+#[test]
 fn a_reload_cures_a_manager_that_failed() {
     for rig in both(counter) {
         fail(&rig);
