@@ -36,8 +36,9 @@ const mayBeUnsafe = [
       (name) => `manager/${name}`,
     ),
   ].map((name) => `crates/engine/src/${name}.rs`),
-  // Compiled code that was kept is run as it is, once it is known that this user has written it.
-  'crates/engine/src/instance/cache.rs',
+  // Compiled code is run as it is: what another engine has just made, and what was kept, once it is known that this
+  // user has written it.
+  ...['cache', 'compile'].map((name) => `crates/engine/src/instance/${name}.rs`),
   // The tests' way in: the right to enter an instance is a value there.
   'crates/testkit/src/inside.rs',
   // Node-API by hand: js.rs wraps it, the others keep native records behind JS values or call a replica by its ticket.

@@ -19,6 +19,9 @@ export const programs = {
   deno: { title: 'Deno', version: '2.9.6', package: `@deno/${denoOn}`, bin: `deno${exe}` },
 }
 
+/** The newest line of Node, which CI runs besides the oldest. */
+export const newestNode = Object.keys(programs).findLast((name) => programs[name].title === 'Node')
+
 /** Where such a program is: this very one, or one that is fetched at first. */
 export function programOf(name) {
   const program = programs[name]

@@ -1,4 +1,5 @@
 // npm run ready: everything that must hold before a change is offered; .ci/run runs it too. Quick checks first.
+import { newestNode } from './programs.mjs'
 import { buildAddon, ensureDependencies, hostTarget, node, run, step, workspace } from './tools.mjs'
 
 ensureDependencies()
@@ -6,12 +7,16 @@ node(['scripts/fmt.mjs', '--check'])
 node(['scripts/lint.mjs'])
 buildAddon()
 node(['scripts/test.mjs'])
+step('the newest Node')
+node(['scripts/runtimes.mjs', newestNode])
 step('tracing')
 const tracing = ['--features', 'wasm-molt-engine/tracing', '--test', 'trace']
 run('cargo', ['test', '--release', ...workspace, ...tracing, ...hostTarget])
 node(['scripts/loom.mjs'])
+node(['scripts/fuzz.mjs'])
 step('generated files')
 node(['scripts/generated.mjs'])
+node(['scripts/runtimes.mjs', '--check'])
 step('package')
 node(['scripts/pack.mjs'])
 node(['scripts/runners.mjs'])

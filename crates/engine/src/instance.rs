@@ -4,6 +4,7 @@
 
 pub(crate) mod cache;
 pub(crate) mod capture;
+pub(crate) mod compile;
 pub(crate) mod deadline;
 pub(crate) mod discard;
 pub(crate) mod engine;

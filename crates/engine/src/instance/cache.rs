@@ -88,12 +88,17 @@ impl Cache {
     ///
     /// # Errors
     /// What the compiler says.
-    pub(crate) fn module(&self, engine: &Engine, bytes: &[u8]) -> wasmtime::Result<Module> {
+    pub(crate) fn module(
+        &self,
+        engine: &Engine,
+        bytes: &[u8],
+        compile: impl FnOnce() -> wasmtime::Result<Module>,
+    ) -> wasmtime::Result<Module> {
         let name = name_of(engine, bytes);
         if let Some(module) = self.find(engine, &name) {
             return Ok(module);
         }
-        let module = Module::new(engine, bytes)?;
+        let module = compile()?;
         // Read-only, full, or no file: compiled again each time.
         if let Ok(code) = module.serialize() {
             let _ = self.keep(&name, &code);

@@ -9,6 +9,7 @@ use wasmtime::Config;
 
 use crate::error::{Error, ErrorCode, Result};
 use crate::instance::cache::Cache;
+use crate::instance::compile;
 use crate::instance::memory::{self, MemoryOptions};
 use crate::instance::signals;
 
@@ -104,6 +105,7 @@ static ENGINES: Lazy<Mutex<HashMap<Key, Slot>>> = Lazy::new(Mutex::default);
 pub(crate) struct Engine {
     pub(crate) wasmtime: wasmtime::Engine,
     pub(crate) options: EngineOptions,
+    config: Arc<Config>,
     cache: Option<Arc<Cache>>,
     key: Arc<Key>,
 }
@@ -215,6 +217,7 @@ impl Engine {
         Ok(Self {
             wasmtime,
             options: options.clone(),
+            config: Arc::new(config),
             cache,
             key: Arc::new(key),
         })
@@ -222,9 +225,16 @@ impl Engine {
 
     /// Compiles what was spliced, or reads what came of it before.
     pub(crate) fn compile(&self, bytes: &[u8]) -> wasmtime::Result<wasmtime::Module> {
+        let compile_now = || {
+            if self.key.inlining {
+                compile::apart(&self.wasmtime, &self.config, bytes)
+            } else {
+                wasmtime::Module::new(&self.wasmtime, bytes)
+            }
+        };
         match &self.cache {
-            Some(cache) => cache.module(&self.wasmtime, bytes),
-            None => wasmtime::Module::new(&self.wasmtime, bytes),
+            Some(cache) => cache.module(&self.wasmtime, bytes, compile_now),
+            None => compile_now(),
         }
     }
 }

@@ -54,22 +54,19 @@ impl Waits {
         self.at.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Wakes the thread if it waits; tells whether it did. It may have been about to fall asleep only, so
-    /// this is repeated.
-    fn rouse(&self) -> bool {
+    /// Wakes the thread if it waits. It may have been about to fall asleep only, so this is repeated. Returns how many
+    /// slept at its address; `None` if it does not wait.
+    fn rouse(&self) -> Option<u32> {
         let at = self.lock();
-        let Some((memory, address)) = &*at else {
-            return false;
-        };
+        let (memory, address) = at.as_ref()?;
         // The address was looked at when the wait began, and memory below it stays.
-        let _ = memory.atomic_notify(*address, u32::MAX);
-        true
+        Some(memory.atomic_notify(*address, u32::MAX).unwrap_or_default())
     }
 
     /// No wait lasts from now on. Any thread.
     pub(crate) fn stop(self: &Arc<Self>) {
         self.is_stopped.store(true, Ordering::SeqCst);
-        if self.rouse() {
+        if self.rouse().is_some() {
             self.repeat();
         }
     }
@@ -94,7 +91,7 @@ impl Waits {
             let Some(waits) = weak.upgrade() else { return };
             // In this order, so that a stop of this very moment begins its own repetition.
             waits.is_repeating.store(false, Ordering::SeqCst);
-            if waits.is_stopped.load(Ordering::SeqCst) && waits.rouse() {
+            if waits.is_stopped.load(Ordering::SeqCst) && waits.rouse().is_some() {
                 waits.repeat();
             }
         });
@@ -307,7 +304,9 @@ impl Replica {
                     let is_same = now.is_some() && now == asleep.0;
                     asleep = (now, if is_same { asleep.1 + 1 } else { 0 });
                     let is_quiet = !attendant.is_wanted() && told.is_empty();
-                    if asleep.1 >= QUIET_ROUNDS && is_quiet {
+                    // Where nobody sleeps any more at its address, the sleeper was notified by one that has ended since.
+                    let may_be = asleep.1 >= QUIET_ROUNDS && is_quiet;
+                    if may_be && sleeper.waits.rouse().is_some_and(|woken| woken > 0) {
                         sleeper.waits.stop();
                         return Err(wasmtime::Error::new(self.deadlock()));
                     }
