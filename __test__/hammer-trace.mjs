@@ -44,7 +44,8 @@ const below = (n) => Math.floor(random() * n)
 const pick = (list) => list[below(list.length)]
 
 const steps = []
-function note(text) { if (process.env.TR) process._rawDebug(text)
+function note(text) {
+  if (process.env.TR) process._rawDebug(text)
   steps.push(text)
   if (steps.length > 40) steps.shift()
 }

@@ -9,7 +9,7 @@ use wasmtime::Config;
 
 use crate::error::{Error, ErrorCode, Result};
 use crate::instance::cache::Cache;
-use crate::instance::compile;
+use crate::instance::compile::compile;
 use crate::instance::memory::{self, MemoryOptions};
 use crate::instance::signals;
 
@@ -225,13 +225,7 @@ impl Engine {
 
     /// Compiles what was spliced, or reads what came of it before.
     pub(crate) fn compile(&self, bytes: &[u8]) -> wasmtime::Result<wasmtime::Module> {
-        let compile_now = || {
-            if self.key.inlining {
-                compile::apart(&self.wasmtime, &self.config, bytes)
-            } else {
-                wasmtime::Module::new(&self.wasmtime, bytes)
-            }
-        };
+        let compile_now = || compile(&self.wasmtime, &self.config, bytes, self.key.inlining);
         match &self.cache {
             Some(cache) => cache.module(&self.wasmtime, bytes, compile_now),
             None => compile_now(),
