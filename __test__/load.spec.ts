@@ -642,6 +642,48 @@ test('compiled code is kept between processes: the second start is several times
   assert.ok(warm < cold / 3, `cold ${cold} ms, warm ${warm} ms`)
 })
 
+/** Small functions that call each other: they are compiled all at once, and into each other. */
+function calling(functions: number): string {
+  const body =
+    '(loop $again (local.set 0 (i32.add (i32.load (local.get 0)) (local.get 1))) (br_if $again (local.get 0)))'
+  const text = Array.from({ length: functions }, (_, index) => {
+    const result = index === 0 ? '(local.get 0)' : `(call ${index - 1} (local.get 0) (i32.const ${index}))`
+    return `(func (export "f${index}") (param i32 i32) (result i32) ${body} ${result})`
+  })
+  return wat(`(module (memory 1) ${text.join('\n')})`)
+}
+
+test('what compiling has taken is given back', { ...LIMIT, skip: process.platform !== 'linux' }, async () => {
+  const ended = await child(
+    `
+    const mebibytes = () => process.memoryUsage.rss() / 2 ** 20
+    const compile = (path) => WasmModuleManager.create(path, { cache: false })
+    await (await compile(process.env.SMALL)).close()
+    const before = mebibytes()
+    let most = 0
+    for (const path of process.env.LARGE.split(' ')) {
+      const manager = await compile(path)
+      most = Math.max(most, mebibytes() - before)
+      await manager.close()
+    }
+    // It is given back a second later.
+    const until = performance.now() + 20_000
+    while (mebibytes() - before > most / 3 && performance.now() < until) {
+      gc()
+      await new Promise((resolve) => setImmediate(resolve))
+    }
+    report([most, mebibytes() - before])
+    `,
+    {
+      env: { SMALL: file(bulky(4), 'small.wasm'), LARGE: [3000, 3001, 3002].map(calling).join(' ') },
+      flags: ['--expose-gc'],
+    },
+  )
+  const [most, left] = reported<[number, number]>(ended)
+  assert.ok(most > 40, `it took only ${most} MiB: nothing to give back`)
+  assert.ok(left <= most / 3, `${left} MiB are left of ${most}`)
+})
+
 test('a folder that is named as the cache keeps what else is in it', LIMIT, async () => {
   const folder = temporaryFolder('shared')
   writeFileSync(join(folder, 'mine.txt'), 'mine')
