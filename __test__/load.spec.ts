@@ -666,7 +666,7 @@ test('what compiling has taken is given back', { ...LIMIT, skip: process.platfor
       most = Math.max(most, mebibytes() - before)
       await manager.close()
     }
-    // It is given back a second later.
+    // It is given back some seconds later.
     const until = performance.now() + 20_000
     while (mebibytes() - before > most / 3 && performance.now() < until) {
       gc()

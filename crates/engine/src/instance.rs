@@ -8,6 +8,7 @@ pub(crate) mod compile;
 pub(crate) mod deadline;
 pub(crate) mod discard;
 pub(crate) mod engine;
+pub(crate) mod heap;
 pub(crate) mod host;
 pub(crate) mod instrument;
 pub(crate) mod interrupt;

@@ -1,14 +1,8 @@
 //! Compiling, and what it leaves behind.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
-
 use wasmtime::{Config, Engine, Module, Result};
 
-use crate::instance::deadline::Deadline;
-
-/// After the first of several modules that are compiled together.
-const UNTIL_GIVEN_BACK: Duration = Duration::from_secs(1);
+use crate::instance::heap;
 
 /// Compiles for `engine`, which was made of `config`.
 ///
@@ -34,35 +28,6 @@ pub(crate) fn compile(
     } else {
         Module::new(engine, bytes)
     };
-    give_back_soon();
+    heap::give_back_soon();
     module
 }
-
-/// What is free goes back to the system. Else it stays in the allocator's arenas, one for each of many threads: a soak
-/// of ten minutes had 45 MB in use, and 350 MB of such free memory, which grew for as long as it ran.
-fn give_back_soon() {
-    static IS_DUE: AtomicBool = AtomicBool::new(false);
-    if !HAS_ARENAS || IS_DUE.swap(true, Ordering::AcqRel) {
-        return;
-    }
-    let later = || {
-        IS_DUE.store(false, Ordering::Release);
-        give_back();
-    };
-    match Deadline::after(UNTIL_GIVEN_BACK, later) {
-        Ok(deadline) => deadline.detach(),
-        Err(_) => later(),
-    }
-}
-
-const HAS_ARENAS: bool = cfg!(all(target_os = "linux", target_env = "gnu"));
-
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
-fn give_back() {
-    // SAFETY: any thread may ask at any time; nothing in use moves.
-    unsafe { libc::malloc_trim(0) };
-}
-
-/// Other allocators give back by themselves, or not at all.
-#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-const fn give_back() {}

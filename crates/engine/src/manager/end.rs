@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::{Answer, Control, Event, ManagerState, Op, Replaced, Shared, destroyed};
 use crate::error::{Done, Error, Result};
 use crate::instance::deadline::Deadline;
+use crate::instance::heap;
 
 impl Shared {
     pub(super) fn close(self: &Arc<Self>, drain_timeout: Option<Duration>, done: Done<()>) {
@@ -149,6 +150,7 @@ impl Shared {
         // The home may be gone (its environment ends): releasing does not depend on it.
         let _ = self.discard(replicas, generation);
         pool.end();
+        heap::give_back_soon();
     }
 
     pub(super) fn finish_closing(
