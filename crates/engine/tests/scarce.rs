@@ -21,11 +21,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use wasm_molt_engine::{
-    Backoff, CallLimits, Error, ErrorCode, Isolation, Lease, ManagerState, OnDrainTimeout,
-    RecycleOptions, RecycleStrategy, ReloadOptions, ResetOptions, Result, Strategy, Value, Work,
-    scarcity,
+    Backoff, CacheChoice, CallLimits, Error, ErrorCode, Isolation, Lease, ManagerState,
+    OnDrainTimeout, RecycleOptions, RecycleStrategy, ReloadOptions, ResetOptions, Result, Strategy,
+    Value, Work, scarcity,
 };
 use wasm_molt_testkit::door::Door;
+use wasm_molt_testkit::folder::Folder;
 use wasm_molt_testkit::guests;
 use wasm_molt_testkit::host::Script;
 use wasm_molt_testkit::quiet::alone;
@@ -621,17 +622,24 @@ fn what_cannot_be_made_in_a_realm_leaves_the_realm_as_it_was() {
 #[test]
 fn a_timer_thread_that_cannot_be_had_is_told_to_who_wants_it() {
     const NAME: &str = "a_timer_thread_that_cannot_be_had_is_told_to_who_wants_it";
-    if std::env::var_os("WASM_MOLT_ALONE").is_none() {
+    let make = |folder: &std::path::Path| {
+        let cache = CacheChoice::Folder(folder.into());
+        world(false, |setup| setup.options(|o| o.cache = cache))
+    };
+    let Some(folder) = std::env::var_os("WASM_MOLT_ALONE") else {
+        // Whoever compiles uses the timer.
+        let folder = Folder::new("compiled");
+        drop(make(folder.path()));
         let itself = std::env::current_exe().unwrap();
         let child = std::process::Command::new(itself)
             .args(["--exact", NAME, "--nocapture"])
-            .env("WASM_MOLT_ALONE", "1")
+            .env("WASM_MOLT_ALONE", folder.path())
             .output();
         let child = child.unwrap();
         assert!(child.status.success(), "{child:?}");
         return;
-    }
-    let World { rig, door } = world(false, |setup| setup);
+    };
+    let World { rig, door } = make(folder.as_ref());
     scarcity::refuse(0..usize::MAX);
     let ended = rig.call_for(60_000, "get", &[]).get();
     assert!(scarcity::relent() > 0, "nothing was asked for");
