@@ -2,7 +2,21 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import type { LeasedInstance, LinearMemory, ManagerOptions } from '../index.js'
-import { barrier, bench, failure, hasCode, LIMIT, outcome, thrownBy, turns, until, type WasmError } from './support.ts'
+import { wat } from './guests.ts'
+import {
+  barrier,
+  bench,
+  child,
+  failure,
+  hasCode,
+  LIMIT,
+  outcome,
+  reported,
+  thrownBy,
+  turns,
+  until,
+  type WasmError,
+} from './support.ts'
 
 const stale = hasCode('ERR_WASM_STALE_HANDLE')
 
@@ -647,4 +661,56 @@ test('hooks that fail at random leave exactly one generation, whose state is who
   for (const one of both) one.release()
   assert.ok(committed > 5 && committed < 95, `${committed} of 100 went well`)
   await until(() => manager.stats().memoryBytes === 2 * 65_536)
+})
+
+test('promises of hooks and imports that never settle keep nothing of what was given up for them', {
+  ...LIMIT,
+  skip: process.platform !== 'linux',
+}, async () => {
+  const ended = await child(
+    `
+      import { readFileSync } from 'node:fs'
+      // Each module has its code there.
+      const codes = () => readFileSync('/proc/self/maps', 'utf8').split('\\n').filter((line) => / r-xp 0{8} 00:00 0 *$/.test(line)).length
+      const never = () => new Promise(() => {})
+      const turn = () => new Promise((resolve) => setTimeout(resolve, 5))
+      const lives = {
+        async hook() {
+          let isHeld = false
+          const hooks = { initialize: () => (isHeld ? never() : undefined) }
+          const manager = await WasmModuleManager.create(process.env.GUEST, { cache: false, ...hooks, imports: { env: { ask() {} } } })
+          isHeld = true
+          const reloaded = manager.reload().catch((error) => error.code)
+          await turn()
+          await manager.close({ drainTimeoutMs: 1 })
+          assert.equal(await reloaded, 'ERR_WASM_CLOSED')
+        },
+        async import() {
+          const manager = await WasmModuleManager.create(process.env.GUEST, { cache: false, imports: { env: { ask: never } } })
+          const asked = manager.call('run').catch((error) => error.code)
+          await turn()
+          await manager.destroy()
+          assert.equal(await asked, 'ERR_WASM_INTERRUPTED')
+        },
+      }
+      const settled = async () => {
+        for (let i = 0; i < 5; i += 1) { gc(); await turn() }
+        return codes()
+      }
+      const left = {}
+      for (const [name, live] of Object.entries(lives)) {
+        await live()
+        const before = await settled()
+        for (let i = 0; i < 10; i += 1) await live()
+        left[name] = (await settled()) - before
+      }
+      report(left)
+      `,
+    {
+      env: { GUEST: wat('(module (import "env" "ask" (func $ask)) (memory 1) (func (export "run") (call $ask)))') },
+      flags: ['--expose-gc'],
+    },
+  )
+  const left = reported<Record<string, number>>(ended)
+  for (const [name, count] of Object.entries(left)) assert.ok(count < 3, `${name}: ${count} of 10 are left`)
 })

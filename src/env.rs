@@ -463,8 +463,9 @@ impl EnvState {
 
     // ------------------------------------------------------------------ promises of the host
 
-    /// Waits for a promise or thenable of the user; `then` runs when it settles.
-    pub(crate) fn follow(&self, promise: Val, then: Settled) -> JsResult<()> {
+    /// Waits for a promise or thenable of the user; `then` runs when it settles, and is kept until that, or until
+    /// it is [not waited for](Self::unfollow) any more.
+    pub(crate) fn follow(&self, promise: Val, then: Settled) -> JsResult<u32> {
         let js = self.js();
         let id = self.next_id.get().wrapping_add(1);
         self.next_id.set(id);
@@ -473,7 +474,13 @@ impl EnvState {
             self.helper(self.helpers.follow)?,
             &[promise, js.number(f64::from(id))?],
         )?;
-        Ok(())
+        Ok(id)
+    }
+
+    /// Nobody wants to know: it may never settle.
+    pub(crate) fn unfollow(&self, id: u32) {
+        let then = self.settled.borrow_mut().remove(&id);
+        drop(then);
     }
 
     /// For what nobody here will wait for: the rejection of a promise must not count as unhandled.

@@ -514,8 +514,9 @@ fn run_async(
         };
         end(&lease, outcome, &tell);
     };
-    if env.follow(outcome, Box::new(then)).is_err() {
-        end(&lease, Err(env.take_thrown()), &tell);
+    match env.follow(outcome, Box::new(then)) {
+        Ok(id) => lease.waits_for(id),
+        Err(Pending) => end(&lease, Err(env.take_thrown()), &tell),
     }
 }
 

@@ -494,17 +494,19 @@ fn answer(request: &Arc<Request>, end: JsEnd) {
         Err(error) => return end.reply(Err(error)),
     }
     *bound.side.awaiting.borrow_mut() = Some(Rc::clone(&end));
-    let side = Rc::clone(&bound.side);
+    // It may never settle, and the call be stopped.
+    let side = Rc::downgrade(&bound.side);
     let signature = request.signature.clone();
     let replier = Rc::clone(&end);
     let then = move |env: &EnvState, outcome: std::result::Result<Val, Val>| {
-        let is_ours = side
-            .awaiting
-            .borrow()
-            .as_ref()
-            .is_some_and(|a| Rc::ptr_eq(a, &replier));
-        if is_ours {
-            *side.awaiting.borrow_mut() = None;
+        if let Some(side) = side.upgrade() {
+            let mut awaiting = side.awaiting.borrow_mut();
+            if awaiting
+                .as_ref()
+                .is_some_and(|other| Rc::ptr_eq(other, &replier))
+            {
+                *awaiting = None;
+            }
         }
         replier.reply(match outcome {
             Ok(value) => converted_in(env, value, &signature),

@@ -1,5 +1,6 @@
 //! The JS thread's side of a lease.
 
+use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -15,6 +16,8 @@ pub(crate) struct LeaseSide {
     pub(crate) side: Rc<ReplicaSide>,
     pub(crate) manager: Rc<ManagerSide>,
     pub(crate) env: Rc<EnvState>,
+    /// What its hook has returned, which keeps it until that settles.
+    followed: Cell<Option<u32>>,
 }
 
 impl LeaseSide {
@@ -34,6 +37,7 @@ impl LeaseSide {
             side,
             manager: Rc::clone(manager),
             env: Rc::clone(env),
+            followed: Cell::default(),
         });
         let mut leases = manager.leases.borrow_mut();
         leases.retain(|weak| weak.strong_count() > 0);
@@ -49,8 +53,16 @@ impl LeaseSide {
         js.call(self.env.helper(self.env.helpers.make_lease)?, &[handle])
     }
 
+    /// It lives until that promise settles, or it expires.
+    pub(crate) fn waits_for(&self, promise: u32) {
+        self.followed.set(Some(promise));
+    }
+
     /// The handle expires, views are detached, and the instance goes back once nothing is inside.
     pub(crate) fn expire(&self) {
+        if let Some(promise) = self.followed.take() {
+            self.env.unfollow(promise);
+        }
         if self.lease.is_released() {
             return;
         }
