@@ -30,7 +30,7 @@ const mayBeUnsafe = [
   'crates/engine/src/instance/signals.rs',
   // One store, one thread at a time: replica.rs holds the store, the others hold the ticket that makes its use sound.
   ...[
-    ...['replica', 'realm', 'host', 'threads'].map((name) => `instance/${name}`),
+    ...['replica', 'replica/blueprint', 'replica/state', 'realm', 'host', 'threads'].map((name) => `instance/${name}`),
     ...['exceptions', 'globals', 'memories', 'tables', 'twins'].map((name) => `instance/realm/${name}`),
     ...['call', 'invoke', 'isolation', 'pause', 'realm', 'recycle/ways', 'repair', 'start', 'swap'].map(
       (name) => `manager/${name}`,
@@ -52,6 +52,7 @@ const mayBeUnsafe = [
     'imports',
     'inbox',
     'binding',
+    ...['calls', 'leases', 'memories', 'snapshots'].map((name) => `binding/${name}`),
     'namespace',
     'options',
     'realm',

@@ -4,6 +4,7 @@
 
 mod binding;
 mod convert;
+mod deferred;
 mod entry;
 mod env;
 mod error;

@@ -11,8 +11,9 @@ use wasm_molt_engine::{
     Value, ValueType,
 };
 
-use crate::binding::{Deferred, arg};
+use crate::binding::arg;
 use crate::convert::cannot_cross;
+use crate::deferred::Deferred;
 use crate::entry::{Entry, enter_realm, stale_realm};
 use crate::env::EnvState;
 use crate::error::Place;

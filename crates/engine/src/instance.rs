@@ -17,6 +17,7 @@ pub(crate) mod memory;
 pub(crate) mod module;
 pub(crate) mod occupant;
 pub(crate) mod pool;
+pub(crate) mod raw_value;
 pub(crate) mod realm;
 pub(crate) mod replica;
 pub(crate) mod signals;

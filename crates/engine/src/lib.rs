@@ -29,8 +29,9 @@ pub use instance::memory::{
 pub use instance::module::{
     Export, ExportType, ExportedFunction, Import, ImportKind, Module, Source, assemble_text,
 };
+pub use instance::raw_value::RawValue;
 pub use instance::realm::{Exception, RealmExport, RealmImport};
-pub use instance::replica::{RawValue, Replica};
+pub use instance::replica::Replica;
 pub use instance::snapshot::Snapshot;
 pub use instance::stack::{has_stack, out_of_stack, stack_floor};
 pub use instance::threads::{GuestThread, ThreadCall};
@@ -40,17 +41,16 @@ pub use instance::watch::Watch;
 pub use manager::budget::set_memory_budget;
 pub use manager::call::{CallControl, CallLimits, Outcome, Settle, Work};
 pub use manager::freed::Freed;
-pub use manager::host::{HomeStep, Host};
+pub use manager::host::{Event, HomeStep, Host, Replaced};
 pub use manager::lease::{Lease, LeaseInside};
 pub use manager::options::{
     BufferAbi, BufferReturns, Isolation, ManagerOptions, OnTrap, RecycleOptions, RecycleStrategy,
 };
 pub use manager::pause::{ResetOptions, ResetReport, SnapshotControl};
-pub use manager::stats::{CallCounts, Histogram, Times};
+pub use manager::recycle::{Pressure, RecycleReport};
+pub use manager::stats::{CallCounts, Histogram, ManagerStats, Times};
 pub use manager::swap::{ReloadOptions, ReloadReport, ReloadStep, Strategy};
-pub use manager::{
-    Event, Job, LeaseDone, Manager, ManagerState, ManagerStats, Pressure, RecycleReport, Replaced,
-};
+pub use manager::{Job, LeaseDone, Manager, ManagerState};
 pub use wasm_molt_lifecycle::{
     Answerer, Asker, Away, Backoff, FailedPhase, ForAnswerer, ForAsker, Generation, Home, Inbox,
     Inside, MemoryThreshold, OnDrainTimeout, PoolCounts, PoolState, Reason, Silence, Step, WaitId,

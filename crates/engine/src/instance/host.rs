@@ -12,7 +12,8 @@ use wasmtime::{AsContextMut, Caller, Func, FuncType, Val, ValRaw};
 
 use crate::error::{Error, Result};
 use crate::instance::module::Module;
-use crate::instance::replica::{Guest, RawValue, Replica};
+use crate::instance::raw_value::{RawValue, number_from_raw, number_to_raw};
+use crate::instance::replica::{Guest, Replica};
 use crate::instance::value::{Signature, Value, ValueType};
 use crate::instance::wait::Attendant;
 use crate::instance::watch::Watch;
@@ -295,23 +296,4 @@ fn read_numbers(types: &[ValueType], raw: &[MaybeUninit<ValRaw>]) -> SmallVec<[V
             number_from_raw(*ty, raw)
         })
         .collect()
-}
-
-pub(crate) fn number_from_raw(ty: ValueType, raw: &ValRaw) -> Value {
-    match ty {
-        ValueType::I64 => Value::I64(raw.get_i64()),
-        ValueType::F32 => Value::F32(f32::from_bits(raw.get_f32())),
-        ValueType::F64 => Value::F64(f64::from_bits(raw.get_f64())),
-        _ => Value::I32(raw.get_i32()),
-    }
-}
-
-pub(crate) fn number_to_raw(value: &Value) -> ValRaw {
-    match value {
-        Value::I32(v) => ValRaw::i32(*v),
-        Value::I64(v) => ValRaw::i64(*v),
-        Value::F32(v) => ValRaw::f32(v.to_bits()),
-        Value::F64(v) => ValRaw::f64(v.to_bits()),
-        Value::Extern(_) | Value::Func(_) | Value::Export { .. } => ValRaw::i32(0),
-    }
 }

@@ -3,7 +3,7 @@
 //! Never rayon's global pool: its threads would be shared with whatever else lives in the process,
 //! and a guest may keep one for as long as it likes.
 
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 
 use rayon::{ThreadBuilder, ThreadPool, ThreadPoolBuilder};
 
@@ -186,4 +186,11 @@ pub(crate) fn thread_name(name: &str) -> String {
         .take(8)
         .collect();
     format!("molt-{short}")
+}
+
+/// Asked for once: the system reads files for it, which takes as long as a fork.
+pub(crate) fn parallelism() -> usize {
+    static PARALLELISM: OnceLock<usize> = OnceLock::new();
+    let ask = || std::thread::available_parallelism().map_or(1, usize::from);
+    *PARALLELISM.get_or_init(ask)
 }

@@ -7,7 +7,8 @@ use wasm_molt_lifecycle::{Candidate, Crossing, Reason, choose};
 
 use crate::instance::memory::memory_total;
 use crate::instance::replica::Replica;
-use crate::manager::{Due, Shared};
+use crate::manager::Shared;
+use crate::manager::recycle::Due;
 
 /// Where the budget cannot be kept, this part of it has to be won all the same.
 const LEAST_SHARE: u64 = 16;

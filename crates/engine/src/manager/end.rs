@@ -4,7 +4,10 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::{Answer, Control, Event, ManagerState, Op, Replaced, Shared, destroyed};
+use super::control::{Answer, Control, Op};
+use super::host::{Event, Replaced};
+use super::shared::destroyed;
+use super::{ManagerState, Shared};
 use crate::error::{Done, Error, Result};
 use crate::instance::deadline::Deadline;
 use crate::instance::heap;

@@ -8,8 +8,9 @@ use crate::error::{Done, Error, Result};
 use crate::instance::capture::unsupported;
 use crate::instance::replica::Blueprint;
 use crate::instance::snapshot::Snapshot;
+use crate::manager::control::Op;
 use crate::manager::pause::Terms;
-use crate::manager::{Job, Manager, Op, Shared};
+use crate::manager::{Job, Manager, Shared};
 
 /// More dirty pages than this are not captured on the home thread: that would take milliseconds.
 const CAPTURED_AT_HOME_BYTES: usize = 2 << 20;

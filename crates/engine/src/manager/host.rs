@@ -2,14 +2,17 @@
 
 use std::sync::Arc;
 
-use wasm_molt_lifecycle::Home;
+use wasm_molt_lifecycle::{Generation, Home};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::instance::host::InstanceHost;
 use crate::instance::replica::Replica;
 use crate::instance::value::HostRef;
+use crate::manager::Job;
+use crate::manager::freed::Freed;
 use crate::manager::lease::Lease;
-use crate::manager::{Event, Job, Replaced};
+use crate::manager::recycle::{Pressure, RecycleReport};
+use crate::manager::swap::{ReloadReport, ReloadStep};
 
 /// A step that must run on the home thread.
 pub type HomeStep = Box<dyn FnOnce(Option<&Home<Job>>) + Send>;
@@ -98,4 +101,41 @@ pub trait Host: InstanceHost + Send + Sync + 'static {
 
     /// Something happened; called on any thread, must not block.
     fn event(&self, event: Event);
+}
+
+/// Something that happened.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// A new generation serves.
+    Reload(Arc<ReloadReport>),
+    /// A reload has come one step further.
+    Step(ReloadStep),
+    /// A reload did not happen.
+    ReloadFailed(Error),
+    /// A guest trapped.
+    Trap(Error),
+    /// A threshold was crossed.
+    Pressure(Pressure),
+    /// The one outcome of a decision to recycle; `None`: something else has replaced the instance.
+    Recycled {
+        /// As in [`Pressure::decision`].
+        decision: u64,
+        /// What came of it.
+        outcome: Result<Option<Arc<RecycleReport>>>,
+    },
+    /// After recycles memory did not come back. Once.
+    MemoryKept(Freed),
+    /// The manager is closed.
+    Close,
+}
+
+/// Instances that were replaced.
+#[derive(Debug)]
+pub struct Replaced {
+    /// They do not serve any more.
+    pub old: Vec<Arc<Replica>>,
+    /// They serve now; empty at the end of the manager's life.
+    pub new: Vec<Arc<Replica>>,
+    /// The generation of the new ones.
+    pub generation: Generation,
 }

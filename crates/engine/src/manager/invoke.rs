@@ -3,7 +3,8 @@
 use crate::error::{Error, ErrorCode, Result, TrapInfo};
 use crate::instance::memory::{MemoryRecord, OutOfBounds};
 use crate::instance::module::Module;
-use crate::instance::replica::{RawValue, Replica};
+use crate::instance::raw_value::RawValue;
+use crate::instance::replica::Replica;
 use crate::instance::trap::ALLOCATION_FAILED;
 use crate::instance::value::{FuncHandle, Signature, ValueType};
 use crate::manager::options::{BufferAbi, BufferReturns};

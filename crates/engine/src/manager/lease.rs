@@ -18,7 +18,8 @@ use crate::instance::interrupt::Stop;
 use crate::instance::pool::Pool;
 use crate::instance::replica::Replica;
 use crate::manager::call::{CallJob, Queue, Seat};
-use crate::manager::{HookScope, Job, Shared};
+use crate::manager::lending::HookScope;
+use crate::manager::{Job, Shared};
 
 const IDLE: u8 = 0;
 const POOL_INSIDE: u8 = 1;

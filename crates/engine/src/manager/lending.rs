@@ -5,7 +5,9 @@ use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
 use wasm_molt_lifecycle::Ticket;
 
-use super::{Job, Shared, destroyed, guarded};
+use super::control::guarded;
+use super::shared::destroyed;
+use super::{Job, Shared};
 use crate::error::Result;
 use crate::instance::interrupt::Stop;
 use crate::instance::pool::Pool;

@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::instance::engine::{CacheChoice, EngineOptions};
 use crate::instance::limits::Limits;
 use crate::instance::memory::ImageKind;
+use crate::manager::host::Host;
 
 /// How a guest takes and returns buffers.
 #[derive(Debug, Clone)]
@@ -223,5 +224,41 @@ impl Default for ManagerOptions {
             recycle: None,
             has_home: false,
         }
+    }
+}
+
+impl ManagerOptions {
+    /// Whether a manager can be made of them.
+    pub(super) fn check(&self, host: &dyn Host) -> Result<()> {
+        const MOST: usize = 4096;
+        if let Some(recycle) = &self.recycle {
+            recycle.check()?;
+            if recycle.strategy == RecycleStrategy::Rolling && host.saves_state() {
+                return Err(Error::invalid(
+                    "options.recycle.strategy is 'rolling', and there is a saveState hook: two instances that serve \
+                 at the same time cannot hand state over; use 'exclusive'",
+                ));
+            }
+        }
+        if self.instances == 0 || self.instances > MOST {
+            return Err(Error::invalid(format!(
+                "instances is {}; it must lie between 1 and {MOST}",
+                self.instances
+            )));
+        }
+        if let Some(threads) = self.threads
+            && (threads == 0 || threads > MOST)
+        {
+            return Err(Error::invalid(format!(
+                "threads is {threads}; it must lie between 1 and {MOST}"
+            )));
+        }
+        if self.isolation == Isolation::PerCall && host.reseeds() {
+            return Err(Error::invalid(
+                "options.reseed must be the name of an export with isolation 'per-call': a function would cost \
+             each call a turn of the event loop",
+            ));
+        }
+        self.limits.check(self.engine.fuel)
     }
 }

@@ -17,7 +17,9 @@ use crate::instance::memory::MemoryUsage;
 use crate::instance::module::Module;
 use crate::instance::replica::{Blueprint, Replica};
 use crate::instance::snapshot::Snapshot;
-use crate::manager::{HookScope, Job, Manager, ManagerState, Op, Shared, impatient};
+use crate::manager::control::Op;
+use crate::manager::lending::{HookScope, impatient};
+use crate::manager::{Job, Manager, ManagerState, Shared};
 
 /// What a reset is asked to do.
 #[derive(Debug, Clone)]

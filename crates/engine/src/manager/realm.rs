@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use wasmparser::{Parser, Payload, TypeRef};
 
-use super::{Manager, Shared, guarded};
+use super::control::guarded;
+use super::{Manager, Shared};
 use crate::error::{Done, Result};
 use crate::instance::engine::Engine;
 use crate::instance::module::{Company, Module, Source};

@@ -12,8 +12,10 @@ use std::time::{Duration, Instant};
 
 use wasm_molt_lifecycle::{Backoff, Crossing, Generation, Policy, Reason};
 
+use super::control::{Op, guarded};
 use super::crash::Failures;
-use super::{Event, ManagerState, Op, Shared, guarded};
+use super::host::Event;
+use super::{ManagerState, Shared};
 use crate::error::{Error, ErrorCode, Result};
 use crate::instance::deadline::Deadline;
 use crate::instance::replica::Replica;

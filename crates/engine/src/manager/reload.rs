@@ -6,8 +6,10 @@ use std::time::{Duration, Instant};
 
 use wasm_molt_lifecycle::{Generation, Home, InFlight, OnDrainTimeout};
 
+use super::control::{Answer, Control, Op, PendingReload, guarded};
+use super::host::Event;
 use super::lending::{HookScope, impatient};
-use super::{Answer, Control, Event, Job, ManagerState, Op, PendingReload, Shared, guarded};
+use super::{Job, ManagerState, Shared};
 use crate::error::{Done, Error, ErrorCode, Result};
 use crate::instance::replica::Replica;
 use crate::manager::swap::{self, ReloadOptions, ReloadReport, Strategy};

@@ -6,8 +6,10 @@ use std::time::Instant;
 use crossbeam_channel::bounded;
 use wasm_molt_lifecycle::Generation;
 
+use super::control::{Control, guarded};
+use super::host::Replaced;
 use super::start::Making;
-use super::{Control, ManagerState, Replaced, Shared, guarded};
+use super::{ManagerState, Shared};
 use crate::error::{Error, Result};
 use crate::instance::replica::Replica;
 use crate::instance::snapshot::Snapshot;

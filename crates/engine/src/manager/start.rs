@@ -5,11 +5,13 @@ use std::sync::Arc;
 use crossbeam_channel::bounded;
 use wasm_molt_lifecycle::{FailedPhase, Generation};
 
+use super::control::guarded;
+use super::host::Replaced;
 use super::lending::HookScope;
-use super::{ManagerState, Replaced, Shared, guarded, parallelism};
+use super::{ManagerState, Shared};
 use crate::error::{Error, Result};
 use crate::instance::module::{Module, Source};
-use crate::instance::pool::Pool;
+use crate::instance::pool::{Pool, parallelism};
 use crate::instance::replica::{Blueprint, Replica};
 use crate::instance::snapshot::{Origin, Snapshot};
 use crate::manager::freed::Freed;

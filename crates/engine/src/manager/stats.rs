@@ -1,11 +1,14 @@
-//! Counters and times of one manager.
+//! Counters, times and figures of one manager.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hdrhistogram::Histogram as Hdr;
+use wasm_molt_lifecycle::{GateCounts, Home};
 
+use super::{Job, ManagerState, Shared};
 use crate::error::{Error, ErrorCode, Result};
 use crate::manager::call::Outcome;
 
@@ -54,6 +57,39 @@ pub struct Times {
     pub wait: Histogram,
     /// The gate was closed.
     pub pause: Histogram,
+}
+
+/// Figures of one moment.
+#[derive(Debug, Clone)]
+pub struct ManagerStats {
+    /// Its name.
+    pub name: String,
+    /// Where it is in its life.
+    pub state: ManagerState,
+    /// What serves.
+    pub generation: u64,
+    /// Slots, and what they do.
+    pub gate: GateCounts,
+    /// Instances that wait to be replaced.
+    pub poisoned: usize,
+    /// Bytes of linear memory over all replicas.
+    pub memory_bytes: usize,
+    /// The most there was at any reading.
+    pub memory_bytes_peak: usize,
+    /// Calls by how they ended.
+    pub calls: CallCounts,
+    /// Reloads by reason.
+    pub reloads: BTreeMap<String, u64>,
+    /// Reloads that failed.
+    pub reloads_failed: u64,
+    /// Instances that are to be recycled, and have not been yet.
+    pub recycles_due: usize,
+    /// Resets that succeeded, those after isolated calls not among them.
+    pub resets: u64,
+    /// Snapshots that can be used.
+    pub snapshots: usize,
+    /// Distributions.
+    pub times: Times,
 }
 
 /// One hour, in the histograms' unit; longer times count as this.
@@ -212,5 +248,46 @@ fn read(histogram: &Hdr<u64>) -> Histogram {
         p99: ms(histogram.value_at_quantile(0.99)),
         p999: ms(histogram.value_at_quantile(0.999)),
         max: ms(histogram.max()),
+    }
+}
+
+impl Shared {
+    pub(super) fn read_stats(&self, home: Option<&Home<Job>>) -> ManagerStats {
+        let (generation, memory_bytes, poisoned) = {
+            let serving = self.lock_serving();
+            let bytes = serving.memory_bytes();
+            let poisoned = serving.replicas.iter().filter(|r| r.is_poisoned()).count();
+            (serving.generation, bytes, poisoned)
+        };
+        self.memory_bytes_peak
+            .fetch_max(memory_bytes, Ordering::Relaxed);
+        let (reloads, reloads_failed) = self.stats.reloads();
+        ManagerStats {
+            name: self.name().to_owned(),
+            state: self.state(),
+            generation: generation.get(),
+            gate: home.map_or_else(|| self.gate.counts(), Home::counts),
+            poisoned,
+            memory_bytes,
+            memory_bytes_peak: self.memory_bytes_peak.load(Ordering::Relaxed),
+            calls: self.stats.calls(),
+            reloads,
+            reloads_failed,
+            recycles_due: self.recycling.due(),
+            resets: self.stats.resets(),
+            snapshots: self.lock_snapshots().alive().len(),
+            times: self.stats.times(),
+        }
+    }
+
+    /// Linear memory of all that exists.
+    pub(crate) fn memory_bytes(&self) -> usize {
+        self.lock_serving().memory_bytes()
+    }
+
+    /// Notes what is held just before memory is given back, so that the peak is true.
+    pub(crate) fn note_peak(&self, memory_bytes: usize) {
+        self.memory_bytes_peak
+            .fetch_max(memory_bytes, Ordering::Relaxed);
     }
 }

@@ -17,7 +17,10 @@ use crate::instance::replica::{Blueprint, Replica};
 use crate::instance::snapshot::Snapshot;
 use crate::instance::value::HostRef;
 use crate::manager::freed::Freed;
-use crate::manager::{Event, HookScope, Making, ManagerState, Replaced, Shared, impatient, trace};
+use crate::manager::host::{Event, Replaced};
+use crate::manager::lending::{HookScope, impatient};
+use crate::manager::start::Making;
+use crate::manager::{ManagerState, Shared, trace};
 
 /// What new calls do while the old generation is still in use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -89,7 +89,7 @@ fn small_modules_keep_their_frames_and_middling_ones_get_pads() {
         wasmparser::Validator::new_with_features(wasmparser::WasmFeatures::all())
             .validate_all(&padded.bytes)
             .unwrap();
-        let padding = 15 * super::super::PAD.len();
+        let padding = 15 * super::super::splice::PAD.len();
         assert!(padded.inlining && padded.bytes.len() > wasm.len() + padding);
         let refused = instrument(
             &wasm,

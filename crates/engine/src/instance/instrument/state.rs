@@ -27,7 +27,8 @@ use wasm_encoder::{BlockType, Encode, InstructionSink};
 use wasmparser::{AbstractHeapType, HeapType, RefType, TableType, ValType};
 
 use super::scan::{Rare, What};
-use super::{InstrumentError, Result, Seen};
+use super::seen::Seen;
+use super::{InstrumentError, Result};
 
 /// Values that the compiler makes of a helper which it inlines, and bytes that one has: as many as
 /// the largest.

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
-use wasmparser::Validator;
+use wasmparser::{Validator, WasmFeatures};
 use wasmtime::{
     Config, Engine, Extern, ExternType, Func, Global, Instance, Memory, Module, Ref, Store, Table,
     Trap, Val, ValType,

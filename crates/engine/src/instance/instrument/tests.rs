@@ -1,7 +1,9 @@
 //! What a spliced module looks like. That it can be stopped is tested beside the poll page.
 
-use wasmparser::{Operator, Validator};
+use wasmparser::{Operator, Parser, Payload, Validator, WasmFeatures};
 
+use super::calls::Mark;
+use super::splice::{MAX_FUNCTION_BYTES, MAX_MEMORIES};
 use super::*;
 
 const POLLS: InstrumentOptions = InstrumentOptions {

@@ -12,13 +12,15 @@ use crate::error::{Error, Result};
 use crate::instance::pool::Pool;
 use crate::instance::replica::{Blueprint, Replica};
 use crate::instance::wear::Reading;
+use crate::manager::control::{Answer, PendingReload, guarded};
 use crate::manager::freed::Freed;
+use crate::manager::host::Replaced;
+use crate::manager::lending::HookScope;
 use crate::manager::options::RecycleStrategy;
 use crate::manager::pause::ResetOptions;
+use crate::manager::start::Making;
 use crate::manager::swap::{ReloadOptions, ReloadReport, Strategy};
-use crate::manager::{
-    Answer, HookScope, Job, Making, PendingReload, Replaced, Shared, budget, guarded,
-};
+use crate::manager::{Job, Shared, budget};
 
 /// Longest wait for whoever is inside.
 const PATIENCE: Duration = Duration::from_secs(30);
