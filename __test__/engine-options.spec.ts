@@ -9,6 +9,7 @@ import {
   hasCode,
   idleImports,
   LIMIT,
+  littleSpace,
   managed,
   managedSync,
   outcome,
@@ -320,13 +321,8 @@ test(
   'a module runs where virtual memory is capped, with a small reservation; without, it is refused and not killed',
   LIMIT,
   async () => {
-    // What the runtime takes for itself, and room for memories of the default size, but not for three of them.
-    const own = reported<number>(
-      await child(`
-      import { readFileSync } from 'node:fs'
-      report(Number(/VmPeak:\\s*(\\d+)/.exec(readFileSync('/proc/self/status', 'utf8'))[1]))`),
-    )
-    const most = own + 5 * 2 ** 20
+    // Room for memories of the default size, but not for three of them.
+    const space = await littleSpace()
     const run = (engine: string) =>
       child(
         `
@@ -337,7 +333,7 @@ test(
         report(['runs', manager.exports.add(1, 2), manager.exports.grow(3)])
       } catch (error) { report([error.code, error.message]) }
       `,
-        { env: { WORKBENCH: workbench }, under: ['sh', '-c', `ulimit -v ${most}; exec "$0" "$@"`] },
+        { env: { WORKBENCH: workbench }, ...space },
       )
     assert.deepEqual(reported(await run('{ memoryReservationBytes: 1 << 20 }')), ['runs', 3, 1])
     const [code, message] = reported<[string, string]>(await run('{}'))

@@ -839,6 +839,12 @@ test('bad options are told with what is known', LIMIT, async () => {
   await failure(manager.reload({ source: 'x.wasm' } as Any), 'ERR_WASM_INVALID_ARGUMENT', /source/)
   await manager.close()
   await failure(loadGlue(glueFile(), { initialize: 1 } as Any), 'ERR_WASM_INVALID_ARGUMENT', /initialize/)
+  // No place, though text can be made of it: of the list that takes minutes on JavaScriptCore.
+  for (const parentURL of [7, ['file:///'], new Array(2 ** 32 - 1)]) {
+    await failure(loadGlue(glueFile(), { parentURL } as Any), 'ERR_WASM_INVALID_ARGUMENT', /parentURL/)
+  }
+  await failure(loadGlue(glueFile(), { include: 'a package' } as Any), 'ERR_WASM_INVALID_ARGUMENT', /include/)
+  await failure(loadGlue([glueFile()] as Any), 'ERR_WASM_INVALID_ARGUMENT', /first argument/)
   await assert.rejects(loadGlue('./no-such-file.cjs'), /no-such-file/)
 })
 

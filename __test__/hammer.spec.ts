@@ -134,6 +134,7 @@ for (const [what, program] of [
     const text = `
       import { parentPort } from 'node:worker_threads'
       import { loadGlue, WebAssembly } from ${JSON.stringify(INDEX_URL)}
+      const gc = globalThis.gc ?? (() => Bun.gc(true))
       ${program}
       new Uint8Array(moved).fill(3)
       parentPort.postMessage(moved, [moved])

@@ -3,7 +3,7 @@ import assert from 'node:assert/strict'
 import { describe, test } from 'node:test'
 import { wat } from './guests.ts'
 import { env, POINTS, SCENE } from './points.ts'
-import { child, INDEX_URL, LIMIT, reported } from './support.ts'
+import { child, INDEX_URL, LIMIT, littleSpace, reported } from './support.ts'
 
 /** Far less than the 5 seconds for which the end waits for guests that cannot be stopped; much for a loaded machine. */
 const PROMPT_MS = 4_000
@@ -150,7 +150,6 @@ describe('the end of the process is prompt', { concurrency: 2 }, () => {
 // ---------------------------------------------------------------- little of everything
 
 describe('where little is to be had', { concurrency: 2 }, () => {
-  const LITTLE = ['sh', '-c', 'ulimit -v 6000000; exec "$0" "$@"']
   const USE = `
     const use = async (manager) => {
       const seen = [manager.exports.add(1, 2), await manager.call('add', [3, 4])]
@@ -182,7 +181,7 @@ describe('where little is to be had', { concurrency: 2 }, () => {
         cache: false, imports, engine: { memoryReservationBytes: 1 << 20 },
       })
       report([failed, await use(manager)])`,
-      { env, under: LITTLE },
+      { env, ...(await littleSpace()) },
     )
     const [[code, message], seen] = reported<[[string, string], unknown[]]>(ended)
     assert.match(code, /^ERR_WASM_/)

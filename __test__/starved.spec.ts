@@ -2,7 +2,7 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import { workbench } from './guests.ts'
-import { type Ended, child, LIMIT, reported } from './support.ts'
+import { child, type Ended, LIMIT, littleSpace, reported } from './support.ts'
 
 /** By step: how it ended, in a code of ours, 'ok', or whatever else was thrown. */
 type Ends = [step: string, end: string, text: string][]
@@ -182,7 +182,7 @@ if (process.platform === 'linux') {
       await manager.close()
       report(ends)
       `,
-      { env, under: ['sh', '-c', 'ulimit -v 6000000; exec "$0" "$@"'], timeoutMs: 55_000 },
+      { env, ...(await littleSpace()), timeoutMs: 55_000 },
     )
     const [[step, end, text]] = checkEnds(ended) as [Ends[number]]
     assert.deepEqual([step, end], ['create', 'ERR_WASM_LINK'])

@@ -297,7 +297,10 @@ test('a thousand forks of a parent of 256 MiB fit where the parent fits', {
   // From the first fork on the state is in the snapshot, once, which only stats() counts.
   assert.ok(Math.max(forked.resident, written.resident, writtenAgain.resident) < before.resident, text)
   assert.ok(sharedBytes > 250 << 20 && sharedBytes <= byteLength, `${sharedBytes}`)
-  assert.equal(forked.threads, before.threads, text)
+  // Bun and Deno have threads of their own, which come when they want them.
+  const { bun, deno } = process.versions
+  const others = bun === undefined && deno === undefined ? 0 : 2
+  assert.ok(forked.threads <= before.threads + others, text)
   assert.ok(forked.descriptors - before.descriptors < 4, text)
   // What the allocator keeps for the next thousand is there once.
   assert.ok(forkedAgain.resident - forked.resident < 32 << 20, text)

@@ -205,6 +205,8 @@ export interface ChildOptions {
   timeoutMs?: number
   /** Runs the program under this command, such as `sh -c 'ulimit …; exec "$@"' --`. */
   under?: string[]
+  /** What the program does before anything else. */
+  first?: string
   /** A crash is what the test is about. */
   mayCrash?: true
 }
@@ -224,8 +226,25 @@ export async function child(program: string, options: ChildOptions = {}): Promis
   `
   // A file, because not every runtime takes a module on its command line.
   const file = join(temporaryFolder('child'), 'child.mjs')
-  writeFileSync(file, prologue + program)
+  writeFileSync(file, prologue + (options.first ?? '') + program)
   return await runNode([...(options.flags ?? []), file], options)
+}
+
+/**
+ * Has a program begin with 5 GiB of address space beside what its runtime has for itself. Deno takes more on its way up
+ * than it keeps, and gets the limit once it is there.
+ */
+export async function littleSpace(): Promise<ChildOptions> {
+  const beside = (figure: string) => `5 * 2 ** 20 + Number(
+    /${figure}:\\s+(\\d+) kB/.exec((await import('node:fs')).readFileSync('/proc/self/status', 'latin1'))[1])`
+  if (process.versions.deno !== undefined) {
+    const args = `['--pid', String(process.pid), '--as=' + 1024 * (${beside('VmSize')}) + ':']`
+    return {
+      first: `{ const { execFileSync } = await import('node:child_process'); execFileSync('prlimit', ${args}) }\n`,
+    }
+  }
+  const most = reported(await child(`report(${beside('VmPeak')})`))
+  return { under: ['sh', '-c', `ulimit -v ${most}; exec "$0" "$@"`] }
 }
 
 /** The ways in which only a crash ends a process. */

@@ -479,6 +479,7 @@ impl EnvState {
 
     /// Nobody wants to know: it may never settle.
     pub(crate) fn unfollow(&self, id: u32) {
+        // Dropped once nothing is borrowed: what it holds may want to follow or unfollow something itself.
         let then = self.settled.borrow_mut().remove(&id);
         drop(then);
     }

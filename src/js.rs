@@ -280,21 +280,33 @@ impl Js {
 
     /// A new `Uint8Array` holding a copy.
     pub(crate) fn uint8_array(self, bytes: &[u8]) -> JsResult<Val> {
+        self.new_uint8_array(bytes.len(), |fresh| {
+            fresh.copy_from_slice(bytes);
+            Ok(())
+        })
+    }
+
+    /// * `fill`: is given its bytes, which are zeros.
+    pub(crate) fn new_uint8_array(
+        self,
+        len: usize,
+        fill: impl FnOnce(&mut [u8]) -> JsResult<()>,
+    ) -> JsResult<Val> {
         let mut data: *mut c_void = ptr::null_mut();
         let mut buffer = ptr::null_mut();
         napi!(
             self,
-            napi_create_arraybuffer(bytes.len(), &raw mut data, &raw mut buffer)
+            napi_create_arraybuffer(len, &raw mut data, &raw mut buffer)
         )?;
-        if !bytes.is_empty() {
-            // SAFETY: the fresh buffer has `bytes.len()` bytes at `data`.
-            unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), data.cast(), bytes.len()) };
+        if len > 0 {
+            // SAFETY: the fresh buffer has `len` bytes at `data`, and nobody else has it yet.
+            fill(unsafe { std::slice::from_raw_parts_mut(data.cast(), len) })?;
         }
         let mut value = ptr::null_mut();
         let kind = sys::TypedarrayType::uint8_array;
         napi!(
             self,
-            napi_create_typedarray(kind, bytes.len(), buffer, 0, &raw mut value)
+            napi_create_typedarray(kind, len, buffer, 0, &raw mut value)
         )?;
         Ok(value)
     }

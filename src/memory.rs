@@ -180,11 +180,9 @@ impl View {
 }
 
 fn copy(js: Js, memory: &MemoryRecord, len: usize) -> JsResult<Val> {
-    let mut bytes = vec![0; len];
-    memory
-        .read(0, &mut bytes)
-        .map_err(|e| out_of_bounds(js, &e))?;
-    js.uint8_array(&bytes)
+    js.new_uint8_array(len, |bytes| {
+        memory.read(0, bytes).map_err(|e| out_of_bounds(js, &e))
+    })
 }
 
 /// `read`, `readString` and `write` throw a `RangeError`.

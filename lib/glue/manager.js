@@ -453,6 +453,17 @@ function checkHooks(options) {
   }
 }
 
+/** Before any of it is turned into text: that of a list of 2^32 elements takes minutes on some engines. */
+function checkPlaces(specifier, { parentURL, include }) {
+  const isPlace = (value) => typeof value === 'string' || value instanceof URL || typeof value?.href === 'string'
+  const check = (isGood, what) => {
+    if (!isGood) throw new WasmError('ERR_WASM_INVALID_ARGUMENT', what)
+  }
+  check(isPlace(specifier), "the first argument of loadGlue must be what require() would be given, or a file's URL")
+  check(parentURL === undefined || isPlace(parentURL), 'options.parentURL must be a URL or a path')
+  check(include === undefined || Array.isArray(include), 'options.include must be a list of names of packages')
+}
+
 const nameOf = (specifier) => {
   const text = specifier instanceof URL ? specifier.href : `${specifier}`
   const parts = text.split(/[\\/]/)
@@ -493,6 +504,7 @@ async function prepareFor(specifier, options, caller) {
 async function loadGlue(specifier, options = {}) {
   checkKeys(options, GLUE_OPTIONS)
   checkHooks(options)
+  checkPlaces(specifier, options)
   const { include, parentURL, cache = true, name = nameOf(specifier) } = options
   const caller = parentURL === undefined ? callerOf(loadGlue) : undefined
   const program = await prepareFor(specifier, { parentURL, include, cache }, caller)

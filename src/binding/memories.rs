@@ -2,6 +2,8 @@
 
 use std::rc::Rc;
 
+use wasm_molt_engine::OutOfBounds;
+
 use super::leases::{context, live_lease};
 use super::{arg, handle};
 use crate::env::EnvState;
@@ -94,36 +96,40 @@ fn range(js: Js, args: &[Val]) -> JsResult<(u64, usize)> {
     Ok((ptr as u64, len as usize))
 }
 
-fn read(js: Js, args: &[Val]) -> JsResult<Vec<u8>> {
+/// Those bytes of the memory, which are there: asked before anything is allocated for them.
+fn to_read(js: Js, args: &[Val]) -> JsResult<(Rc<ReplicaSide>, u64, usize)> {
     let side = memory_side(js, args)?;
     let (ptr, len) = range(js, args)?;
-    let available = side.replica.memory().map_or(0, |m| m.byte_len());
-    let error = wasm_molt_engine::OutOfBounds {
-        ptr,
-        byte_length: len,
-        memory_bytes: available,
+    let checked = match side.replica.memory() {
+        Some(memory) => memory.check(ptr, len),
+        None if len > 0 || ptr > 0 => Err(OutOfBounds {
+            ptr,
+            byte_length: len,
+            memory_bytes: 0,
+        }),
+        None => Ok(()),
     };
-    // Asked before allocating: a wrong length must not become a huge buffer of ours.
-    if len > available {
-        return Err(out_of_bounds(js, &error));
-    }
-    let mut bytes = vec![0; len];
-    match side.replica.memory() {
-        Some(memory) => memory
-            .read(ptr, &mut bytes)
-            .map_err(|e| out_of_bounds(js, &e))?,
-        None if len > 0 || ptr > 0 => return Err(out_of_bounds(js, &error)),
-        None => {}
-    }
-    Ok(bytes)
+    checked.map_err(|e| out_of_bounds(js, &e))?;
+    Ok((side, ptr, len))
 }
 
 pub(super) fn memory_read(js: Js, args: &[Val]) -> JsResult<Val> {
-    js.uint8_array(&read(js, args)?)
+    let (side, ptr, len) = to_read(js, args)?;
+    js.new_uint8_array(len, |bytes| match side.replica.memory() {
+        Some(memory) => memory.read(ptr, bytes).map_err(|e| out_of_bounds(js, &e)),
+        None => Ok(()),
+    })
 }
 
 pub(super) fn memory_read_string(js: Js, args: &[Val]) -> JsResult<Val> {
-    js.string(&String::from_utf8_lossy(&read(js, args)?))
+    let (side, ptr, len) = to_read(js, args)?;
+    let bytes = match side.replica.memory() {
+        Some(memory) => memory
+            .read_vec(ptr, len)
+            .map_err(|e| out_of_bounds(js, &e))?,
+        None => Vec::new(),
+    };
+    js.string(&String::from_utf8_lossy(&bytes))
 }
 
 /// `(memory, ptr, bytes | string) => bytes written`
@@ -146,7 +152,7 @@ pub(super) fn memory_write(js: Js, args: &[Val]) -> JsResult<Val> {
             .write(ptr, &bytes)
             .map_err(|e| out_of_bounds(js, &e))?,
         None => {
-            let error = wasm_molt_engine::OutOfBounds {
+            let error = OutOfBounds {
                 ptr,
                 byte_length: bytes.len(),
                 memory_bytes,

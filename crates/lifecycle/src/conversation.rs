@@ -17,7 +17,7 @@ use std::sync::PoisonError;
 use std::time::Duration;
 
 use crate::clock::{Clock, SystemClock};
-use crate::sync::{Arc, Condvar, Mutex, MutexGuard, SPINS, lock, spin};
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, SPIN_FOR, lock, spin};
 
 /// What is said in a conversation.
 pub trait Words: 'static {
@@ -117,13 +117,15 @@ impl<W: Words> Shared<W> {
         mut look: impl FnMut(&mut State<W>) -> Option<Result<R, Silence>>,
     ) -> Result<R, Silence> {
         // The other one is often about to speak, and sleeping takes longer than what it does.
-        for turn in 0..SPINS {
+        let clock = SystemClock::default();
+        let mut turn = 0;
+        while clock.now() < SPIN_FOR {
             if let Some(found) = look(&mut self.lock()) {
                 return found;
             }
             spin(turn);
+            turn += 1;
         }
-        let clock = SystemClock::default();
         let mut state = self.lock();
         loop {
             if let Some(found) = look(&mut state) {

@@ -14,14 +14,15 @@ pub(crate) use loom::sync::{
     atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering},
 };
 
-/// How often a thread looks before it sleeps: some microseconds.
+/// How long a thread looks before it sleeps: a few times what somebody who is awake takes to answer, and no more than
+/// going to sleep and being woken costs.
 #[cfg(not(loom))]
-pub(crate) const SPINS: u32 = 10;
+pub(crate) const SPIN_FOR: Duration = Duration::from_micros(20);
 /// To loom a look that finds nothing is one more interleaving of what it explores anyway.
 #[cfg(loom)]
-pub(crate) const SPINS: u32 = 0;
+pub(crate) const SPIN_FOR: Duration = Duration::ZERO;
 
-/// Between two looks, longer each time.
+/// Between two looks, longer each time; in the end it lets others run.
 pub(crate) fn spin(turn: u32) {
     const BUSY_TURNS: u32 = 6;
     if turn <= BUSY_TURNS {
@@ -51,6 +52,7 @@ macro_rules! thread_locals {
 pub(crate) use thread_locals;
 
 use std::sync::PoisonError;
+use std::time::Duration;
 
 /// Locks `mutex`, poisoned or not.
 ///

@@ -152,21 +152,9 @@ impl Guest<'_> {
                 (values[0].to_i32() as u32, values[1].to_i32() as u32)
             }
         };
-        // Ask before allocating: a wrong length must not become a huge buffer of ours.
-        let available = (self.memory.byte_len() as u64).saturating_sub(u64::from(out_ptr));
-        if u64::from(out_len) > available {
-            let ptr = u64::from(out_ptr);
-            let memory_bytes = self.memory.byte_len();
-            let error = OutOfBounds {
-                ptr,
-                byte_length: out_len as usize,
-                memory_bytes,
-            };
-            return Err(bad_buffer(&error, "the function"));
-        }
-        let mut output = vec![0; out_len as usize];
-        self.memory
-            .read(u64::from(out_ptr), &mut output)
+        let output = self
+            .memory
+            .read_vec(u64::from(out_ptr), out_len as usize)
             .map_err(|e| bad_buffer(&e, "the function"))?;
         if out_len > 0 {
             self.free(out_ptr, out_len)?;

@@ -257,7 +257,6 @@ impl Shared {
         if self.is_over() {
             return Err(self.closed());
         }
-        self.scope_of_operation()?;
         self.wait_repaired(self.lock_control()).is_swapping = true;
         let outcome = guarded(|| body(self.scope_of_operation()?));
         self.end_swap();

@@ -225,6 +225,25 @@ impl MemoryRecord {
         Ok(())
     }
 
+    /// Whether those bytes are there.
+    pub fn check(&self, ptr: u64, byte_length: usize) -> Result<(), OutOfBounds> {
+        self.locate(self.read_home().as_ref(), ptr, byte_length)
+            .map(drop)
+    }
+
+    /// As [`read`](Self::read), into a vector of its own, which is allocated only if the range is there.
+    pub fn read_vec(&self, ptr: u64, byte_length: usize) -> Result<Vec<u8>, OutOfBounds> {
+        let home = self.read_home();
+        let from = self.locate(home.as_ref(), ptr, byte_length)?;
+        let mut out = Vec::with_capacity(byte_length);
+        // SAFETY: as in `read`; the vector has room for so many bytes, all of which are written.
+        unsafe {
+            ptr::copy_nonoverlapping(from.cast_const(), out.as_mut_ptr(), byte_length);
+            out.set_len(byte_length);
+        }
+        Ok(out)
+    }
+
     /// Copies bytes in.
     pub fn write(&self, ptr: u64, bytes: &[u8]) -> Result<(), OutOfBounds> {
         let home = self.read_home();
