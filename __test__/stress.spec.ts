@@ -297,7 +297,7 @@ test('a thousand forks of a parent of 256 MiB fit where the parent fits', {
   // From the first fork on the state is in the snapshot, once, which only stats() counts.
   assert.ok(Math.max(forked.resident, written.resident, writtenAgain.resident) < before.resident, text)
   assert.ok(sharedBytes > 250 << 20 && sharedBytes <= byteLength, `${sharedBytes}`)
-  // Bun and Deno have threads of their own, which come when they want them.
+  // Bun and Deno have threads and mappings of their own, which come when they want them.
   const { bun, deno } = process.versions
   const others = bun === undefined && deno === undefined ? 0 : 2
   assert.ok(forked.threads <= before.threads + others, text)
@@ -305,7 +305,7 @@ test('a thousand forks of a parent of 256 MiB fit where the parent fits', {
   // What the allocator keeps for the next thousand is there once.
   assert.ok(forkedAgain.resident - forked.resident < 32 << 20, text)
   assert.ok(closedAgain.resident - closed.resident < 16 << 20, text)
-  assert.ok(closedAgain.mappings - closed.mappings < 40, text)
+  assert.ok(closedAgain.mappings - closed.mappings < (others === 0 ? 40 : 120), text)
   assert.ok(closedAgain.descriptors <= closed.descriptors, text)
 })
 

@@ -231,13 +231,13 @@ export async function child(program: string, options: ChildOptions = {}): Promis
 }
 
 /**
- * Has a program begin with 5 GiB of address space beside what its runtime has for itself. Deno takes more on its way up
- * than it keeps, and gets the limit once it is there.
+ * Has a program begin with 5 GiB of address space beside what its runtime has for itself. Bun and Deno take more on their
+ * way up than they keep, and get the limit once they are there.
  */
 export async function littleSpace(): Promise<ChildOptions> {
   const beside = (figure: string) => `5 * 2 ** 20 + Number(
     /${figure}:\\s+(\\d+) kB/.exec((await import('node:fs')).readFileSync('/proc/self/status', 'latin1'))[1])`
-  if (process.versions.deno !== undefined) {
+  if (process.versions.bun !== undefined || process.versions.deno !== undefined) {
     const args = `['--pid', String(process.pid), '--as=' + 1024 * (${beside('VmSize')}) + ':']`
     return {
       first: `{ const { execFileSync } = await import('node:child_process'); execFileSync('prlimit', ${args}) }\n`,
