@@ -9,5 +9,7 @@ const f64 = new Float64Array(scratch)
 const i32 = new Int32Array(scratch)
 // In its last place native code counts what makes a LinearMemory mean another buffer.
 const EPOCH = 7
+// And here, whether the call that has just come back has an answer.
+const IS_ANSWERED = 8
 
-module.exports = { scratch, f64, i32, EPOCH }
+module.exports = { scratch, f64, i32, EPOCH, IS_ANSWERED }

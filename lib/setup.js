@@ -10,7 +10,7 @@ const { isMainThread } = require('node:worker_threads')
 const binding = require('./binding.js')
 const { WasmError } = require('./errors.js')
 const { InstanceContext, LeasedInstance, Snapshot } = require('./instances.js')
-const { f64, i32, scratch } = require('./scratch.js')
+const { f64, i32, IS_ANSWERED, scratch } = require('./scratch.js')
 
 const look = () => {
   if (binding.look()) setImmediate(look)
@@ -26,7 +26,13 @@ class Outside extends AsyncResource {
 // which happened to hand a call over.
 const outside = new Outside('wasm-molt')
 
-const result = (kind) => (kind === 1 ? i32[2] : kind === 0 ? undefined : f64[1])
+const result = (kind) => {
+  if (f64[IS_ANSWERED] !== 1) throw unanswered()
+  return kind === 1 ? i32[2] : kind === 0 ? undefined : f64[1]
+}
+// Between being told to end and being ended, a thread runs on for some instructions, in which Node throws nothing of
+// ours; what is thrown here counts.
+const unanswered = () => new WasmError('ERR_WASM_INTERRUPTED', 'the call was stopped: its thread is ending')
 
 // By the number of parameters. All arguments are numbers before the first is stored: coercion may run JavaScript,
 // which may call an export. The function passes itself on, so that it outlives the call.

@@ -85,6 +85,9 @@ pub(crate) struct Scratch {
     /// Another number whenever a `LinearMemory` may mean another buffer than before: instances were
     /// replaced, a host call began or ended. Detaching is not counted: a detached buffer shows itself.
     epoch: Cell<f64>,
+    /// 1 once the call that has just come back has an answer. Where an environment is ending, Node takes no error
+    /// from us, and JavaScript would run on with whatever lies in the first place.
+    is_answered: Cell<f64>,
 }
 
 impl Scratch {
@@ -397,10 +400,14 @@ pub(crate) unsafe extern "C" fn call_through_scratch(
         let record = ptr::with_exposed_provenance::<Record>(address);
         // SAFETY: an export has just written the address of the record that it owns. Where somebody
         // got hold of this function by other ways (the call sites of a stack trace), it is null.
-        match unsafe { record.as_ref() }.map(|record| (record, &record.crossing)) {
+        let outcome = match unsafe { record.as_ref() }.map(|record| (record, &record.crossing)) {
             Some((record, Some(crossing))) => record.call_scratch(crossing, scratch),
             _ => Err(js.throw_type_error("only exported functions can call this")),
-        }
+        };
+        scratch
+            .is_answered
+            .set(if outcome.is_ok() { 1.0 } else { 0.0 });
+        outcome
     })
 }
 

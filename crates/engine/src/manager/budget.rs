@@ -1,7 +1,8 @@
 //! One allowance of linear memory over all managers of the process, those of worker threads included.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use wasm_molt_lifecycle::{Candidate, Crossing, Reason, choose};
 
@@ -18,7 +19,8 @@ static BUDGET: AtomicU64 = AtomicU64::new(0);
 /// How often the sum has come back within it.
 static EPISODE: AtomicUsize = AtomicUsize::new(0);
 static IS_OVER: AtomicBool = AtomicBool::new(false);
-static MANAGERS: Mutex<Vec<Weak<Shared>>> = Mutex::new(Vec::new());
+/// By [`Shared::id`], so that one of thousands comes and goes without a look at the others.
+static MANAGERS: Mutex<BTreeMap<usize, Weak<Shared>>> = Mutex::new(BTreeMap::new());
 /// Bytes of instances that have been replaced, and still have their memory.
 static LEAVING: AtomicU64 = AtomicU64::new(0);
 /// Who decides.
@@ -49,9 +51,16 @@ impl Drop for Leaving {
 }
 
 pub(crate) fn register(shared: &Arc<Shared>) {
-    let mut managers = MANAGERS.lock().unwrap_or_else(PoisonError::into_inner);
-    managers.retain(|manager| manager.strong_count() > 0);
-    managers.push(Arc::downgrade(shared));
+    lock_managers().insert(shared.id(), Arc::downgrade(shared));
+}
+
+/// That manager is being dropped.
+pub(crate) fn forget(shared: &Shared) {
+    lock_managers().remove(&shared.id());
+}
+
+fn lock_managers() -> MutexGuard<'static, BTreeMap<usize, Weak<Shared>>> {
+    MANAGERS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Those who have no policy are told once in each.
@@ -80,10 +89,7 @@ pub(crate) fn enforce() -> Vec<(Arc<Shared>, Due)> {
         return Vec::new();
     };
     IS_OVER.store(true, Ordering::Relaxed);
-    let managers = MANAGERS
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .clone();
+    let managers: Vec<_> = lock_managers().values().cloned().collect();
     let mut candidates = Vec::new();
     let mut on_its_way = LEAVING.load(Ordering::Relaxed);
     let mut observers = Vec::new();

@@ -10,7 +10,7 @@ use super::control::Control;
 use super::crash::Crashes;
 use super::lending::Hooks;
 use super::realm::Compiled;
-use super::{Job, ManagerState};
+use super::{Job, ManagerState, budget};
 use crate::error::{Error, ErrorCode, Result};
 use crate::instance::interrupt::Stop;
 use crate::instance::module::Module;
@@ -305,6 +305,12 @@ impl Shared {
         while self.settling.load(Ordering::SeqCst) > 0 {
             std::thread::yield_now();
         }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        budget::forget(self);
     }
 }
 
