@@ -183,7 +183,11 @@ test('a worker that ends while its manager is idle takes its memory and threads 
     { env },
   )
   const grown = reported<{ threads: number; gigabytes: number }>(ended)
-  assert.ok(grown.threads <= 1, `${grown.threads} more threads after eight workers`)
+  // Bun has threads of its own, which come when it wants them.
+  assert.ok(
+    grown.threads <= (process.versions.bun === undefined ? 1 : 4),
+    `${grown.threads} more threads after eight workers`,
+  )
   assert.ok(grown.gigabytes <= 4, `${grown.gigabytes} GiB more address space after eight workers`)
 })
 

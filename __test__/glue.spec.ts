@@ -843,7 +843,9 @@ test('bad options are told with what is known', LIMIT, async () => {
   for (const parentURL of [7, ['file:///'], new Array(2 ** 32 - 1)]) {
     await failure(loadGlue(glueFile(), { parentURL } as Any), 'ERR_WASM_INVALID_ARGUMENT', /parentURL/)
   }
-  await failure(loadGlue(glueFile(), { include: 'a package' } as Any), 'ERR_WASM_INVALID_ARGUMENT', /include/)
+  for (const include of ['a package', [7], new Array(2 ** 32 - 1)]) {
+    await failure(loadGlue(glueFile(), { include } as Any), 'ERR_WASM_INVALID_ARGUMENT', /include/)
+  }
   await failure(loadGlue([glueFile()] as Any), 'ERR_WASM_INVALID_ARGUMENT', /first argument/)
   await assert.rejects(loadGlue('./no-such-file.cjs'), /no-such-file/)
 })

@@ -296,7 +296,7 @@ test('a guest without an exported memory has an empty one', LIMIT, async (t) => 
   assert.deepEqual(manager.memory.read(0, 0), new Uint8Array(0))
 })
 
-test('of several memories, the one exported as "memory" is shown', LIMIT, async (t) => {
+test('of several memories, the one that is exported by that name is shown', LIMIT, async (t) => {
   const source = wat(`(module
     (memory $a (export "other") 1) (memory $b (export "memory") 2)
     (data (memory $b) (i32.const 0) "b") (data (memory $a) (i32.const 0) "a"))`)

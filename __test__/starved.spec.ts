@@ -11,7 +11,14 @@ type Ends = [step: string, end: string, text: string][]
 const STARVED = `
   import { execFileSync } from 'node:child_process'
   import { closeSync, openSync, readFileSync } from 'node:fs'
-  const limit = (kind, soft) => execFileSync('prlimit', ['--pid', String(process.pid), '--' + kind + '=' + soft + ':'])
+  const limit = (kind, soft) => {
+    try {
+      execFileSync('prlimit', ['--pid', String(process.pid), '--' + kind + '=' + soft + ':'])
+    } catch (error) {
+      // Bun opens one more descriptor for its child, which may have set the limit by then.
+      if (process.versions.bun === undefined || error.code !== 'EMFILE') throw error
+    }
+  }
   const mapped = () => Number(/VmSize:\\s+(\\d+) kB/.exec(readFileSync('/proc/self/status', 'latin1'))[1]) * 1024
   const MiB = 1 << 20
   const GiB = 1 << 30

@@ -247,7 +247,8 @@ test('a million isolated calls leave nothing behind: memory, address space, mapp
   assert.equal(generation, 1)
   // One more: what `initialize` calls, in the first replica only.
   assert.deepEqual([calls.completed, calls.trapped], [990_001, 10_000])
-  assertFlat(readings, { resident: 12 << 20, space: 64 << 20, mappings: 40, descriptors: 1 })
+  const own = process.versions.deno === undefined ? 12 : 32
+  assertFlat(readings, { resident: own << 20, space: 64 << 20, mappings: 40, descriptors: 1 })
 })
 
 test('a thousand forks of a parent of 256 MiB fit where the parent fits', {
@@ -301,7 +302,7 @@ test('a thousand forks of a parent of 256 MiB fit where the parent fits', {
   const { bun, deno } = process.versions
   const others = bun === undefined && deno === undefined ? 0 : 2
   assert.ok(forked.threads <= before.threads + others, text)
-  assert.ok(forked.descriptors - before.descriptors < 4, text)
+  assert.ok(forked.descriptors - before.descriptors < 4 + 2 * others, text)
   // What the allocator keeps for the next thousand is there once.
   assert.ok(forkedAgain.resident - forked.resident < 32 << 20, text)
   assert.ok(closedAgain.resident - closed.resident < 16 << 20, text)

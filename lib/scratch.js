@@ -7,7 +7,7 @@ const binding = require('./binding.js')
 const scratch = binding.newScratch()
 const f64 = new Float64Array(scratch)
 const i32 = new Int32Array(scratch)
-// In its last place native code counts what makes a LinearMemory mean another buffer.
+// In this place native code counts what makes a LinearMemory mean another buffer.
 const EPOCH = 7
 // And here, whether the call that has just come back has an answer.
 const IS_ANSWERED = 8

@@ -12,10 +12,17 @@ const { WasmError } = require('./errors.js')
 const { InstanceContext, LeasedInstance, Snapshot } = require('./instances.js')
 const { f64, i32, IS_ANSWERED, scratch } = require('./scratch.js')
 
+// One at a time: where waking the loop means looking (Bun, Deno), each import would else add a look to every turn.
+let isComing = false
 const look = () => {
-  if (binding.look()) setImmediate(look)
+  isComing = false
+  if (binding.look()) lookNext()
 }
-const lookNext = () => setImmediate(look)
+const lookNext = () => {
+  if (isComing) return
+  isComing = true
+  setImmediate(look)
+}
 class Outside extends AsyncResource {
   /** How tools that look for what keeps a process alive ask. */
   hasRef() {

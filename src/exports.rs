@@ -98,6 +98,23 @@ impl Scratch {
     }
 }
 
+/// A call through the scratch, which has no answer until it is [done](Self::done): a panic ends it as well.
+struct Answering<'a>(&'a Scratch);
+
+impl Answering<'_> {
+    #[inline]
+    fn done(self) {
+        self.0.is_answered.set(1.0);
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Answering<'_> {
+    fn drop(&mut self) {
+        self.0.is_answered.set(0.0);
+    }
+}
+
 /// A signature as the scratch has it: at hand, where that of the module is two steps away.
 #[derive(Clone, Copy)]
 struct Crossing {
@@ -400,14 +417,13 @@ pub(crate) unsafe extern "C" fn call_through_scratch(
         let record = ptr::with_exposed_provenance::<Record>(address);
         // SAFETY: an export has just written the address of the record that it owns. Where somebody
         // got hold of this function by other ways (the call sites of a stack trace), it is null.
-        let outcome = match unsafe { record.as_ref() }.map(|record| (record, &record.crossing)) {
-            Some((record, Some(crossing))) => record.call_scratch(crossing, scratch),
-            _ => Err(js.throw_type_error("only exported functions can call this")),
+        let answering = Answering(scratch);
+        let returned = match unsafe { record.as_ref() }.map(|record| (record, &record.crossing)) {
+            Some((record, Some(crossing))) => record.call_scratch(crossing, scratch)?,
+            _ => return Err(js.throw_type_error("only exported functions can call this")),
         };
-        scratch
-            .is_answered
-            .set(if outcome.is_ok() { 1.0 } else { 0.0 });
-        outcome
+        answering.done();
+        Ok(returned)
     })
 }
 

@@ -353,11 +353,7 @@ impl JsImport {
         let listening = replica.interrupter().listen(move || stopper.stop());
         let end = JsEnd(answerer);
         let inbox = self.bound.inbox();
-        let task: Task = Box::new(move |env| {
-            answer(&request, end);
-            // What has asked once often asks again, or has an answer of its own.
-            env.expect_answer();
-        });
+        let task: Task = Box::new(move |_| answer(&request, end));
         // Whom the JS thread may be waiting for must not wait for the JS thread.
         let posted = if replica.is_twin() {
             inbox.post_urgent(task)

@@ -453,6 +453,9 @@ function checkHooks(options) {
   }
 }
 
+/** Of packages in a list that somebody means. */
+const MOST_NAMES = 65_536
+
 /** Before any of it is turned into text: that of a list of 2^32 elements takes minutes on some engines. */
 function checkPlaces(specifier, { parentURL, include }) {
   const isPlace = (value) => typeof value === 'string' || value instanceof URL || typeof value?.href === 'string'
@@ -460,8 +463,12 @@ function checkPlaces(specifier, { parentURL, include }) {
     if (!isGood) throw new WasmError('ERR_WASM_INVALID_ARGUMENT', what)
   }
   check(isPlace(specifier), "the first argument of loadGlue must be what require() would be given, or a file's URL")
-  check(parentURL === undefined || isPlace(parentURL), 'options.parentURL must be a URL or a path')
-  check(include === undefined || Array.isArray(include), 'options.include must be a list of names of packages')
+  check((parentURL ?? undefined) === undefined || isPlace(parentURL), 'options.parentURL must be a URL or a path')
+  const isName = (name) => typeof name === 'string'
+  check(
+    include === undefined || (Array.isArray(include) && include.length <= MOST_NAMES && include.every(isName)),
+    `options.include must be a list of names of packages, ${MOST_NAMES} at most`,
+  )
 }
 
 const nameOf = (specifier) => {
@@ -506,7 +513,7 @@ async function loadGlue(specifier, options = {}) {
   checkHooks(options)
   checkPlaces(specifier, options)
   const { include, parentURL, cache = true, name = nameOf(specifier) } = options
-  const caller = parentURL === undefined ? callerOf(loadGlue) : undefined
+  const caller = (parentURL ?? undefined) === undefined ? callerOf(loadGlue) : undefined
   const program = await prepareFor(specifier, { parentURL, include, cache }, caller)
   const manager = construct(program, options, name)
   await binding.start(handleOf(manager), EMPTY)

@@ -81,7 +81,7 @@ impl Manager {
     /// A manager that has not started yet, and its home handle if the options ask for one.
     ///
     /// # Errors
-    /// [`ErrorCode::InvalidArgument`] for options that cannot be used.
+    /// [`crate::ErrorCode::InvalidArgument`] for options that cannot be used.
     pub fn new(options: ManagerOptions, host: Arc<dyn Host>) -> Result<(Self, Option<Home<Job>>)> {
         let (shared, home) = Shared::new(options, host)?;
         budget::register(&shared);
@@ -139,7 +139,7 @@ impl Manager {
     /// Checks that `invoke` can use the function at this position.
     ///
     /// # Errors
-    /// [`ErrorCode::ExportNotFound`] or [`ErrorCode::InvalidArgument`].
+    /// [`crate::ErrorCode::ExportNotFound`] or [`crate::ErrorCode::InvalidArgument`].
     pub fn check_invoke(&self, function: usize) -> Result<()> {
         let module = self.module().ok_or_else(|| self.shared.closed())?;
         invoke::check(&module, &self.shared.options.abi, function)
@@ -278,7 +278,7 @@ impl Manager {
     /// The same on this thread, which must be the home thread if there is one.
     ///
     /// # Errors
-    /// [`ErrorCode::Busy`] if anything is in flight, [`ErrorCode::Reloading`] during another change.
+    /// [`crate::ErrorCode::Busy`] if anything is in flight, [`crate::ErrorCode::Reloading`] during another change.
     pub fn reload_now(
         &self,
         home: Option<&Home<Job>>,

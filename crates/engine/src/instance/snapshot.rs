@@ -13,7 +13,7 @@ use crate::instance::module::Module;
 pub struct Snapshot {
     id: u64,
     /// The manager that it was taken of.
-    owner: usize,
+    owner: u64,
     generation: Generation,
     module: Arc<Module>,
     memory_bytes: usize,
@@ -23,7 +23,7 @@ pub struct Snapshot {
 
 impl Snapshot {
     pub(crate) fn new(
-        (id, owner): (u64, usize),
+        (id, owner): (u64, u64),
         generation: Generation,
         module: Arc<Module>,
         captured: Arc<Captured>,
@@ -55,7 +55,7 @@ impl Snapshot {
     }
 
     /// The manager that it was taken of.
-    pub(crate) fn owner(&self) -> usize {
+    pub(crate) fn owner(&self) -> u64 {
         self.owner
     }
 

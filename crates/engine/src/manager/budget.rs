@@ -19,8 +19,8 @@ static BUDGET: AtomicU64 = AtomicU64::new(0);
 /// How often the sum has come back within it.
 static EPISODE: AtomicUsize = AtomicUsize::new(0);
 static IS_OVER: AtomicBool = AtomicBool::new(false);
-/// By [`Shared::id`], so that one of thousands comes and goes without a look at the others.
-static MANAGERS: Mutex<BTreeMap<usize, Weak<Shared>>> = Mutex::new(BTreeMap::new());
+/// By [`Shared::id`], oldest first, so that one of thousands comes and goes without a look at the others.
+static MANAGERS: Mutex<BTreeMap<u64, Weak<Shared>>> = Mutex::new(BTreeMap::new());
 /// Bytes of instances that have been replaced, and still have their memory.
 static LEAVING: AtomicU64 = AtomicU64::new(0);
 /// Who decides.
@@ -59,7 +59,7 @@ pub(crate) fn forget(shared: &Shared) {
     lock_managers().remove(&shared.id());
 }
 
-fn lock_managers() -> MutexGuard<'static, BTreeMap<usize, Weak<Shared>>> {
+fn lock_managers() -> MutexGuard<'static, BTreeMap<u64, Weak<Shared>>> {
     MANAGERS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -284,11 +284,6 @@ impl Blueprint {
 }
 
 impl Shared {
-    /// Tells managers apart for as long as they live.
-    pub(crate) fn id(&self) -> usize {
-        std::ptr::from_ref(self).addr()
-    }
-
     fn check_reset(&self, options: &ResetOptions) -> Result<()> {
         if self.is_over() {
             return Err(self.closed());

@@ -1,6 +1,6 @@
 //! What all of a manager's threads share.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -26,6 +26,8 @@ use crate::manager::snapshots::Snapshots;
 use crate::manager::stats::Stats;
 
 pub(crate) struct Shared {
+    /// Unique in the process, and larger than that of any earlier manager.
+    id: u64,
     pub(super) name: OnceLock<String>,
     pub(crate) options: ManagerOptions,
     pub(crate) host: Arc<dyn Host>,
@@ -81,7 +83,9 @@ impl Shared {
         });
         let home = gate.take_home();
         let (alive, cancelled) = bounded(0);
+        static NEXT_ID: AtomicU64 = AtomicU64::new(1);
         let shared = Arc::new(Self {
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             name: OnceLock::new(),
             options,
             host,
@@ -106,6 +110,10 @@ impl Shared {
             crashes: Crashes::default(),
         });
         Ok((shared, home))
+    }
+
+    pub(crate) fn id(&self) -> u64 {
+        self.id
     }
 
     pub(crate) fn name(&self) -> &str {

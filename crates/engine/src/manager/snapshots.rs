@@ -104,7 +104,7 @@ impl Snapshots {
     pub(crate) fn choose(
         &self,
         to: Option<&Arc<Snapshot>>,
-        (serving, manager): (&Arc<Module>, usize),
+        (serving, manager): (&Arc<Module>, u64),
     ) -> Result<Origin> {
         let name = serving.name();
         let Some(to) = to else {
