@@ -415,9 +415,9 @@ pub(crate) unsafe extern "C" fn call_through_scratch(
         let scratch = unsafe { &*data.cast::<Scratch>() };
         let address = scratch.record.replace(0) as usize;
         let record = ptr::with_exposed_provenance::<Record>(address);
+        let answering = Answering(scratch);
         // SAFETY: an export has just written the address of the record that it owns. Where somebody
         // got hold of this function by other ways (the call sites of a stack trace), it is null.
-        let answering = Answering(scratch);
         let returned = match unsafe { record.as_ref() }.map(|record| (record, &record.crossing)) {
             Some((record, Some(crossing))) => record.call_scratch(crossing, scratch)?,
             _ => return Err(js.throw_type_error("only exported functions can call this")),

@@ -63,6 +63,7 @@ impl Shared {
         options: ManagerOptions,
         host: Arc<dyn Host>,
     ) -> Result<(Arc<Self>, Option<Home<Job>>)> {
+        static NEXT_ID: AtomicU64 = AtomicU64::new(1);
         options.check(&*host)?;
         let name = options.name.clone().unwrap_or_else(|| "wasm".into());
         let threads = options
@@ -83,7 +84,6 @@ impl Shared {
         });
         let home = gate.take_home();
         let (alive, cancelled) = bounded(0);
-        static NEXT_ID: AtomicU64 = AtomicU64::new(1);
         let shared = Arc::new(Self {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             name: OnceLock::new(),
