@@ -458,7 +458,7 @@ const MOST_NAMES = 65_536
 
 /** Before any of it is turned into text: that of a list of 2^32 elements takes minutes on some engines. */
 function checkPlaces(specifier, { parentURL, include }) {
-  const isPlace = (value) => typeof value === 'string' || value instanceof URL || typeof value?.href === 'string'
+  const isPlace = (value) => typeof value === 'string' || typeof value?.href === 'string'
   const check = (isGood, what) => {
     if (!isGood) throw new WasmError('ERR_WASM_INVALID_ARGUMENT', what)
   }

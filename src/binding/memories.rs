@@ -96,17 +96,22 @@ fn range(js: Js, args: &[Val]) -> JsResult<(u64, usize)> {
     Ok((ptr as u64, len as usize))
 }
 
+/// Where there is no memory.
+fn beyond_nothing(ptr: u64, byte_length: usize) -> OutOfBounds {
+    OutOfBounds {
+        ptr,
+        byte_length,
+        memory_bytes: 0,
+    }
+}
+
 /// Those bytes of the memory, which are there: asked before anything is allocated for them.
 fn to_read(js: Js, args: &[Val]) -> JsResult<(Rc<ReplicaSide>, u64, usize)> {
     let side = memory_side(js, args)?;
     let (ptr, len) = range(js, args)?;
     let checked = match side.replica.memory() {
         Some(memory) => memory.check(ptr, len),
-        None if len > 0 || ptr > 0 => Err(OutOfBounds {
-            ptr,
-            byte_length: len,
-            memory_bytes: 0,
-        }),
+        None if len > 0 || ptr > 0 => Err(beyond_nothing(ptr, len)),
         None => Ok(()),
     };
     checked.map_err(|e| out_of_bounds(js, &e))?;
@@ -146,19 +151,10 @@ pub(super) fn memory_write(js: Js, args: &[Val]) -> JsResult<Val> {
     };
     let zero = js.int32(0)?;
     let (ptr, _) = range(js, &[arg(args, 0), arg(args, 1), zero])?;
-    let memory_bytes = side.replica.memory().map_or(0, |m| m.byte_len());
-    match side.replica.memory() {
-        Some(memory) => memory
-            .write(ptr, &bytes)
-            .map_err(|e| out_of_bounds(js, &e))?,
-        None => {
-            let error = OutOfBounds {
-                ptr,
-                byte_length: bytes.len(),
-                memory_bytes,
-            };
-            return Err(out_of_bounds(js, &error));
-        }
-    }
+    let written = match side.replica.memory() {
+        Some(memory) => memory.write(ptr, &bytes),
+        None => Err(beyond_nothing(ptr, bytes.len())),
+    };
+    written.map_err(|e| out_of_bounds(js, &e))?;
     js.number(bytes.len() as f64)
 }
