@@ -168,9 +168,10 @@ impl View {
                 && !js.is_detached(buffer)
             {
                 js.detach(buffer);
-                if js.is_detached(buffer)
-                    && let Some(pin) = pin
-                {
+                if !js.is_detached(buffer) {
+                    // Native code is at work on it (Bun). JavaScript can still move it later, when nobody looks.
+                    self.is_moved.borrow().store(true, Ordering::Relaxed);
+                } else if let Some(pin) = pin {
                     pin.harmless();
                 }
             }
