@@ -3,8 +3,8 @@
 //! * `KIND`: `comparison`, `almost` for modules that were damaged, or `corpus` for what the fuzzer has kept.
 //! * `FEATURE`: what another engine knows, in wasmparser's words, such as GC or MEMORY64.
 //!
-//! A line is JSON: the bytes in hexadecimal, whether they are valid for us and for that engine, why not, and the types of
-//! imports and exports in their order.
+//! A line is JSON: the bytes in hexadecimal, whether they are valid for us and for that engine, why not, whether that is
+//! only with exception handling, and the types of imports and exports in their order.
 #![expect(clippy::print_stdout, reason = "that is what it is for")]
 
 use std::error::Error;
@@ -59,6 +59,8 @@ fn tell(name: &str, bytes: &[u8], theirs: WasmFeatures) -> Result<(), Box<dyn Er
     // In the validator's words, which are plain ASCII.
     let why = said.as_ref().err().map_or("", |error| error.message());
     let is_theirs = said.is_ok();
+    let without = Validator::new_with_features(theirs - WasmFeatures::EXCEPTIONS);
+    let throws = is_theirs && { without }.validate_all(bytes).is_err();
     let [imports, exports] = if ours {
         shapes(bytes)?
     } else {
@@ -68,7 +70,7 @@ fn tell(name: &str, bytes: &[u8], theirs: WasmFeatures) -> Result<(), Box<dyn Er
     let hex = hex.concat();
     let (imports, exports) = (imports.join(","), exports.join(","));
     println!(
-        r#"{{"seed":"{name}","ours":{ours},"theirs":{is_theirs},"why":{why:?},"bytes":"{hex}","imports":[{imports}],"exports":[{exports}]}}"#
+        r#"{{"seed":"{name}","ours":{ours},"theirs":{is_theirs},"throws":{throws},"why":{why:?},"bytes":"{hex}","imports":[{imports}],"exports":[{exports}]}}"#
     );
     Ok(())
 }

@@ -16,19 +16,26 @@ use crate::scarcity;
 type Action = Box<dyn FnOnce() + Send>;
 type Key = (Instant, u64);
 
-#[derive(Default)]
 struct Timers {
     pending: Mutex<Pending>,
     changed: Condvar,
+    /// Set once its thread runs.
+    thread: OnceCell<()>,
 }
 
-#[derive(Default)]
 struct Pending {
     next_id: u64,
     actions: BTreeMap<Key, Action>,
 }
 
-static TIMERS: OnceCell<&'static Timers> = OnceCell::new();
+static TIMERS: Timers = Timers {
+    pending: Mutex::new(Pending {
+        next_id: 0,
+        actions: BTreeMap::new(),
+    }),
+    changed: Condvar::new(),
+    thread: OnceCell::new(),
+};
 
 /// A deadline that is being waited for. Dropping it cancels it.
 #[must_use = "dropping a deadline cancels it"]
@@ -41,12 +48,12 @@ impl Deadline {
     /// # Errors
     /// [`ErrorCode::Internal`] if the timer thread cannot be started.
     pub(crate) fn after(delay: Duration, action: impl FnOnce() + Send + 'static) -> Result<Self> {
-        let timers = TIMERS.get_or_try_init(start)?;
+        TIMERS.start()?;
         // A delay that no clock can hold is no deadline at all: a century will do.
         let at = Instant::now()
             .checked_add(delay)
             .unwrap_or_else(|| Instant::now() + Duration::from_hours(24 * 365 * 100));
-        let mut pending = timers.lock();
+        let mut pending = TIMERS.lock();
         pending.next_id += 1;
         let key = (at, pending.next_id);
         let is_earliest = pending
@@ -56,14 +63,14 @@ impl Deadline {
         pending.actions.insert(key, Box::new(action));
         drop(pending);
         if is_earliest {
-            timers.changed.notify_one();
+            TIMERS.changed.notify_one();
         }
         Ok(Self(key))
     }
 
     /// Whether there can be any: the timer thread runs.
     pub(crate) fn is_available() -> bool {
-        TIMERS.get_or_try_init(start).is_ok()
+        TIMERS.start().is_ok()
     }
 
     /// Nothing cancels it any more.
@@ -74,14 +81,22 @@ impl Deadline {
 
 impl Drop for Deadline {
     fn drop(&mut self) {
-        if let Some(timers) = TIMERS.get() {
-            let action = timers.lock().actions.remove(&self.0);
-            drop(action);
-        }
+        let action = TIMERS.lock().actions.remove(&self.0);
+        drop(action);
     }
 }
 
 impl Timers {
+    fn start(&'static self) -> Result<()> {
+        let started = self.thread.get_or_try_init(|| {
+            let builder = std::thread::Builder::new().name("molt-timer".into());
+            scarcity::thread(builder, || self.run()).map(drop)
+        });
+        started
+            .map(drop)
+            .map_err(|error| no_thread("the timer thread", &error))
+    }
+
     fn lock(&self) -> MutexGuard<'_, Pending> {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -113,14 +128,6 @@ impl Timers {
             }
         }
     }
-}
-
-fn start() -> Result<&'static Timers> {
-    let timers: &'static Timers = Box::leak(Box::default());
-    let builder = std::thread::Builder::new().name("molt-timer".into());
-    scarcity::thread(builder, move || timers.run())
-        .map_err(|error| no_thread("the timer thread", &error))?;
-    Ok(timers)
 }
 
 #[cfg(test)]
