@@ -2,7 +2,18 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import { wat, workbench } from './guests.ts'
-import { type AnyFunction, bench, hasCode, LIMIT, managed, until, WasmModuleManager } from './support.ts'
+import {
+  type AnyFunction,
+  bench,
+  child,
+  hasCode,
+  INDEX_URL,
+  LIMIT,
+  managed,
+  reported,
+  until,
+  WasmModuleManager,
+} from './support.ts'
 
 test('exports is one and the same object for the whole life of the manager', LIMIT, async (t) => {
   const { manager } = await bench(t)
@@ -299,4 +310,37 @@ test('an exported function may be collected, with the object it came from, while
     gc()
     assert.equal(kept?.(round, 2), round + 2)
   }
+})
+
+test('the one function behind all exports refuses whoever calls it otherwise', LIMIT, async () => {
+  const ended = await child(
+    `
+    import { createRequire } from 'node:module'
+    const require = createRequire(${JSON.stringify(INDEX_URL)})
+    // A copy of its own, not set up yet.
+    for (const key of Object.keys(require.cache)) delete require.cache[key]
+    const binding = require('./lib/binding.js')
+    // Taken on its way: the call sites of a stack trace show it as well, in some versions of V8.
+    const { setup } = binding
+    let behind
+    binding.setup = (...args) => (behind = setup(...args))
+    const copy = require('./index.js')
+    const imports = { env: { entered() {}, hold: (key) => (calls.push(refused()), key) } }
+    const manager = copy.WasmModuleManager.createSync(process.env.WORKBENCH, { cache: false, imports })
+    const { add, hold } = manager.exports
+    const calls = []
+    const refused = () => {
+      try {
+        return behind(add, 1, 2)
+      } catch (error) {
+        return [error.name, error.message]
+      }
+    }
+    calls.push(refused(), add(1, 2), refused(), hold(5), add(3, 4))
+    report(calls)
+    `,
+    { env: { WORKBENCH: workbench } },
+  )
+  const refusal = ['TypeError', 'only exported functions can call this']
+  assert.deepEqual(reported(ended), [refusal, refusal, 3, refusal, 5, 7])
 })

@@ -64,13 +64,14 @@ try {
 if (options.update) update()
 const table = ran.map(rowOf)
 console.log(`\n${layout(table)}`)
-if (options.save) save()
 const surprises = options.update ? [] : ran.flatMap(surprisesOf)
 const crashes = ran.flatMap(({ name, tests }) =>
   tests.filter((one) => one.isCrash).map((one) => `${name}: ${say(one)}`),
 )
 if (crashes.length > 0) fail(`crashed:\n${crashes.join('\n')}`)
 if (surprises.length > 0) fail(`not as ${relative(root, expectedPath)} says:\n${surprises.join('\n')}`)
+// Only what is as it should be is published.
+if (options.save) save()
 
 function read() {
   const options = {
