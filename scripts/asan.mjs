@@ -17,21 +17,9 @@ const picked = words.filter((word) => !(word in suites))
 
 /** Reaches every file in src/, in ways that can go wrong with memory; docs/memory-safety.md says which reaches what. */
 const SMOKE = [
-  ...['call', 'imports', 'reentrancy', 'errors', 'hooks', 'lease', 'memory', 'interrupt', 'reload', 'rolling'],
-  ...[
-    'exports',
-    'load',
-    'snapshot',
-    'fork',
-    'isolation',
-    'recycle',
-    'realms',
-    'glue',
-    'glue-finalizers',
-    'threads',
-    'workers',
-    'hammer',
-  ],
+  ...['call', 'exports', 'imports', 'load', 'reentrancy', 'errors', 'hooks', 'lease', 'memory', 'interrupt'],
+  ...['reload', 'rolling', 'snapshot', 'fork', 'isolation', 'recycle', 'realms', 'glue', 'glue-finalizers'],
+  ...['threads', 'workers', 'hammer'],
 ]
 /** They measure resident memory, mappings, stack or time, all of which are others here. */
 const MEASURES =
