@@ -842,7 +842,7 @@ test('guests that are built with memory discard give pages back', LIMIT, async (
 })
 
 test(
-  'a memory longer than this engine’s longest buffer is read and written by copies, and gives its range back',
+  'a memory longer than this engine’s longest buffer is read and written by copies, and its addresses go with it',
   LIMIT,
   async () => {
     const ended = await child(

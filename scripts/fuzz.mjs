@@ -26,7 +26,7 @@ const targets = positionals.length > 0 ? positionals : known
 /** Larger inputs take longer and say no more: a few hundred decisions, or a small module. */
 const LIMITS = ['-max_len=4096', '-timeout=60', '-rss_limit_mb=4096']
 /** Inputs of one target in the repository: `npm test` runs all of them again, and a history takes a while. */
-const MOST_KEPT = { modules: 150, values: 150, histories: 40, cache: 60 }
+const MOST_KEPT = { modules: 250, values: 200, histories: 100, cache: 100 }
 
 build()
 if (options.input !== undefined) {
