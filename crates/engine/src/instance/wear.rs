@@ -106,13 +106,18 @@ impl Wear {
     pub(crate) fn note_call(&self) -> bool {
         let calls = self.calls.load(Ordering::Relaxed) + 1;
         self.calls.store(calls, Ordering::Relaxed);
-        self.wants_a_look()
+        self.wants_a_look_at(calls)
     }
 
     /// Whether anything has happened since it was last judged that may matter.
     #[inline]
     pub(crate) fn wants_a_look(&self) -> bool {
-        self.calls() >= self.calls_due || memory_changes() != self.seen.load(Ordering::Relaxed)
+        self.wants_a_look_at(self.calls())
+    }
+
+    #[inline]
+    fn wants_a_look_at(&self, calls: u64) -> bool {
+        calls >= self.calls_due || memory_changes() != self.seen.load(Ordering::Relaxed)
     }
 
     #[inline]
