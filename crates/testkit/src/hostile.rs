@@ -84,13 +84,15 @@ pub fn module_of(input: &[u8]) -> Option<Vec<u8>> {
     }
 }
 
-fn setup(bytes: &[u8]) -> Setup {
+/// * `threads`: whether it may have a shared memory.
+fn setup(bytes: &[u8], threads: bool) -> Setup {
     let script = Script::new().imports(|_, module| module.imports().iter().map(import).collect());
     Setup::of(Source::Bytes(bytes.into()))
         .script(script)
         .options(|options| {
             options.name = Some("hostile".into());
             options.engine.fuel = true;
+            options.engine.threads = threads;
             options.engine.memory_reservation_bytes = 16 << 20;
             options.limits.fuel = Some(50_000);
             options.limits.memory_bytes = Some(8 << 20);
@@ -172,8 +174,10 @@ impl Modules {
             return Came::Invalid;
         };
         self.compile_in_realm(&bytes);
-        let is_valid = is_valid(&bytes, false);
-        let rig = setup(&bytes).create();
+        // Whoever has threads on has all that others have, so that it is asked for only where it is needed.
+        let threads = !is_valid(&bytes, false) && is_valid(&bytes, true);
+        let is_valid = is_valid(&bytes, threads);
+        let rig = setup(&bytes, threads).create();
         match rig.start().get() {
             Ok(()) => assert!(is_valid, "an invalid module was started"),
             Err(error) => {
