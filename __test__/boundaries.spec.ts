@@ -1,11 +1,17 @@
 // What a guest cannot do, whatever it tries: see what another instance has left, exceed its limits, hold the event loop up.
 import assert from 'node:assert/strict'
 import { once } from 'node:events'
+import { readFileSync, writeFileSync } from 'node:fs'
+import { createRequire } from 'node:module'
+import { join } from 'node:path'
 import { monitorEventLoopDelay } from 'node:perf_hooks'
-import { describe, test } from 'node:test'
-import type { LeasedInstance, ManagerOptions, WasmModuleManager } from '../index.js'
-import { wat } from './guests.ts'
-import { barrier, failure, hasCode, LIMIT, managed, outcome, until } from './support.ts'
+import { describe, type TestContext, test } from 'node:test'
+import type { GlueManager, GlueOptions, LeasedInstance, ManagerOptions, WasmModuleManager } from '../index.js'
+import { loadGlue } from '../index.js'
+import { temporaryFolder, wat } from './guests.ts'
+import { barrier, child, failure, hasCode, INDEX_URL, LIMIT, managed, outcome, reported, until } from './support.ts'
+
+const binding = createRequire(import.meta.url)('../binding.js')
 
 const PAGE = 65_536
 
@@ -85,7 +91,7 @@ const CLEAN = [1, 0, 0, 6]
 const STAINED = (words: number, pages: number) => [words, 4, 48, pages]
 
 /** The whole memory as the host sees it. */
-function bytesSet(instance: WasmModuleManager | LeasedInstance): number {
+function bytesSet(instance: WasmModuleManager | LeasedInstance | GlueManager): number {
   const { memory } = instance
   const read = memory.read(0, memory.byteLength).reduce((sum, byte) => sum + Number(byte !== 0), 0)
   const seen = new Uint8Array(memory.buffer).reduce((sum, byte) => sum + Number(byte !== 0), 0)
@@ -254,6 +260,196 @@ for (const [kind, memory, given] of [
   })
 }
 
+// ---------------------------------------------------------------- realms
+
+// biome-ignore lint/suspicious/noExplicitAny: glue has no types.
+type Any = any
+
+/**
+ * The file of glue that instantiates a guest, which is a file as well.
+ * * `memory`: what makes the memory that it imports, if it does.
+ */
+function glueFile(guest: string, memory = 'undefined'): string {
+  const bytes: Uint8Array = binding.__assemble(readFileSync(guest, 'utf8'))
+  const file = join(temporaryFolder('realm'), 'realm.cjs')
+  writeFileSync(
+    file,
+    `
+    const memory = ${memory}
+    exports.stained = 0
+    const env = { memory, stained() { exports.stained += 1 }, noop() {}, again: (depth) => guest.around(depth) }
+    const bytes = Buffer.from('${Buffer.from(bytes).toString('base64')}', 'base64')
+    const { exports: guest } = new WebAssembly.Instance(new WebAssembly.Module(bytes), { env })
+    Object.assign(exports, { guest, memory: memory ?? guest.memory, WebAssembly })`,
+  )
+  return file
+}
+
+async function realm(t: TestContext, file: string, options: GlueOptions = {}): Promise<GlueManager<Any>> {
+  const manager = await loadGlue<Any>(file, { cache: false, ...options })
+  t.after(() => manager.destroy())
+  return manager
+}
+
+const IMPORTED = '(import "env" "memory") 2 64'
+const MADE = 'new WebAssembly.Memory({ initial: 2, maximum: 64 })'
+const SHARED = 'new WebAssembly.Memory({ initial: 2, maximum: 64, shared: true })'
+
+for (const [kind, memory, made, given] of [
+  ['a memory of the instance’s own', '2 64', 'undefined', {}],
+  ['a memory that the glue has made', IMPORTED, MADE, {}],
+  ['pages that are copied', IMPORTED, MADE, { snapshots: { images: 'copy' } }],
+  ['a small reservation, so that memories move', IMPORTED, MADE, { engine: { memoryReservationBytes: 1 << 18 } }],
+  ['explicit bounds checks', IMPORTED, MADE, { engine: { signalsBasedTraps: false } }],
+  ['shared memory', `${IMPORTED} shared`, SHARED, { engine: { threads: true } }],
+] as [string, string, string, GlueOptions][]) {
+  describe(`nothing of another generation of glue is seen, with ${kind}`, () => {
+    const file = glueFile(wat(hoarder(memory), 'hoarder'), made)
+    const clean = (manager: GlueManager<Any>, what: string) => {
+      assert.deepEqual(manager.module.guest.look(), CLEAN, what)
+      assert.equal(bytesSet(manager), 8, `${what}: as the host sees it`)
+    }
+    const stained = ({ module }: GlueManager<Any>) => module.guest.stain(SECRET)
+    const trapped = ({ module }: GlueManager<Any>) =>
+      assert.throws(() => module.guest.stainAndTrap(SECRET), { code: 'ERR_WASM_TRAP', trap: 'out-of-bounds-memory' })
+
+    test(
+      'after a reload in each way, of what was written, and of what trapped in the midst of it',
+      LIMIT,
+      async (t) => {
+        const manager = await realm(t, file, given)
+        clean(manager, 'the first one')
+        for (const stain of [stained, trapped]) {
+          for (const strategy of ['exclusive', 'rolling'] as const) {
+            stain(manager)
+            // A realm goes on after a trap, with what is its own.
+            assert.deepEqual(bytesSet(manager), manager.memory.byteLength)
+            await manager.reload({ strategy })
+            clean(manager, strategy)
+          }
+          stain(manager)
+          manager.reloadSync()
+          clean(manager, 'reloadSync')
+        }
+      },
+    )
+
+    test('after a stop, by a reload and by a reset', LIMIT, async (t) => {
+      const manager = await realm(t, file, { ...given, limits: { timeoutMs: 100 } })
+      await manager.snapshot()
+      const stop = () =>
+        assert.throws(() => manager.module.guest.stainForEver(SECRET), { code: 'ERR_WASM_TIMEOUT' }, 'it is stopped')
+      stop()
+      await manager.reset()
+      clean(manager, 'a reset')
+      stop()
+      await manager.reload()
+      clean(manager, 'a reload')
+    })
+
+    test('after a reset, to the first snapshot and to a later one, of traps, too', LIMIT, async (t) => {
+      const manager = await realm(t, file, given)
+      const snapshot = await manager.snapshot()
+      for (const stain of [stained, trapped, stained, trapped]) {
+        stain(manager)
+        if (stain === stained) await manager.reset({ to: snapshot })
+        else manager.resetSync({ to: snapshot })
+        clean(manager, stain.name)
+        await manager.reset({ to: snapshot })
+        manager.snapshotSync()
+      }
+      // The snapshot belongs to its generation, and one of the next is taken by itself.
+      stained(manager)
+      await manager.reload()
+      clean(manager, 'a reload')
+      stained(manager)
+      await manager.reset()
+      clean(manager, 'a reset in the next generation')
+    })
+
+    test('in another realm, beside one that is full of it and after the end of one', LIMIT, async (t) => {
+      for (let round = 0; round < 3; round += 1) {
+        const [one, other] = [await realm(t, file, given), await realm(t, file, given)]
+        stained(one)
+        clean(other, `beside it, round ${round}`)
+        stained(other)
+        await (round % 2 === 0 ? one.close() : one.destroy())
+        await other.destroy()
+      }
+    })
+
+    test('after it was recycled by policy, in each way', LIMIT, async (t) => {
+      for (const strategy of ['exclusive', 'rolling', 'reset'] as const) {
+        const manager = await realm(t, file, {
+          ...given,
+          recycle: { calls: 1, jitter: 0, strategy, backoff: { initialMs: 1, maxMs: 1 } },
+        })
+        if (strategy === 'reset') await manager.snapshot()
+        for (let round = 0; round < 3; round += 1) {
+          const recycled = once(manager, 'recycle')
+          stained(manager)
+          await recycled
+          const again = once(manager, 'recycle')
+          clean(manager, strategy)
+          await again
+        }
+      }
+    })
+
+    test('in memories that glue makes later, nor through views that were kept', LIMIT, async (t) => {
+      const manager = await realm(t, file, given)
+      await manager.snapshot()
+      const views: Uint8Array[] = []
+      for (let round = 0; round < 4; round += 1) {
+        const { WebAssembly } = manager.module
+        const later = new WebAssembly.Memory({ initial: 3, maximum: 8 })
+        assert.ok(new Uint8Array(later.buffer).every((byte) => byte === 0))
+        stained(manager)
+        views.push(new Uint8Array(manager.module.memory.buffer), new Uint8Array(later.buffer).fill(0xa5))
+        if (round % 2 === 0) {
+          await manager.reset()
+          // What is newer than the snapshot has no pages afterwards, and fresh ones when it grows.
+          assert.equal(later.buffer.byteLength, 0)
+          later.grow(5)
+          assert.ok(new Uint8Array(later.buffer).every((byte) => byte === 0))
+        } else {
+          await manager.reload()
+        }
+        clean(manager, `round ${round}`)
+      }
+      // The guest has grown its memory, so a reset takes its views as a reload does.
+      assert.deepEqual(
+        views.map((view) => view.length),
+        views.map(() => 0),
+      )
+    })
+
+    if (made !== SHARED) return
+
+    test('of guest threads that write, trap, or are ended by force', LIMIT, async (t) => {
+      const manager = await realm(t, file, given)
+      await manager.snapshot()
+      for (const renew of [() => manager.reset(), () => manager.reload()]) {
+        const { guest } = manager.module
+        await manager.spawn([[guest.stain, SECRET]]).finished
+        assert.equal(bytesSet(manager), manager.memory.byteLength)
+        await renew()
+        clean(manager, 'a thread')
+        await failure(manager.spawn([[manager.module.guest.stainAndTrap, SECRET]]).finished, 'ERR_WASM_TRAP')
+        await renew()
+        clean(manager, 'a thread that traps')
+        // In the midst of writing: `renew` ends it.
+        const before = manager.module.stained
+        const thread = manager.spawn([[manager.module.guest.stainForEver, SECRET]])
+        await until(() => manager.module.stained > before)
+        await renew()
+        await thread.finished
+        clean(manager, 'a thread that never ends')
+      }
+    })
+  })
+}
+
 // ---------------------------------------------------------------- limits
 
 const greedy = wat(
@@ -293,6 +489,44 @@ const greedy = wat(
   'greedy',
 )
 
+/** Keeps what it makes on the heap of references. */
+const hoarding = wat(
+  `(module
+    (rec (type $list (struct (field (ref null $list)) (field (ref $bytes)))) (type $bytes (array (mut i64))))
+    (memory (export "memory") 1)
+    (global $kept (mut (ref null $list)) (ref.null $list))
+    (func $keep (param i32)
+      (global.set $kept (struct.new $list (global.get $kept) (array.new $bytes (i64.const 1) (local.get 0)))))
+    (func (export "hoard") (loop (call $keep (i32.const 1024)) (br 0)))
+    (func (export "leap") (call $keep (i32.const 100000000)))
+    ;; What is not kept makes room.
+    (func (export "churn") (param i32) (result i32)
+      (loop
+        (global.set $kept (ref.null $list))
+        (call $keep (i32.const 1024))
+        (local.set 0 (i32.sub (local.get 0) (i32.const 1)))
+        (br_if 0 (local.get 0)))
+      (i32.const 7)))`,
+  'hoarding',
+)
+
+/** Calls of `greedy` that reach out of its memory, which has a page. */
+const pastTheEnd: [string, ...number[]][] = [
+  ['fill', PAGE - 8, 9],
+  ['fill', 0, -1],
+  ['fill', -1, 1],
+  ['fill', PAGE + 1, 0],
+  ['copy', PAGE - 1, 2],
+  ['copy', 0, PAGE + 1],
+  ['copy', -16, 32],
+  ['init', PAGE - 2, 3],
+  ['init', 0, 11],
+  ['load', PAGE - 7],
+  ['load', -8],
+  ['far', 0],
+  ['far', -1],
+]
+
 describe('limits', () => {
   const open = (t: Parameters<typeof managed>[0], options: ManagerOptions = {}) =>
     managed(t, greedy, {
@@ -314,25 +548,6 @@ describe('limits', () => {
   })
 
   test('the heap of structs, arrays and references is bounded by limits.memoryBytes, too', LIMIT, async (t) => {
-    const hoarding = wat(
-      `(module
-        (rec (type $list (struct (field (ref null $list)) (field (ref $bytes)))) (type $bytes (array (mut i64))))
-        (memory (export "memory") 1)
-        (global $kept (mut (ref null $list)) (ref.null $list))
-        (func $keep (param i32)
-          (global.set $kept (struct.new $list (global.get $kept) (array.new $bytes (i64.const 1) (local.get 0)))))
-        (func (export "hoard") (loop (call $keep (i32.const 1024)) (br 0)))
-        (func (export "leap") (call $keep (i32.const 100000000)))
-        ;; What is not kept makes room.
-        (func (export "churn") (param i32) (result i32)
-          (loop
-            (global.set $kept (ref.null $list))
-            (call $keep (i32.const 1024))
-            (local.set 0 (i32.sub (local.get 0) (i32.const 1)))
-            (br_if 0 (local.get 0)))
-          (i32.const 7)))`,
-      'hoarding',
-    )
     const memoryBytes = 8 << 20
     const manager = await managed(t, hoarding, { limits: { memoryBytes, timeoutMs: 60_000 } })
     const before = process.memoryUsage.rss()
@@ -360,21 +575,7 @@ describe('limits', () => {
     LIMIT,
     async (t) => {
       const manager = await open(t)
-      for (const [name, ...args] of [
-        ['fill', PAGE - 8, 9],
-        ['fill', 0, -1],
-        ['fill', -1, 1],
-        ['fill', PAGE + 1, 0],
-        ['copy', PAGE - 1, 2],
-        ['copy', 0, PAGE + 1],
-        ['copy', -16, 32],
-        ['init', PAGE - 2, 3],
-        ['init', 0, 11],
-        ['load', PAGE - 7],
-        ['load', -8],
-        ['far', 0],
-        ['far', -1],
-      ] as [string, ...number[]][]) {
+      for (const [name, ...args] of pastTheEnd) {
         for (const call of [() => manager.call(name, args), () => outcomeOf(() => manager.callSync(name, args))]) {
           const error = await failure(call(), 'ERR_WASM_TRAP')
           assert.equal(error.trap, 'out-of-bounds-memory', `${name}(${args})`)
@@ -405,6 +606,103 @@ describe('limits', () => {
       }
     })
   }
+})
+
+describe('limits in glue', () => {
+  const file = glueFile(greedy)
+  const open = (t: TestContext, options: GlueOptions = {}) =>
+    realm(t, file, { limits: { memoryBytes: 5 * PAGE, tableElements: 100 }, ...options })
+
+  test('no memory grows beyond limits.memoryBytes, by the guest or by the glue', LIMIT, async (t) => {
+    const manager = await open(t)
+    for (const renew of [() => manager.reload(), () => {}]) {
+      const { guest, memory, WebAssembly } = manager.module
+      assert.deepEqual(guest.grow(), [5, 1])
+      for (const pages of [5, 65_535, 65_536, -1]) assert.equal(guest.leap(pages), -1)
+      for (const pages of [1, 65_531]) assert.throws(() => memory.grow(pages), RangeError)
+      assert.throws(() => new WebAssembly.Memory({ initial: 6 }), RangeError)
+      const made = new WebAssembly.Memory({ initial: 1 })
+      assert.throws(() => made.grow(5), RangeError)
+      assert.equal(made.grow(4), 1)
+      assert.equal(manager.stats().memoryBytes, (5 + 1 + 5) * PAGE)
+      await renew()
+    }
+  })
+
+  test('an instance that begins with more memory or elements than it may have is none', LIMIT, async (t) => {
+    const { WebAssembly } = (await open(t)).module
+    for (const text of ['(module (memory 6))', '(module (table 101 funcref))']) {
+      const module = new WebAssembly.Module(binding.__assemble(text))
+      assert.throws(() => new WebAssembly.Instance(module), RangeError, text)
+    }
+  })
+
+  test('no table grows beyond limits.tableElements, by the guest or by the glue', LIMIT, async (t) => {
+    const { guest, WebAssembly } = (await open(t)).module
+    assert.equal(guest.growTable(), 100)
+    for (const elements of [100, 9_999_999, -1]) assert.equal(guest.leapTable(elements), -1)
+    assert.throws(() => new WebAssembly.Table({ element: 'externref', initial: 101 }), RangeError)
+    const made = new WebAssembly.Table({ element: 'anyfunc', initial: 1 })
+    assert.throws(() => made.grow(100), RangeError)
+    assert.equal(made.grow(99), 1)
+  })
+
+  test('the heap of structs, arrays and references is bounded by limits.memoryBytes, too', LIMIT, async (t) => {
+    const manager = await realm(t, glueFile(hoarding), { limits: { memoryBytes: 8 << 20, timeoutMs: 60_000 } })
+    const before = process.memoryUsage.rss()
+    for (const name of ['hoard', 'leap', 'hoard']) {
+      assert.throws(() => manager.module.guest[name](), { code: 'ERR_WASM_TRAP', trap: 'allocation-failed' })
+    }
+    assert.equal(manager.module.guest.churn(10_000), 7)
+    const grown = process.memoryUsage.rss() - before
+    assert.ok(grown < 200 << 20, `${grown} bytes`)
+  })
+
+  test('nothing is read or written past the end, and nothing before it is touched', LIMIT, async (t) => {
+    const manager = await open(t)
+    for (const [name, ...args] of pastTheEnd) {
+      assert.throws(() => manager.module.guest[name](...args), { trap: 'out-of-bounds-memory' }, `${name}(${args})`)
+      assert.ok(manager.memory.read(0, PAGE).every((byte) => byte === 0))
+    }
+    assert.throws(() => manager.module.guest.fillTable(0, 2), { trap: 'out-of-bounds-table' })
+  })
+
+  test('recursion without end ends at limits.stackBytes, again and again', LIMIT, async (t) => {
+    for (const stackBytes of [65_536, undefined, 4 << 20]) {
+      const manager = await open(t, { limits: stackBytes === undefined ? {} : { stackBytes } })
+      for (const name of ['direct', 'indirect', 'mutual', 'around', 'direct']) {
+        assert.throws(
+          () => manager.module.guest[name](0),
+          // JavaScript between the frames may be the first to have no stack left.
+          (error: Any) => error.trap === 'stack-overflow' || (error instanceof RangeError && name === 'around'),
+        )
+        assert.equal(manager.module.guest.small(), 1)
+      }
+    }
+  })
+
+  test('guest threads are held to memory, tables and stack as well', LIMIT, async (t) => {
+    const text = `(module
+      (memory (import "env" "memory") 2 64 shared)
+      (table $t 1 10000000 externref)
+      (func (export "grow") (param i32)
+        (loop (br_if 0 (i32.ne (memory.grow (i32.const 1)) (i32.const -1))))
+        (loop (br_if 0 (i32.ne (table.grow $t (ref.null extern) (i32.const 3)) (i32.const -1))))
+        (i32.store (local.get 0) (table.size $t)))
+      (func $deep (export "deep") (param i32) (result i32) (i32.add (call $deep (local.get 0)) (i32.const 1))))`
+    const manager = await realm(t, glueFile(wat(text, 'greedy-threads'), SHARED), {
+      engine: { threads: true },
+      limits: { memoryBytes: 5 * PAGE, tableElements: 100, stackBytes: 65_536 },
+    })
+    await manager.spawn([[manager.module.guest.grow, 8]]).finished
+    assert.equal(manager.memory.byteLength, 5 * PAGE)
+    assert.equal(manager.memory.read(8, 1)[0], 100)
+    for (let round = 0; round < 3; round += 1) {
+      const { finished } = manager.spawn([[manager.module.guest.deep, 0]])
+      assert.equal((await failure(finished, 'ERR_WASM_TRAP')).trap, 'stack-overflow')
+      await manager.reload()
+    }
+  })
 })
 
 function outcomeOf(fn: () => unknown): Promise<unknown> {
@@ -501,6 +799,77 @@ describe('a guest that never ends', { concurrency: 2 }, () => {
     test(`is stopped by limits.timeoutMs in ${what}, and there is no manager then`, LIMIT, async (t) => {
       await failure(managed(t, wat(`(module ${body})`, 'start'), { limits: { timeoutMs: 30 } }), 'ERR_WASM_TIMEOUT')
     })
+  }
+})
+
+describe('a guest that never ends, in glue', { concurrency: 2 }, () => {
+  // There, a promise is a value like any other.
+  const those = endless.filter(([what]) => !what.includes('promise'))
+
+  for (const [what, body, options] of those) {
+    for (const mode of [{}, { signalsBasedTraps: false }]) {
+      test(
+        `is stopped by limits.timeoutMs: ${what}${'signalsBasedTraps' in mode ? ', without signals' : ''}`,
+        LIMIT,
+        async (t) => {
+          const guest = wat(`(module ${body} (func (export "small") (result i32) (i32.const 1)))`, 'endless')
+          const engine = { ...options?.engine, ...mode }
+          const manager = await realm(t, glueFile(guest), { limits: { timeoutMs: 30 }, engine })
+          // With nobody who could end the wait it is found out at once.
+          const code = what === 'a wait that nobody ends' ? 'ERR_WASM_TRAP' : 'ERR_WASM_TIMEOUT'
+          for (let round = 0; round < 2; round += 1) {
+            assert.throws(() => manager.module.guest.go(), { name: 'RuntimeError', code })
+            assert.equal(manager.module.guest.small(), 1)
+          }
+        },
+      )
+    }
+  }
+
+  test('is stopped by limits.fuel', LIMIT, async (t) => {
+    const guest = wat('(module (func (export "go") (loop (br 0))))', 'endless')
+    const manager = await realm(t, glueFile(guest), { engine: { fuel: true }, limits: { fuel: 10_000 } })
+    assert.throws(() => manager.module.guest.go(), { name: 'RuntimeError', code: 'ERR_WASM_OUT_OF_FUEL' })
+  })
+
+  // In a process of its own, because nothing else stops it.
+  test('is stopped by limits.timeoutMs in its start function, and there is no manager then', LIMIT, async () => {
+    const ended = await child(
+      `
+      import { loadGlue } from ${JSON.stringify(INDEX_URL)}
+      const seen = await loadGlue(process.env.GLUE, { cache: false, limits: { timeoutMs: 30 } }).catch((error) => error)
+      report([seen.code, seen.cause?.code])`,
+      { env: { GLUE: glueFile(wat('(module (func $go (loop (br 0))) (start $go))', 'start')) }, timeoutMs: 3_000 },
+    )
+    assert.deepEqual(reported(ended), ['ERR_WASM_RELOAD_FAILED', 'ERR_WASM_TIMEOUT'])
+  })
+})
+
+test('guests in glue do not keep the program from ending, by itself or by process.exit()', LIMIT, async () => {
+  const text = `(module
+    (import "env" "stained" (func $stained))
+    (memory (import "env" "memory") 2 64 shared)
+    (func (export "spin") (call $stained) (loop (br 0)))
+    (func (export "wait") (call $stained)
+      (drop (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const -1)))))`
+  const env = { GLUE: glueFile(wat(text, 'inside'), SHARED) }
+  for (const [end, code] of [
+    ['', 0],
+    ['process.exit(3)', 3],
+  ] as const) {
+    const ended = await child(
+      `
+      import { loadGlue } from ${JSON.stringify(INDEX_URL)}
+      const manager = await loadGlue(process.env.GLUE, { cache: false, engine: { threads: true } })
+      const { guest } = manager.module
+      for (const name of ['spin', 'wait', 'spin', 'wait']) manager.spawn([[guest[name]]])
+      while (manager.module.stained < 4) await new Promise((resolve) => setImmediate(resolve))
+      report(manager.guestThreads)
+      ${end}`,
+      { env },
+    )
+    assert.deepEqual([ended.code, ended.signal], [code, null], ended.stderr)
+    assert.match(ended.stdout, /REPORT \{"state":"running","total":4\}/)
   }
 })
 

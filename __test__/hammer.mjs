@@ -108,8 +108,19 @@ class Life {
   /** Somebody writes bytes that cannot be told from any others. */
   isNoise = false
   isWritten = false
+  /** Where its memory is: how much native code is at work there, and in which round it was last. */
+  place = { atWork: 0, round: -1 }
   constructor(...tags) {
     this.tags = new Set([0, WRITTEN, ...tags])
+  }
+  /** The life that a reset begins: the memory stays where it is, and Node's own threads go on writing there. */
+  next(tag) {
+    const next = new Life(tag)
+    const { place } = this
+    next.place = place
+    if (place.atWork > 0 || place.round === roundsDone)
+      Object.assign(next, { isNoise: this.isNoise, isWritten: this.isWritten })
+    return next
   }
 }
 
@@ -120,6 +131,7 @@ function newTag() {
 }
 
 const views = []
+let roundsDone = 0
 
 function check({ words, life, from }) {
   if (life.isNoise) return
@@ -148,6 +160,8 @@ class Scene {
   snapshotTag
   /** What calls have filled the other replica with, where there are two. */
   called = new Set()
+  /** Generation and resets when this life began; where they are others, a policy has begun another one. */
+  since = [0, 0]
   constructor(name) {
     this.name = name
   }
@@ -159,6 +173,23 @@ class Scene {
   }
   get buffer() {
     return (this.isRealm ? this.manager.module.memory : this.manager.memory).buffer
+  }
+  get isIsolated() {
+    return this.name === 'isolated'
+  }
+  /** A policy recycles it after any call; what calls on this thread bring about is done when they return. */
+  follow() {
+    if (this.name !== 'counted') return
+    const [generation, resets] = this.now()
+    if (generation !== this.since[0] || resets !== this.since[1]) anew(this, { isReset: generation === this.since[0] })
+  }
+  async settle() {
+    while (this.manager.stats().recyclesDue > 0) await new Promise((resolve) => setImmediate(resolve))
+    this.follow()
+  }
+  now() {
+    const { generation, resets } = this.manager.stats()
+    return [generation, resets]
   }
   take() {
     const { buffer } = this
@@ -172,26 +203,29 @@ class Scene {
   }
   grow() {
     if (this.guest.grow() === -1) return
+    this.follow()
     // Fresh pages are zeros until the next fill.
     this.fill()
   }
   /** Its contents are now what they were when that tag was written; nothing of the last life is in it. */
-  begin(tag, { isInPlace = false } = {}) {
+  begin(tag, { isReset = false } = {}) {
     const before = this.life
     // A realm's views stay attached over a reset: they show what it shows.
-    if (!isInPlace) this.life = new Life(tag)
+    const isInPlace = isReset && this.isRealm
+    if (!isInPlace) this.life = isReset ? before.next(tag) : new Life(tag)
     this.called = new Set()
     this.life.tags.add(tag)
     this.tag = tag
     // Whoever enters first has what has trapped replaced, if nobody has yet.
     const others = this.guest.others(tag)
+    this.since = this.now()
     for (const view of views) {
       if (view.life !== before || view.isMoved || isInPlace) continue
       if (isAtWork(view.words.buffer)) continue
       assert.equal(view.words.length, 0, `${view.from} is still attached`)
     }
     // What was moved out of a realm's memory is still its memory.
-    if (!(isInPlace && (before.isWritten || before.isNoise)))
+    if (!(this.life.isWritten || this.life.isNoise))
       assert.equal(others, 0, `${this.name} begins with ${others} words of others`)
   }
 }
@@ -213,7 +247,7 @@ async function realm(name, path, options = {}) {
   return scene
 }
 
-const anew = (scene) => scene.begin(scene.snapshotTag ?? 0)
+const anew = (scene, how) => scene.begin(scene.snapshotTag ?? 0, how)
 
 /** What ends a life. */
 const ends = {
@@ -233,7 +267,6 @@ const ends = {
     anew(scene)
   },
   snapshot: async (scene) => {
-    if (scene.name === 'shared') return
     const snapshot = random() < 0.5 ? await scene.manager.snapshot() : scene.manager.snapshotSync?.()
     if (snapshot === undefined) return
     // Whoever writes through a view meanwhile is in it.
@@ -247,12 +280,12 @@ const ends = {
   reset: async (scene) => {
     if (scene.snapshotTag === undefined) return
     await scene.manager.reset()
-    scene.begin(scene.snapshotTag, { isInPlace: scene.isRealm })
+    scene.begin(scene.snapshotTag, { isReset: true })
   },
   resetSync: (scene) => {
     if (scene.snapshotTag === undefined) return
     scene.manager.resetSync()
-    scene.begin(scene.snapshotTag, { isInPlace: scene.isRealm })
+    scene.begin(scene.snapshotTag, { isReset: true })
   },
   trap: async (scene) => {
     assert.throws(() => scene.guest.boom(), { code: 'ERR_WASM_TRAP' })
@@ -401,8 +434,10 @@ const acts = {
     scene.life.tags.add(tag)
     if (scene.name === 'two') scene.called.add(tag)
     await scene.manager.call('fill', [tag])
+    // Nothing of it is left, nor of what was there before.
+    if (scene.isIsolated) anew(scene, { isReset: true })
     // Of two the other one was free.
-    if (scene.name !== 'two') scene.tag = tag
+    else if (scene.name !== 'two') scene.tag = tag
   },
   lease: async (scene) => {
     if (scene.isRealm) return
@@ -438,10 +473,14 @@ const acts = {
     note(`native ${how}`)
     const view = pick(attached)
     const { buffer } = view.words
+    const { place } = view.life
+    place.atWork += 1
     atWork.add(buffer)
     worked.set(buffer, (worked.get(buffer) ?? 0) + 1)
     later(
       natives[how](view).finally(() => {
+        place.atWork -= 1
+        place.round = roundsDone
         const left = worked.get(buffer) - 1
         if (left === 0) worked.delete(buffer)
         else worked.set(buffer, left)
@@ -460,44 +499,49 @@ const acts = {
   },
 }
 
+const makers = {
+  plain: (name) => core(name),
+  two: (name) => core(name, { instances: 2, threads: 2 }),
+  counted: (name) => {
+    const strategy = pick(['exclusive', 'rolling', 'reset'])
+    note(`recycled by ${strategy}`)
+    return core(name, { recycle: { calls: 3, jitter: 0, strategy } })
+  },
+  small: (name) => core(name, { engine: { memoryReservationBytes: 1 << 20 } }),
+  copied: (name) => core(name, { snapshots: { images: 'copy' } }),
+  isolated: (name) => core(name, { isolation: 'per-call' }),
+  checked: (name) => core(name, { engine: { signalsBasedTraps: false } }),
+  glue: (name) => realm(name, file('plain.cjs')),
+  'copied glue': (name) => realm(name, file('plain.cjs'), { snapshots: { images: 'copy' } }),
+  shared: (name) => realm(name, file('shared.cjs'), { engine: { threads: true } }),
+}
+
 async function make() {
-  const scenes = [
-    await core('plain'),
-    await core('two', { instances: 2, threads: 2 }),
-    await core('counted', { recycle: { calls: 25, jitter: 0 } }),
-    await core('small', { engine: { memoryReservationBytes: 1 << 20 } }),
-    await realm('glue', file('plain.cjs')),
-    await realm('shared', file('shared.cjs'), { engine: { threads: true } }),
-  ]
-  for (const scene of scenes) {
-    const { name } = scene
-    const again = {
-      glue: () => realm(name, file('plain.cjs')),
-      shared: () => realm(name, file('shared.cjs'), { engine: { threads: true } }),
-      two: () => core(name, { instances: 2, threads: 2 }),
-      small: () => core(name, { engine: { memoryReservationBytes: 1 << 20 } }),
-    }
+  const scenes = []
+  for (const [name, maker] of Object.entries(makers)) {
+    const scene = await maker(name)
+    scene.since = scene.now()
     scene.remake = async (how = 'destroy') => {
       await scene.manager[how]()
-      scene.manager = (await (again[name] ?? (() => core(name)))()).manager
+      scene.manager = (await maker(name)).manager
       scene.snapshotTag = undefined
       anew(scene)
     }
+    scenes.push(scene)
   }
-  // By its policy it begins another life whenever it likes; what it shows is not told apart.
-  scenes[2].life.isNoise = true
   return scenes
 }
 
 const often = ['take', 'take', 'fill', 'move', 'move', 'put', 'native', 'check', 'tick', 'turn']
 
 async function round(scenes) {
+  roundsDone += 1
   const scene = pick(scenes)
   const isEnd = random() < 0.15
   const what = isEnd ? pick(Object.keys(ends)) : random() < 0.6 ? pick(often) : pick(Object.keys(acts))
   note(`${what} of ${scene.name}`)
   await (isEnd ? ends : acts)[what](scene)
-  if (scene.name === 'counted') scene.life.isNoise = true
+  await scene.settle()
 }
 
 async function settle() {

@@ -1,14 +1,17 @@
 // The points of a manager's life at which a program or a worker may end, as texts of programs that get there.
 import assert from 'node:assert/strict'
+import { writeFileSync } from 'node:fs'
+import { createRequire } from 'node:module'
+import { join } from 'node:path'
 import type { ReloadOptions } from '../index.js'
-import { wat, workbench } from './guests.ts'
-import type { Ended } from './support.ts'
+import { temporaryFolder, wat, workbench } from './guests.ts'
+import { type Ended, INDEX_URL } from './support.ts'
 
 /**
  * A point of a manager's life, as the text of a program that gets there.
  *
  * It calls `ready()` when it is there; `pending()` does so too, and returns a promise that `finish()` settles.
- * `create(options)` makes the manager, `entered` is what the guest's import of that name does,
+ * `create(options)` makes the manager, or `realm()` one of glue; `entered` is what the guest's import of that name does,
  * `settles(promise)` says which promise shows that the point has passed.
  */
 export interface Point {
@@ -127,6 +130,31 @@ export const POINTS: Record<string, Point> = {
     // It ends by itself.
     finish: '',
   },
+  'guest threads of glue run and wait': {
+    program: `
+      const { manager, guest } = await realm()
+      let count = 0
+      entered = () => { count += 1 }
+      for (const name of ['spin', 'wait', 'spin', 'wait']) manager.spawn([[guest.entered], [guest[name]]])
+      // They alone keep nobody alive.
+      while (count < 4) await new Promise((resolve) => setImmediate(resolve))
+      ready()`,
+  },
+  'a guest in glue runs for ever, and so does a thread of it': {
+    program: `
+      const { manager, guest } = await realm()
+      manager.spawn([[guest.spin]])
+      setImmediate(() => { entered = ready; guest.entered(); guest.spin() })`,
+    isBlocking: true,
+  },
+  'the JS thread waits in a guest of glue, and answers a thread of it': {
+    program: `
+      const { manager, guest } = await realm()
+      entered = ready
+      manager.spawn([[guest.entered], [guest.spin]])
+      guest.wait()`,
+    isBlocking: true,
+  },
 }
 
 for (const strategy of STRATEGIES) {
@@ -163,14 +191,37 @@ const ENDLESS = wat(
   'endless',
 )
 
+/** The file of glue whose guest has threads. */
+const GLUE = join(temporaryFolder('glue'), 'glue.cjs')
+const bytes: Uint8Array = createRequire(import.meta.url)('../binding.js').__assemble(`(module
+  (import "env" "entered" (func $entered))
+  (memory (import "env" "memory") 1 1 shared)
+  (func (export "entered") (call $entered))
+  (func (export "add") (param i32 i32) (result i32) (i32.add (local.get 0) (local.get 1)))
+  (func (export "spin") (loop (br 0)))
+  (func (export "wait") (drop (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const -1)))))`)
+writeFileSync(
+  GLUE,
+  `const memory = new WebAssembly.Memory({ initial: 1, maximum: 1, shared: true })
+  const env = { memory, entered: () => exports.entered() }
+  const bytes = Buffer.from('${Buffer.from(bytes).toString('base64')}', 'base64')
+  exports.guest = new WebAssembly.Instance(new WebAssembly.Module(bytes), { env }).exports`,
+)
+
 /** The same for programs and for workers; `act` is what they do at the point. */
 export const SCENE = `
+  import { loadGlue as loadRealm } from ${JSON.stringify(INDEX_URL)}
   let entered = () => {}
   let finish = () => {}
   const ready = () => act()
   const pending = () => new Promise((resolve) => { finish = () => resolve(1); ready() })
   const imports = () => (instance) => ({ env: { entered: () => { entered(instance) }, hold: pending } })
   const create = (options) => WasmModuleManager.create(process.env.WORKBENCH, { cache: false, imports: imports(), ...options })
+  const realm = async () => {
+    const manager = await loadRealm(process.env.GLUE, { cache: false, engine: { threads: true } })
+    manager.module.entered = () => entered()
+    return { manager, guest: manager.module.guest }
+  }
   const settles = (promise) => promise.then(() => passed(), () => passed())
   let passed = () => {}
 `
@@ -182,7 +233,7 @@ export const deferred = (act: string, point: Point) =>
 export const THROW = `throw new Error('on purpose')`
 export const REJECT = `Promise.reject(new Error('on purpose'))`
 
-export const env = { WORKBENCH: workbench, ENDLESS }
+export const env = { WORKBENCH: workbench, ENDLESS, GLUE }
 
 /** As runtimes report what nobody has caught: some do not call it by its name. */
 export const UNCAUGHT = /error: .*on purpose/i

@@ -39,7 +39,10 @@ describe('a signal', { concurrency: 2 }, () => {
   }
 
   test('process.abort() is an abort, whatever runs', LIMIT, async () => {
-    for (const name of ['nothing runs', 'a pool call runs', 'an endless synchronous call runs', 'a lease is held']) {
+    for (const name of [
+      ...['nothing runs', 'a pool call runs', 'an endless synchronous call runs', 'a lease is held'],
+      ...Object.keys(POINTS).filter((name) => name.includes('glue')),
+    ]) {
       const { program } = POINTS[name] as { program: string }
       const ended = await child(
         `${SCENE}
@@ -297,6 +300,62 @@ describe('several processes', { concurrency: 2 }, () => {
     // Disconnected, with nothing under way, it ends by itself.
     assert.deepEqual(reported(ended), [...[1, 2, 1, 2], ...['SIGKILL', 'SIGTERM', 'ERR_WASM_TRAP', 3, 4, 0]])
   })
+
+  /** Loads glue whose guest tells when it is inside, and goes where it is told to. */
+  const SERVE_GLUE = `
+    import { loadGlue } from ${JSON.stringify(INDEX_URL)}
+    const manager = await loadGlue(process.env.GLUE, { cache: false, engine: { threads: true } })
+    const { guest } = manager.module
+    manager.module.entered = () => process.send({ is: 'inside' })
+    process.on('message', ({ id, name, args }) => {
+      if (name === 'exit') process.exit(5)
+      else if (name === 'thread') manager.spawn([[guest.entered], [guest.spin]])
+      else if (name === 'forever') { guest.entered(); guest.spin() }
+      else process.send({ id, value: guest[name](...args) })
+    })
+    process.send({ is: 'ready' })
+  `
+
+  for (const [what, make] of [
+    ['child_process.fork', `const make = () => fork('./serve.mjs')`],
+    ['cluster', `cluster.setupPrimary({ exec: join(process.cwd(), 'serve.mjs') }); const make = () => cluster.fork()`],
+  ] as const) {
+    test(`${what}: one ends while a guest of glue or its threads are inside, and the others go on`, LIMIT, async () => {
+      const ended = await child(
+        `${TALK}
+        import { fork } from 'node:child_process'
+        import cluster from 'node:cluster'
+        import { writeFileSync } from 'node:fs'
+        import { join } from 'node:path'
+        writeFileSync('serve.mjs', process.env.SERVE)
+        ${make}
+        const ones = [make(), make(), make(), make()]
+        await Promise.all(ones.map((one) => said(one, 'ready')))
+        const enter = async (one, name) => {
+          const inside = said(one, 'inside')
+          one.send({ name })
+          await inside
+        }
+        const kill = (one, signal) => process.kill((one.process ?? one).pid, signal)
+        const [killed, stopped, exits, left] = ones
+        await Promise.all(ones.map((one) => enter(one, 'thread')))
+        const ends = ones.map(ended)
+        await enter(killed, 'forever')
+        kill(killed, 'SIGKILL')
+        kill(stopped, 'SIGTERM')
+        exits.send({ name: 'exit' })
+        const seen = await Promise.all(ends.slice(0, 3))
+        seen.push(await ask(left, 'add', [2, 3]))
+        left.disconnect()
+        seen.push(await ends[3])
+        report(seen)
+        `,
+        { env: { ...env, SERVE: SERVE_GLUE }, under: ['sh', '-c', 'cd "$(mktemp -d)" && exec "$0" "$@"'] },
+      )
+      // Disconnected, with nothing but threads of a guest, it ends by itself.
+      assert.deepEqual(reported(ended), ['SIGKILL', 'SIGTERM', 5, 5, 0])
+    })
+  }
 
   test('cluster: workers that die in mid-call are replaced, and the others serve on', LIMIT, async () => {
     const ended = await child(

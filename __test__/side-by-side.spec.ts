@@ -6,16 +6,16 @@ import { randomBytes } from 'node:crypto'
 import { EventEmitter, once } from 'node:events'
 import { readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { request } from 'node:http'
+import { createRequire } from 'node:module'
 import type { Socket } from 'node:net'
 import { join } from 'node:path'
 import { describe, test } from 'node:test'
 import { binary, temporaryFolder, wat } from './guests.ts'
 import { child, INDEX_URL, LIMIT, reported } from './support.ts'
 
-const GUEST = wat(
-  `(module
+const text = (memory: string) => `(module
     (import "env" "ask" (func $ask (param i32) (result i32)))
-    (memory (export "memory") 2 64)
+    (memory (export "memory") ${memory})
     (global $count (mut i32) (i32.const 0))
     (func (export "add") (param i32 i32) (result i32) (i32.add (local.get 0) (local.get 1)))
     (func (export "count") (result i32)
@@ -35,8 +35,21 @@ const GUEST = wat(
         (i32.store (i32.and (local.get $x) (i32.const 0xfffc)) (local.get $x))
         (local.set 0 (i32.sub (local.get 0) (i32.const 1)))
         (br_if 0 (local.get 0)))
-      (local.get $x)))`,
-  'beside',
+      (local.get $x)))`
+const GUEST = wat(text('2 64'), 'beside')
+
+/** The same guest in glue, over a memory that its threads share. */
+const GLUE = join(temporaryFolder('glue'), 'glue.cjs')
+const assembled: Uint8Array = createRequire(import.meta.url)('../binding.js').__assemble(
+  text('(import "env" "memory") 2 64 shared'),
+)
+writeFileSync(
+  GLUE,
+  `exports.memory = new WebAssembly.Memory({ initial: 2, maximum: 64, shared: true })
+  exports.ask = (n) => n + 1
+  const env = { memory: exports.memory, ask: (n) => exports.ask(n) }
+  const bytes = Buffer.from('${Buffer.from(assembled).toString('base64')}', 'base64')
+  exports.guest = new WebAssembly.Instance(new WebAssembly.Module(bytes), { env }).exports`,
 )
 
 /** The traps of the guest in bytes, for V8. */
@@ -112,16 +125,50 @@ const WORK = `
   }
 `
 
+/** `workInGlue(ask)`: the same of glue and its guest threads; `ask` is the import that both call. */
+const WORK_IN_GLUE = `
+  import { loadGlue } from ${JSON.stringify(INDEX_URL)}
+  const loadIt = () => loadGlue(process.env.GLUE, { cache: false, engine: { threads: true }, limits: { timeoutMs: 20_000 } })
+  const workInGlue = async (ask = (n) => n + 1) => {
+    const manager = await loadIt()
+    const seen = []
+    for (let round = 0; round < 2; round += 1) {
+      const { module } = manager
+      const { guest } = module
+      let asked = 0
+      module.ask = (n) => { asked += 1; return ask(n) }
+      await manager.snapshot()
+      for (const name of TRAPS) try { guest[name](0) } catch (error) { seen.push(error.trap) }
+      seen.push(guest.ask(1), guest.grow())
+      const threads = [1, 2, 3].map((n) => manager.spawn([[guest.burn, 50_000], [guest.ask, n]]))
+      guest.burn(100_000)
+      await Promise.all(threads.map(({ finished }) => finished))
+      seen.push(asked)
+      for (const name of TRAPS) {
+        // It is stopped by the other's trap.
+        const spins = manager.spawn([[guest.spin]])
+        await manager.spawn([[guest[name], 0]]).finished.catch((error) => seen.push(error.trap))
+        await spins.finished
+        await manager.reset()
+      }
+      seen.push(manager.memory.byteLength)
+      await manager.reload()
+    }
+    await manager.close()
+    return seen
+  }
+`
+
+const TRAPS = ['out-of-bounds-memory', 'unreachable', 'integer-divide-by-zero', 'stack-overflow']
 const ROUND = (round: number) => [
   '1,2,3,4,5,6,7,8',
-  ...['out-of-bounds-memory', 'unreachable', 'integer-divide-by-zero', 'stack-overflow'].flatMap((trap) => [
-    trap,
-    trap,
-  ]),
+  ...TRAPS.flatMap((trap) => [trap, trap]),
   ...[round + 1, 'ERR_WASM_TIMEOUT', 1, 2, 1 + 1, 2, 131_072],
 ]
 const SEEN = [...ROUND(0), ...ROUND(1)]
-const env = { GUEST, THEIRS }
+const ROUND_IN_GLUE = [...TRAPS, 2, 2, 4, ...TRAPS, 131_072]
+const SEEN_IN_GLUE = [...ROUND_IN_GLUE, ...ROUND_IN_GLUE]
+const env = { GUEST, GLUE, THEIRS }
 /** Node has it since 20.15 and 22.2. */
 const WITHOUT_TRAP_HANDLER = ['--disable-wasm-trap-handler'].filter((flag) =>
   process.allowedNodeEnvironmentFlags.has(flag),
@@ -160,16 +207,30 @@ describe('beside us', { concurrency: 2 }, () => {
     })
   }
 
+  test("V8's own engine traps, in turns with glue's and with those of guest threads", LIMIT, async () => {
+    const ended = await child(
+      `${WORK}${WORK_IN_GLUE}
+      let count = 0
+      // On the JS thread, while it answers a guest thread as well.
+      const ask = (n) => { for (const name of TRAPS) count += Number(theirs(name)); return n + 1 }
+      const seen = await Promise.all([workInGlue(ask), workInGlue(ask), run()])
+      report({ seen, count })`,
+      { env },
+    )
+    const seen = [SEEN_IN_GLUE, SEEN_IN_GLUE, SEEN]
+    assert.deepEqual(reported(ended), { seen, count: 2 * 2 * 4 * TRAPS.length })
+  })
+
   test('--cpu-prof and --heap-prof write their profiles', LIMIT, async () => {
     const folder = temporaryFolder('profiles')
-    const ended = await child(`${WORK}report(await run())`, {
+    const ended = await child(`${WORK}${WORK_IN_GLUE}report([await run(), await workInGlue()])`, {
       env,
       flags: [
         ...['--cpu-prof', '--cpu-prof-interval=100', `--cpu-prof-dir=${folder}`],
         ...['--heap-prof', `--heap-prof-dir=${folder}`],
       ],
     })
-    assert.deepEqual(reported(ended), SEEN)
+    assert.deepEqual(reported(ended), [SEEN, SEEN_IN_GLUE])
     const files = readdirSync(folder).sort()
     assert.deepEqual(
       files.map((name) => name.split('.').at(-1)),
@@ -219,6 +280,35 @@ describe('beside us', { concurrency: 2 }, () => {
     // The view is detached by the first reload.
     assert.deepEqual(reported(ended), { code: 'ERR_WASM_TIMEOUT', all: true, seen: SEEN, view: 0 })
   })
+
+  test(
+    'snapshots of the heap are written inside an import that a guest thread has called, and in glue',
+    LIMIT,
+    async () => {
+      const ended = await child(
+        `${WORK}${WORK_IN_GLUE}
+      import { writeHeapSnapshot } from 'node:v8'
+      import { statSync } from 'node:fs'
+      const manager = await loadIt()
+      const view = new Uint8Array(manager.module.memory.buffer)
+      const sizes = []
+      manager.module.ask = (n) => {
+        sizes.push(statSync(writeHeapSnapshot(process.env.FOLDER + '/' + n + '.heapsnapshot')).size)
+        return n
+      }
+      const { guest } = manager.module
+      const spins = manager.spawn([[guest.spin]])
+      guest.ask(1)
+      await manager.spawn([[guest.ask, 2]]).finished
+      await spins.terminate()
+      report({ all: sizes.length === 2 && sizes.every((size) => size > 100_000), view: view.length, seen: await workInGlue() })
+      await manager.close()
+      `,
+        { env: { ...env, FOLDER: temporaryFolder('heaps') } },
+      )
+      assert.deepEqual(reported(ended), { all: true, view: 131_072, seen: SEEN_IN_GLUE })
+    },
+  )
 
   test('diagnostic reports are written, on demand, inside an import and by a signal', LIMIT, async () => {
     const folder = temporaryFolder('reports')
@@ -333,7 +423,7 @@ interface Message {
 describe('a debugger', { concurrency: 2 }, () => {
   test('in the process itself evaluates calls, stops at exceptions, shows objects and samples', LIMIT, async () => {
     const ended = await child(
-      `${WORK}
+      `${WORK}${WORK_IN_GLUE}
       import inspector from 'node:inspector'
       const session = new inspector.Session()
       session.connect()
@@ -351,15 +441,20 @@ describe('a debugger', { concurrency: 2 }, () => {
       const sum = await post('Runtime.evaluate', { expression: "manager.call('add', [20, 22])", awaitPromise: true })
       const trap = await post('Runtime.evaluate', { expression: 'manager.exports.oob(0)' })
       const shown = await post('Runtime.evaluate', { expression: '[manager, manager.exports, manager.memory, manager.stats()]', generatePreview: true })
-      const seen = await work(manager)
+      globalThis.glue = await loadIt()
+      const inGlue = await post('Runtime.evaluate', { expression: 'glue.module.guest.add(20, 22)' })
+      await post('Runtime.evaluate', { expression: '[glue, glue.module, glue.module.guest, glue.memory]', generatePreview: true })
+      const seen = [await work(manager), await workInGlue()]
       const { profile } = await post('Profiler.stop')
-      report({ evaluated: evaluated.result.value, sum: sum.result.value, trap: trap.exceptionDetails.exception.className,
+      report({ inGlue: inGlue.result.value, evaluated: evaluated.result.value, sum: sum.result.value, trap: trap.exceptionDetails.exception.className,
         shown: shown.result.preview.properties.length, seen, samples: profile.samples.length > 0 })
       process.exit()
       `,
       { env },
     )
-    assert.deepEqual(reported(ended), { evaluated: 2, sum: 42, trap: 'WasmError', shown: 4, seen: SEEN, samples: true })
+    const seen = [SEEN, SEEN_IN_GLUE]
+    const values = { inGlue: 42, evaluated: 2, sum: 42, trap: 'WasmError' }
+    assert.deepEqual(reported(ended), { ...values, shown: 4, seen, samples: true })
   })
 
   test(
@@ -371,7 +466,7 @@ describe('a debugger', { concurrency: 2 }, () => {
       writeFileSync(
         file,
         `import { WasmError, WasmModuleManager } from ${JSON.stringify(INDEX_URL)}
-      ${WORK}
+      ${WORK}${WORK_IN_GLUE}
       globalThis.manager = await create()
       globalThis.start = async () => {
         asked = (n) => {
@@ -381,7 +476,7 @@ describe('a debugger', { concurrency: 2 }, () => {
         }
         const sum = manager.exports.ask(20) + (await manager.call('ask', [1]))
         asked = async (n) => n + 1
-        return JSON.stringify([sum, await work(manager)])
+        return JSON.stringify([sum, await work(manager), await workInGlue()])
       }
       console.log('ready')
       setInterval(() => {}, 1000)`,
@@ -444,7 +539,7 @@ describe('a debugger', { concurrency: 2 }, () => {
           await post('Debugger.disable')
         }
       }
-      const [sum, work] = JSON.parse((await done).result.value)
+      const [sum, work, inGlue] = JSON.parse((await done).result.value)
       end()
       assert.deepEqual(seen, [
         ...['on the stack', 20, 1, 4, true, 'asked', 'asked', true],
@@ -452,6 +547,101 @@ describe('a debugger', { concurrency: 2 }, () => {
       ])
       assert.equal(sum, 42)
       assert.equal(work.length, SEEN.length)
+      assert.deepEqual(inGlue, SEEN_IN_GLUE)
     },
   )
+})
+
+// ---------------------------------------------------------------- the end that Node documents
+
+/** Others do not have its flags. */
+const IS_NODE = process.versions.bun === undefined && process.versions.deno === undefined
+
+describe('a fatal end is as Node documents it', { concurrency: 2 }, () => {
+  /** Guests in every place where they may be. */
+  const BUSY = `${WORK}${WORK_IN_GLUE}
+    const manager = await create()
+    const glue = await loadIt()
+    const { guest } = glue.module
+    for (const name of TRAPS) for (const { [name]: trap } of [guest, manager.exports]) try { trap(0) } catch { theirs(name) }
+    manager.exports.add(1, 1)
+    let count = 0
+    glue.module.ask = asked = (n) => { count += 1; return n }
+    for (let i = 0; i < 2; i += 1) {
+      manager.call('spin').catch(() => {})
+      glue.spawn([[guest.ask, i], [guest.spin]])
+    }
+    while (count < 2 || manager.stats().instances.busy < 2) await new Promise((resolve) => setImmediate(resolve))
+  `
+  const abort = `${BUSY}
+    process.on('SIGABRT', () => report('never'))
+    process.on('exit', () => report('never'))
+    glue.module.ask = () => process.abort()
+    guest.ask(1)`
+
+  for (const [what, flags, program, signals] of [
+    ['process.abort() inside an import of glue, with a listener for SIGABRT', [], abort, ['SIGABRT']],
+    [
+      // Node ends by a trap instruction there, V8 by abort().
+      'an exception that nobody catches, with --abort-on-uncaught-exception',
+      ['--abort-on-uncaught-exception'],
+      `${BUSY} setImmediate(() => { throw new Error('on purpose') })`,
+      ['SIGABRT', 'SIGTRAP', 'SIGILL'],
+    ],
+    [
+      'no heap left, with --report-on-fatalerror',
+      ['--report-on-fatalerror', '--max-old-space-size=40'],
+      `${BUSY} const kept = []; for (;;) kept.push(new Array(1000).fill(kept.length))`,
+      ['SIGABRT', 'SIGTRAP'],
+    ],
+  ] as const) {
+    if (!IS_NODE && flags.length > 0) continue
+
+    test(what, LIMIT, async () => {
+      const folder = temporaryFolder('fatal')
+      const ended = await child(program, {
+        env,
+        flags: [...flags, `--report-directory=${folder}`],
+        ...{ mayCrash: true, under: ['sh', '-c', 'ulimit -c 0; exec "$0" "$@"'] },
+      })
+      assert.ok(
+        signals.some((signal) => signal === ended.signal),
+        `${ended.signal ?? ended.code}\n${ended.stderr}`,
+      )
+      assert.equal(ended.stdout, '')
+      const reports = readdirSync(folder)
+      assert.equal(reports.length, what.includes('report') ? 1 : 0)
+      for (const name of reports) {
+        assert.equal(JSON.parse(readFileSync(join(folder, name), 'utf8')).header.trigger, 'OOMError')
+      }
+    })
+  }
+
+  const test_ = IS_NODE ? test : test.skip
+  test_('an exception that nobody catches, with --report-uncaught-exception', LIMIT, async () => {
+    const folder = temporaryFolder('fatal')
+    const ended = await child(`${BUSY} setImmediate(() => { throw new Error('on purpose') })`, {
+      env,
+      flags: ['--report-uncaught-exception', `--report-directory=${folder}`],
+    })
+    assert.deepEqual([ended.code, ended.signal], [1, null], ended.stderr)
+    const [name, ...others] = readdirSync(folder)
+    assert.deepEqual(others, [])
+    const { header } = JSON.parse(readFileSync(join(folder, name as string), 'utf8'))
+    assert.equal(header.trigger, 'Exception')
+  })
+
+  test('SIGABRT from outside, with a listener, is no end at all', LIMIT, async () => {
+    const ended = await child(
+      `${BUSY}
+      const told = new Promise((resolve) => process.once('SIGABRT', resolve))
+      process.kill(process.pid, 'SIGABRT')
+      const name = await told
+      await Promise.all([manager.destroy(), glue.destroy()])
+      report([name, await workInGlue()])
+      `,
+      { env },
+    )
+    assert.deepEqual(reported(ended), ['SIGABRT', SEEN_IN_GLUE])
+  })
 })

@@ -2,10 +2,11 @@
 import assert from 'node:assert/strict'
 import { execFileSync } from 'node:child_process'
 import { writeFileSync } from 'node:fs'
+import { createRequire } from 'node:module'
 import { join } from 'node:path'
 import { before, describe, test } from 'node:test'
 import { temporaryFolder, wat } from './guests.ts'
-import { type ChildOptions, child, type Ended, LIMIT, reported } from './support.ts'
+import { type ChildOptions, child, type Ended, INDEX_URL, LIMIT, reported } from './support.ts'
 
 /** Installs a handler for the signals that guests trap with, and can crash. Needs no header of Node's. */
 const ADDON = `
@@ -63,16 +64,26 @@ value napi_register_module_v1(env e, value exports) {
 }
 `
 
-const TRAPS = wat(
-  `(module
-    (memory (export "memory") 1 1)
+const text = (memory: string) => `(module
+    (memory (export "memory") ${memory})
     (func (export "oob") (result i32) (i32.load (i32.const 0x7ffffff0)))
     (func (export "unreachable") unreachable)
     (func (export "divide") (param i32) (result i32) (i32.div_s (i32.const 1) (local.get 0)))
     (func $deep (export "deep") (result i32) (i32.add (call $deep) (i32.const 1)))
     (func (export "spin") (loop (br 0)))
-    (func (export "add") (param i32 i32) (result i32) (i32.add (local.get 0) (local.get 1))))`,
-  'traps',
+    (func (export "add") (param i32 i32) (result i32) (i32.add (local.get 0) (local.get 1))))`
+const TRAPS = wat(text('1 1'), 'traps')
+
+/** The same guest in glue, over a memory that its threads share. */
+const GLUE = join(temporaryFolder('glue'), 'glue.cjs')
+const bytes: Uint8Array = createRequire(import.meta.url)('../binding.js').__assemble(
+  text('(import "env" "memory") 1 1 shared'),
+)
+writeFileSync(
+  GLUE,
+  `exports.memory = new WebAssembly.Memory({ initial: 1, maximum: 1, shared: true })
+  const bytes = Buffer.from('${Buffer.from(bytes).toString('base64')}', 'base64')
+  exports.guest = new WebAssembly.Instance(new WebAssembly.Module(bytes), { env: { memory: exports.memory } }).exports`,
 )
 
 const CHAIN = 1
@@ -80,7 +91,7 @@ const PLAIN = 2
 const SAME_STACK = 4
 const ONCE = 8
 
-const env: Record<string, string> = { TRAPS }
+const env: Record<string, string> = { TRAPS, GLUE }
 /** With the crash that some of these end with, and no file of it. */
 const CRASH: ChildOptions = { env, mayCrash: true, under: ['sh', '-c', 'ulimit -c 0; exec "$0" "$@"'] }
 before(() => {
@@ -117,6 +128,26 @@ const WORK = `
     // V8's own: a load out of bounds, as bytes.
     const bytes = Uint8Array.of(0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 127, 3, 2, 1, 0, 5, 3, 1, 0, 1, 7, 5, 1, 1, 102, 0, 0, 10, 13, 1, 11, 0, 65, 240, 255, 255, 255, 7, 40, 2, 0, 11)
     try { new WebAssembly.Instance(new WebAssembly.Module(bytes)).exports.f() } catch (error) { return error instanceof WebAssembly.RuntimeError }
+  }
+`
+
+/** `workInGlue(manager)`: the same of glue, on the JS thread and on threads of the guest. */
+const WORK_IN_GLUE = `
+  import { loadGlue } from ${JSON.stringify(INDEX_URL)}
+  const loadIt = () => loadGlue(process.env.GLUE, { cache: false, engine: { threads: true }, limits: { timeoutMs: 30 } })
+  const workInGlue = async (manager) => {
+    const seen = new Set()
+    const { guest } = manager.module
+    for (const name of ['oob', 'unreachable', 'divide', 'deep']) {
+      let count = 0
+      try { guest[name](0) } catch (error) { seen.add(error.trap); count += 1 }
+      await manager.spawn([[guest[name], 0]]).finished.catch((error) => { seen.add(error.trap); count += 1 })
+      if (count !== 2) seen.add('no trap')
+      await manager.reload()
+    }
+    try { guest.spin() } catch (error) { seen.add(error.code) }
+    if (guest.add(2, 1) !== 3) seen.add('a wrong sum')
+    return [...seen].sort()
   }
 `
 const ALL = ['ERR_WASM_TIMEOUT', 'integer-divide-by-zero', 'out-of-bounds-memory', 'stack-overflow', 'unreachable']
@@ -160,6 +191,61 @@ describe('an addon with a signal handler of its own', { concurrency: 2 }, () => 
       assert.deepEqual(reported(ended), [ALL, ALL, ALL])
       const crashed = await child(program(`early.call('spin').catch(() => {}); addon.crash()`), CRASH)
       assert.deepEqual(diedOf(crashed), crashes, crashed.stderr)
+    })
+  }
+
+  for (const [what, options, crashes] of [
+    ['that hands on', CHAIN, ['SIGSEGV', false]],
+    ['that hands nothing on', 0, [77, true]],
+  ] as const) {
+    test(`${what}, before and after glue: traps of its guest, on threads as well, are ours`, LIMIT, async () => {
+      for (const when of ['before', 'after']) {
+        const program = `${WORK}${WORK_IN_GLUE}
+          const addon = require(process.env.ADDON)
+          ${when === 'before' ? `addon.install(${options})` : ''}
+          const manager = await loadIt()
+          ${when === 'before' ? '' : `await workInGlue(manager); addon.install(${options}); await manager.reload()`}
+          report([await workInGlue(manager), addon.count()])
+          manager.spawn([[manager.module.guest.spin]])
+          addon.crash()`
+        const ended = await child(program, CRASH)
+        assert.ok(
+          ended.stdout.includes(`REPORT ${JSON.stringify([ALL, 0])}`),
+          `${when}: ${ended.stdout}${ended.stderr}`,
+        )
+        // Its own crash, while threads of the guest run, is as it would be without us.
+        assert.deepEqual(diedOf(ended), crashes, ended.stderr)
+      }
+    })
+
+    test(`${what}, in a program and its worker, which trap at the same time`, LIMIT, async () => {
+      for (const where of ['the program', 'the worker']) {
+        const install = (here: string) =>
+          where === here ? `const addon = require(process.env.ADDON); addon.install(${options})` : ''
+        const worker = `
+          import { parentPort } from 'node:worker_threads'
+          import { WasmModuleManager } from ${JSON.stringify(INDEX_URL)}
+          ${WORK}${WORK_IN_GLUE}
+          ${install('the worker')}
+          parentPort.postMessage('there')
+          parentPort.once('message', async () => {
+            parentPort.postMessage([await work(await create()), await workInGlue(await loadIt())])
+            ${where === 'the worker' ? `parentPort.once('message', () => addon.crash())` : ''}
+          })`
+        const program = `${WORK}${WORK_IN_GLUE}
+          import { Worker } from 'node:worker_threads'
+          ${install('the program')}
+          const worker = new Worker(new URL('data:text/javascript,' + encodeURIComponent(${JSON.stringify(worker)})))
+          const said = () => new Promise((resolve) => worker.once('message', resolve))
+          await said()
+          worker.postMessage('work')
+          report(await Promise.all([work(await create()), workInGlue(await loadIt()), said()]))
+          ${where === 'the program' ? 'addon.crash()' : `worker.postMessage('crash')`}`
+        const ended = await child(program, CRASH)
+        const seen = JSON.stringify([ALL, ALL, [ALL, ALL]])
+        assert.ok(ended.stdout.includes(`REPORT ${seen}`), `${where}: ${ended.stdout}${ended.stderr}`)
+        assert.deepEqual(diedOf(ended), crashes, ended.stderr)
+      }
     })
   }
 

@@ -374,8 +374,15 @@ fn instantiate(js: Js, args: &[Val]) -> JsResult<Val> {
             _ => RealmImport::Item(js.get_number(value).unwrap_or(-1.0) as u32),
         });
     }
-    // SAFETY: `enter` has got the right to be inside.
-    let made = realm.enter(|replica| unsafe { replica.realm_instantiate(module, imports) })?;
+    let made = realm.enter(|replica| {
+        // SAFETY: `enter` has got the right to be inside.
+        let make = || unsafe { replica.realm_instantiate(module, imports) };
+        // Its start function is code like any other.
+        match realm.manager.timeout_ms {
+            Some(ms) => replica.with_deadline(ms, make)?,
+            None => make(),
+        }
+    })?;
     realm.side.before_js(js);
     let exports = made.map_err(|error| {
         realm.manager.manager.call_failed_at_home(&error);

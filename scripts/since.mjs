@@ -1,0 +1,109 @@
+// npm run bench:since -- COMMIT [GROUP…] [--rounds N]: the benchmarks of an earlier commit on its build, and ours on ours, by
+// turns, so that whatever the machine does meanwhile meets both. Each turn is a process with one round of the groups.
+// Writes benchmark/results/since.json and the table in docs/perf.md; the build of that commit is kept in target/since.
+import { spawnSync } from 'node:child_process'
+import { existsSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { parseArgs } from 'node:util'
+import { fail, node, root, run, step } from './tools.mjs'
+
+const MARKS = ['<!-- since:begin -->', '<!-- since:end -->']
+/** Of what both have: ourselves, and V8 as a measure of the machine. */
+const SHOWN = /manager|exclusive|rolling|no reload|interruptible|^V8/
+const PEERS = /respawned|longest call|processor time/
+
+const { values, positionals } = parseArgs({
+  allowPositionals: true,
+  options: { rounds: { type: 'string', default: '5' } },
+})
+const [commit, ...groups] = positionals
+if (commit === undefined) fail('usage: npm run bench:since -- COMMIT [GROUP…] [--rounds N]')
+const rounds = Number(values.rounds)
+if (!(Number.isInteger(rounds) && rounds > 0)) fail(`--rounds must be a positive whole number, not "${values.rounds}"`)
+
+const then = join(root, 'target', 'since', git('rev-parse', '--short', commit))
+prepare()
+node(['scripts/bench.mjs', '--smoke', ...groups])
+/** By tree and row, what each round came to. */
+const taken = new Map([then, root].map((tree) => [tree, new Map()]))
+for (let round = 1; round <= rounds; round += 1) {
+  step(`round ${round} of ${rounds}`)
+  for (const [tree, rows] of taken) {
+    for (const group of measure(tree).groups) {
+      for (const [name, { ns }] of Object.entries(group.standings)) {
+        const row = `${group.name.split(':')[0]}: ${name}`
+        rows.set(row, [...(rows.get(row) ?? []), ns])
+      }
+    }
+  }
+}
+publish()
+
+function git(...args) {
+  const { status, stdout, stderr } = spawnSync('git', args, { cwd: root, encoding: 'utf8' })
+  if (status !== 0) fail(`git ${args.join(' ')}: ${stderr}`)
+  return stdout.trim()
+}
+
+function prepare() {
+  if (!existsSync(then)) {
+    run('git', ['clone', '--quiet', '--no-checkout', root, then])
+    run('git', ['checkout', '--quiet', commit], { cwd: then })
+  }
+  step(`the build of ${commit}`)
+  node(['scripts/bench.mjs', '--smoke', ...groups], { cwd: then })
+}
+
+function measure(tree) {
+  const results = join(tree, 'benchmark', 'results')
+  const before = new Set(readdirSync(results))
+  const flags = ['--expose-gc', '--import', 'tsx', 'benchmark/main.ts', ...groups, '--rounds', '1']
+  run(process.execPath, flags, { cwd: tree, quiet: true })
+  const [fresh] = readdirSync(results).filter((name) => !before.has(name))
+  const path = join(results, fresh)
+  const result = JSON.parse(readFileSync(path, 'utf8'))
+  rmSync(path)
+  return result
+}
+
+function publish() {
+  const rows = [...taken.get(then)]
+    .filter(([row]) => SHOWN.test(row.slice(row.indexOf(': ') + 2)) && !PEERS.test(row))
+    .filter(([row]) => taken.get(root).has(row))
+    .map(([row, before]) => [row, median(before), median(taken.get(root).get(row))])
+  const facts = {
+    commit: git('rev-parse', '--short', commit),
+    head: git('rev-parse', '--short', 'HEAD'),
+    date: date(),
+    rounds,
+  }
+  const result = { ...facts, node: process.version, rows: rows.map(([what, a, b]) => ({ what, before: a, now: b })) }
+  writeFileSync(join(root, 'benchmark/results/since.json'), `${JSON.stringify(result, null, 1)}\n`)
+  const table = [
+    `Measured ${facts.date}, ${facts.commit} (${git('show', '-s', '--format=%as', commit)}) and ${facts.head} by turns, medians of ${rounds} rounds.`,
+    '',
+    '| what | then | now | now / then |',
+    '| --- | --- | --- | --- |',
+    ...rows.map(([what, a, b]) => `| ${what} | ${time(a)} | ${time(b)} | ${(b / a).toFixed(2)} |`),
+  ].join('\n')
+  const path = join(root, 'docs/perf.md')
+  const page = readFileSync(path, 'utf8')
+  const [begin, end] = MARKS.map((mark) => page.indexOf(mark))
+  if (begin < 0 || end < begin) fail(`docs/perf.md has no ${MARKS.join(' … ')}`)
+  writeFileSync(path, `${page.slice(0, begin + MARKS[0].length)}\n\n${table}\n\n${page.slice(end)}`)
+  console.log(table)
+}
+
+function date() {
+  return new Date().toISOString().slice(0, 10)
+}
+
+function median(all) {
+  const sorted = [...all].sort((a, b) => a - b)
+  return sorted[sorted.length >> 1]
+}
+
+function time(ns) {
+  const [value, unit] = ns < 1e3 ? [ns, 'ns'] : ns < 1e6 ? [ns / 1e3, 'µs'] : [ns / 1e6, 'ms']
+  return `${value.toPrecision(3)} ${unit}`
+}
