@@ -21,17 +21,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use wasm_molt_engine::{
-    Backoff, CacheChoice, CallLimits, Error, ErrorCode, Isolation, Lease, ManagerState,
-    OnDrainTimeout, RecycleOptions, RecycleStrategy, ReloadOptions, ResetOptions, Result, Strategy,
-    Value, Work, scarcity,
+    Backoff, CacheChoice, CallLimits, Error, ErrorCode, FuncHandle, GuestThread, Isolation, Lease,
+    ManagerState, Module, OnDrainTimeout, PoolCounts, RealmImport, RecycleOptions, RecycleStrategy,
+    ReloadOptions, ResetOptions, Result, Strategy, ThreadCall, Value, Work, scarcity,
 };
 use wasm_molt_testkit::door::Door;
 use wasm_molt_testkit::folder::Folder;
 use wasm_molt_testkit::guests;
 use wasm_molt_testkit::host::Script;
+use wasm_molt_testkit::meter;
 use wasm_molt_testkit::quiet::alone;
 use wasm_molt_testkit::rig::{Rig, Setup, because, number};
-use wasm_molt_testkit::wait::{answer, eventually};
+use wasm_molt_testkit::wait::{Answer, answer, eventually};
 
 /// A number in memory; memory that grows; a loop without an end; `held` asks the host.
 const GUEST: &str = r#"(module $scarce
@@ -576,7 +577,27 @@ fn an_interrupting_reload_ends_what_runs_for_ever() {
 const GLUED: &str = r#"(module $glued
     (memory (export "memory") 1 8)
     (table (export "table") 2 8 funcref)
+    (func (export "get") (result i32) (i32.load (i32.const 16)))
+    (func (export "set") (param i32) (i32.store (i32.const 16) (local.get 0)))
     (func (export "grow") (result i32) (memory.grow (i32.const 1))))"#;
+
+/// Calls a function of a realm, unless that realm has been replaced meanwhile.
+fn call_made(rig: &Rig, func: FuncHandle, args: &[Value]) -> Result<Vec<Value>> {
+    let args = args.to_vec();
+    let called = rig.try_realm(move |realm| {
+        if func.replica_id() == realm.replica().id() {
+            realm.call(&func, &args)
+        } else {
+            Err(realm.replica().stale())
+        }
+    });
+    called.and_then(|called| called)
+}
+
+/// A realm that could not be put back is replaced by whoever enters it.
+fn can_be_entered(rig: &Rig) {
+    eventually("the realm can be entered", || rig.try_realm(|_| ()).is_ok());
+}
 
 #[test]
 fn what_cannot_be_made_in_a_realm_leaves_the_realm_as_it_was() {
@@ -586,27 +607,46 @@ fn what_cannot_be_made_in_a_realm_leaves_the_realm_as_it_was() {
             Ok(module) => module,
             Err(error) => return vec![("compile()", Err(error))],
         };
-        rig.realm(move |realm| {
+        let (made, mut ends) = rig.realm(move |realm| {
             let memory = realm.memory(1, Some(8), false);
             let grown = memory.clone().and_then(|it| realm.grow_memory(it, 1));
             let made = realm.instantiate(&module, Vec::new());
             let called = match &made {
-                Ok(made) => unit(realm.call(&made.func("grow"), &[])),
+                Ok(made) => unit(realm.call(&made.func("set"), &[Value::I32(5)])),
                 Err(_) => Ok(()),
             };
-            vec![
+            let ends = vec![
                 ("a memory", unit(memory)),
                 ("its growth", unit(grown)),
-                ("an instance", unit(made)),
+                ("an instance", unit(made.clone())),
                 ("a call", called),
-            ]
-        })
+            ];
+            (made, ends)
+        });
+        let snapshot = rig.ask_snapshot().0.get();
+        let can_be_reset = snapshot.is_ok();
+        ends.push(("snapshot()", unit(snapshot)));
+        let Ok(made) = made else { return ends };
+        let grown = call_made(rig, made.func("grow"), &[]);
+        ends.push(("growth by the guest", unit(grown)));
+        let written = call_made(rig, made.func("set"), &[Value::I32(6)]);
+        ends.push(("another call", unit(written)));
+        if can_be_reset {
+            let reset = rig.ask_reset(ResetOptions::default()).get();
+            let found = call_made(rig, made.func("get"), &[]);
+            if reset.is_ok() {
+                assert!(matches!(found.as_deref(), Ok([Value::I32(5)])), "{found:?}");
+            }
+            ends.push(("reset()", unit(reset)));
+        }
+        ends
     };
     sweep(
         "a realm",
         || Setup::realm().start(),
         make,
         |rig| {
+            can_be_entered(&rig);
             let ends = make(&rig);
             assert!(ends.iter().all(|(_, end)| end.is_ok()), "{ends:?}");
             assert!(
@@ -615,6 +655,131 @@ fn what_cannot_be_made_in_a_realm_leaves_the_realm_as_it_was() {
                     .is_ok()
             );
         },
+    );
+}
+
+/// `sleep` waits for ever; `rest` does until somebody runs `wake`, which goes on until it has woken one.
+const THREADED: &str = r#"(module $threaded
+    (import "env" "memory" (memory 1 8 shared))
+    (func (export "sleep") (drop (memory.atomic.wait32 (i32.const 0) (i32.const 0) (i64.const -1))))
+    (func (export "rest") (drop (memory.atomic.wait32 (i32.const 8) (i32.const 0) (i64.const -1))))
+    (func (export "wake")
+        (drop (memory.grow (i32.const 1)))
+        (loop $again
+            (br_if $again (i32.eqz (memory.atomic.notify (i32.const 8) (i32.const 1)))))))"#;
+
+/// Has a guest start threads, wait for one at home, recycle them, and lose one to a reset.
+fn use_threads(rig: &Rig, module: &Arc<Module>) -> Ends {
+    let module = Arc::clone(module);
+    let made = rig.try_realm(move |realm| {
+        let memory = realm.shared_memory(1, 8)?;
+        realm.instantiate(&module, vec![RealmImport::Item(memory)])
+    });
+    let made = match made.and_then(|made| made) {
+        Ok(made) => made,
+        Err(error) => return vec![("an instance", Err(error))],
+    };
+    let snapshot = unit(rig.ask_snapshot().0.get());
+    let can_be_reset = snapshot.is_ok();
+    let mut ends = vec![("snapshot()", snapshot)];
+    let sleeps = rig.spawn(made.func("sleep"));
+    let wakes = rig.spawn(made.func("wake"));
+    // With nobody to wake it, it would be a deadlock.
+    if wakes.is_ok() {
+        let rested = call_made(rig, made.func("rest"), &[]);
+        ends.push(("a wait at home", unit(rested)));
+    }
+    let end = |spawned: Result<(GuestThread, Answer<Result<bool>>)>| {
+        spawned.and_then(|(thread, ended)| {
+            thread.terminate();
+            unit(ended.get())
+        })
+    };
+    ends.push(("a thread that wakes", end(wakes)));
+    ends.push(("a thread that sleeps", end(sleeps)));
+    let (thread, ended) = match rig.spawn(made.func("sleep")) {
+        Ok(spawned) => spawned,
+        Err(error) => {
+            ends.push(("another thread", Err(error)));
+            return ends;
+        }
+    };
+    let sleep = made.func("sleep");
+    let (recycled, next) = rig.home().at_desk(move |desk| {
+        let calls = vec![ThreadCall {
+            func: sleep,
+            args: Vec::new(),
+        }];
+        let mut next = None;
+        let ask = || {
+            thread.terminate();
+            Ok(())
+        };
+        let replica = desk.manager().replica(0).unwrap();
+        let recycled = replica.recycle_threads(ask, || {
+            next = Some(desk.spawn(calls)?);
+            Ok(())
+        });
+        (recycled, next)
+    });
+    ends.push(("its end", unit(ended.get())));
+    if recycled.is_err() {
+        assert_eq!(rig.replica(0).guest_threads(), PoolCounts::default());
+    }
+    ends.push(("a recycle", recycled));
+    if can_be_reset {
+        let reset = unit(rig.ask_reset(ResetOptions::default()).get());
+        ends.push(("reset()", reset));
+    }
+    if let Some(next) = next {
+        ends.push(("a thread that was recycled", end(Ok(next))));
+    }
+    assert_eq!(rig.replica(0).guest_threads(), PoolCounts::default());
+    ends
+}
+
+#[test]
+fn threads_that_cannot_be_had_leave_a_realm_that_can_be_rescued() {
+    let _alone = alone();
+    let make = || {
+        let rig = Setup::realm().options(|o| o.engine.threads = true).start();
+        let module = rig.compile(THREADED);
+        (rig, module)
+    };
+    let check = |(rig, module): (Rig, Arc<Module>)| {
+        // Whichever of its threads was refused what, a reset or a reload brings everything back.
+        if let Err(error) = rig.ask_reset(ResetOptions::default()).get() {
+            assert_eq!(error.code(), Some(ErrorCode::InvalidArgument), "{error}");
+            rig.reload("without a snapshot");
+        }
+        can_be_entered(&rig);
+        let ends = use_threads(&rig, &module);
+        assert!(ends.iter().all(|(_, end)| end.is_ok()), "{ends:?}");
+        rig.reload("afterwards it can be");
+        let replica = Arc::downgrade(&rig.replica(0));
+        assert!(rig.close(None).get().is_ok());
+        assert_eq!(rig.manager.stats(None).memory_bytes, 0);
+        drop(rig);
+        eventually("nobody has it any more", || replica.strong_count() == 0);
+    };
+    check(make());
+    let before = meter::read();
+    sweep(
+        "threads",
+        make,
+        |(rig, module)| use_threads(rig, module),
+        check,
+    );
+    let (Some(before), Some(after)) = (before, meter::read()) else {
+        return;
+    };
+    println!("{before:?}, then {after:?}");
+    eventually("no thread is left", || {
+        meter::read().map(|now| now.threads) <= Some(before.threads)
+    });
+    assert!(
+        after.descriptors <= before.descriptors && after.mappings <= before.mappings + 16,
+        "{before:?}, then {after:?}"
     );
 }
 

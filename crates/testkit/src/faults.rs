@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crossbeam_channel::{Receiver, Sender, bounded, select};
 use wasm_molt_engine::{
-    Error, ErrorCode, Event, HomeStep, Host, HostRef, ImportValue, InstanceHost, Lease, Manager,
-    Module, Replaced, Replica, Result, Watch,
+    Attendant, Error, ErrorCode, Event, HomeStep, Host, HostRef, ImportValue, InstanceHost, Lease,
+    Manager, Module, Replaced, Replica, Result, Watch,
 };
 
 use crate::wait::{Answer, Latch, PATIENCE, answer};
@@ -255,6 +255,10 @@ impl InstanceHost for Faults {
     fn imports(&self, replica: &Arc<Replica>, module: &Module) -> Result<Vec<ImportValue>> {
         self.pass(Point::Imports)?;
         self.inner.imports(replica, module)
+    }
+
+    fn attendant(&self) -> Option<Arc<dyn Attendant>> {
+        self.inner.attendant()
     }
 
     fn watch(&self) -> Option<Arc<Watch>> {

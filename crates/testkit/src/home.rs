@@ -8,11 +8,12 @@ use std::thread::{self, JoinHandle, ThreadId};
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use wasm_molt_engine::{
-    Away, Error, ErrorCode, Home, HomeStep, Inside, Job, Manager, Replica, Result, Value,
+    Away, Error, ErrorCode, GuestThread, Home, HomeStep, Inside, Job, Manager, Replica, Result,
+    ThreadCall, Value,
 };
 
 use crate::inside::{self, InRealm};
-use crate::wait::PATIENCE;
+use crate::wait::{Answer, PATIENCE};
 
 enum Task {
     Run(Box<dyn FnOnce() + Send>),
@@ -70,14 +71,29 @@ impl Desk {
 
     /// Does something in the realm in slot 0 on this thread, as glue does in JS.
     pub fn realm<R>(&self, f: impl FnOnce(&InRealm<'_>) -> R) -> Result<R> {
-        let (inside, replica) = self.enter()?;
+        let (inside, replica) = self.enter_realm()?;
         let timeout_ms = self.manager.options().limits.timeout_ms;
         let outcome = f(&InRealm::at_home(&inside, &replica, timeout_ms));
-        if replica.is_poisoned() {
+        if replica.must_be_replaced() {
             inside.retire();
             self.manager.retired_at_home();
         }
         Ok(outcome)
+    }
+
+    /// Starts a native thread of the realm's guest, as glue does in JS; and how it ended.
+    pub fn spawn(&self, calls: Vec<ThreadCall>) -> Result<(GuestThread, Answer<Result<bool>>)> {
+        let (inside, replica) = self.enter_realm()?;
+        inside::spawn_at_home(&inside, &self.manager, &replica, calls)
+    }
+
+    /// One that has broken off in the middle of something is entered by nobody.
+    fn enter_realm(&self) -> Result<(Inside<'_, Job>, Arc<Replica>)> {
+        let (inside, replica) = self.enter()?;
+        if replica.is_poisoned() {
+            return Err(replica.broken());
+        }
+        Ok((inside, replica))
     }
 
     /// Calls an export in slot 0 on this thread, as `manager.exports` does in JS.

@@ -3,8 +3,8 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 use wasm_molt_engine::{
-    Error, ErrorCode, Event, HomeStep, Host, HostCall, HostFunction, HostRef, ImportValue,
-    InstanceHost, Lease, Module, Replaced, Replica, Result, Value, Watch,
+    Attendant, Error, ErrorCode, Event, HomeStep, Host, HostCall, HostFunction, HostRef,
+    ImportValue, InstanceHost, Lease, Module, Replaced, Replica, Result, Value, Watch,
 };
 
 use crate::home::HomeMail;
@@ -184,6 +184,17 @@ struct Log {
     leases: Vec<Weak<Lease>>,
 }
 
+/// Threads of its guest want nothing of it.
+struct Unwanted;
+
+impl Attendant for Unwanted {
+    fn is_wanted(&self) -> bool {
+        false
+    }
+
+    fn attend(&self) {}
+}
+
 /// A host for Rust. Leases that it [was told of](TestHost::watch) end when their instance is replaced.
 pub struct TestHost {
     script: Script,
@@ -343,6 +354,10 @@ impl InstanceHost for TestHost {
                 .ok_or_else(|| missing(&import.module, &import.name))
         };
         module.imports().iter().map(find).collect()
+    }
+
+    fn attendant(&self) -> Option<Arc<dyn Attendant>> {
+        Some(Arc::new(Unwanted))
     }
 
     fn watch(&self) -> Option<Arc<Watch>> {

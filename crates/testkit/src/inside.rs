@@ -8,9 +8,11 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use wasm_molt_engine::{
-    ExportType, FuncHandle, HostCall, Inside, Job, Lease, LeaseInside, MemoryRecord, Module,
-    RealmExport, RealmImport, Replica, Result, Value, ValueType,
+    ExportType, FuncHandle, GuestThread, HostCall, Inside, Job, Lease, LeaseInside, Manager,
+    MemoryRecord, Module, RealmExport, RealmImport, Replica, Result, ThreadCall, Value, ValueType,
 };
+
+use crate::wait::{Answer, answer};
 
 /// Calls an export from within a host function of the same instance.
 pub fn call_again(call: &HostCall<'_>, name: &str, args: Vec<Value>) -> Result<Vec<Value>> {
@@ -61,6 +63,20 @@ pub(crate) fn call_at_home(
     // SAFETY: the guard is the proof that this thread is inside slot 0, and its only caller shows the
     // instance that it found there after it had entered.
     unsafe { call_export(replica, name, args) }
+}
+
+/// Starts a native thread of the guest in slot 0, on the home thread; and how it ended.
+pub(crate) fn spawn_at_home(
+    _inside: &Inside<'_, Job>,
+    manager: &Manager,
+    replica: &Arc<Replica>,
+    calls: Vec<ThreadCall>,
+) -> Result<(GuestThread, Answer<Result<bool>>)> {
+    assert_eq!(replica.slot(), 0, "only slot 0 has a home");
+    let (done, ended) = answer("a guest thread");
+    // SAFETY: as for `call_at_home`.
+    let thread = unsafe { manager.spawn(replica, calls, Box::new(done)) }?;
+    Ok((thread, ended))
 }
 
 /// This thread is inside a realm, where the host makes what it likes.
@@ -137,6 +153,15 @@ impl<'a> InRealm<'a> {
         unsafe {
             self.replica
                 .realm_memory_new(initial, maximum, (false, is_64))
+        }
+    }
+
+    /// A new memory that threads share, in pages.
+    pub fn shared_memory(&self, initial: u64, maximum: u64) -> Result<u32> {
+        // SAFETY: as above.
+        unsafe {
+            self.replica
+                .realm_memory_new(initial, Some(maximum), (true, false))
         }
     }
 

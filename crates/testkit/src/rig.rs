@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use wasm_molt_engine::{
-    CacheChoice, CallControl, CallLimits, Error, ErrorCode, Event, Home, Host, Job, Lease,
-    LeaseInside, Manager, ManagerOptions, ManagerState, ManagerStats, Module, Outcome,
-    ReloadOptions, ReloadReport, Replica, ResetOptions, ResetReport, Result, Snapshot,
-    SnapshotControl, Source, Value, WaitId, Work,
+    CacheChoice, CallControl, CallLimits, Error, ErrorCode, Event, FuncHandle, GuestThread, Home,
+    Host, Job, Lease, LeaseInside, Manager, ManagerOptions, ManagerState, ManagerStats, Module,
+    Outcome, ReloadOptions, ReloadReport, Replica, ResetOptions, ResetReport, Result, Snapshot,
+    SnapshotControl, Source, ThreadCall, Value, WaitId, Work,
 };
 
 use crate::faults::Faults;
@@ -314,10 +314,27 @@ impl Rig {
         &self,
         f: impl FnOnce(&InRealm<'_>) -> R + Send + 'static,
     ) -> R {
-        match self.home().at_desk(move |desk: &Desk| desk.realm(f)) {
+        match self.try_realm(f) {
             Ok(outcome) => outcome,
             Err(error) => panic!("the realm cannot be entered: {error}"),
         }
+    }
+
+    /// The same, or why it cannot be entered.
+    #[track_caller]
+    pub fn try_realm<R: Send + 'static>(
+        &self,
+        f: impl FnOnce(&InRealm<'_>) -> R + Send + 'static,
+    ) -> Result<R> {
+        self.home().at_desk(move |desk: &Desk| desk.realm(f))
+    }
+
+    /// Starts a native thread of the realm's guest that calls this; and how it ended.
+    #[track_caller]
+    pub fn spawn(&self, func: FuncHandle) -> Result<(GuestThread, Answer<Result<bool>>)> {
+        let args = Vec::new();
+        self.home()
+            .at_desk(move |desk: &Desk| desk.spawn(vec![ThreadCall { func, args }]))
     }
 
     /// Compiles a module for the realm.
@@ -471,6 +488,11 @@ impl Rig {
 
     /// Starts `child`, which was made and not started, as a copy.
     pub fn fork_into(&self, child: &Self) -> Result<()> {
+        self.ask_fork(child).get()
+    }
+
+    /// Asks for that.
+    pub fn ask_fork(&self, child: &Self) -> Answer<Result<()>> {
         let (done, forked) = answer("fork()");
         let manager = child.manager.clone();
         self.there(move |m, home| match home {
@@ -480,7 +502,7 @@ impl Rig {
             },
             None => m.fork(&manager, Box::new(done)),
         });
-        forked.get()
+        forked
     }
 
     /// Asks for the end.

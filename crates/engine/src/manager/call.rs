@@ -298,7 +298,7 @@ impl CallJob {
         let (Work::Call { function, .. } | Work::Invoke { function, .. }) = &work;
         let function = *function;
         let isolation = match &seat {
-            Seat::Ticket(_) => shared.isolation(),
+            Seat::Ticket(_) => shared.isolation(replica),
             Seat::Lease(_) => Ok(None),
         };
         let span = trace::Span::call(shared.name(), || shared.function_name(function));

@@ -15,15 +15,22 @@ use crate::manager::Shared;
 pub(crate) struct Isolated(Origin);
 
 impl Shared {
-    /// What a call begins with, if calls are isolated.
+    /// What a call of that instance begins with, if calls are isolated.
     ///
     /// # Errors
     /// [`ErrorCode::StaleHandle`] if the last snapshot was released: without one there is no isolation.
-    pub(crate) fn isolation(&self) -> Result<Option<Isolated>> {
+    pub(crate) fn isolation(&self, replica: &Replica) -> Result<Option<Isolated>> {
         if !self.isolates_calls() {
             return Ok(None);
         }
         let newest = self.lock_snapshots().origin();
+        let is_other = |newest: &Origin| !Arc::ptr_eq(newest.snapshot.module(), replica.module());
+        let origin = if newest.as_ref().is_some_and(is_other) {
+            // A roll to another build has overtaken the call.
+            self.lock_serving().origin_of_left(replica)
+        } else {
+            newest
+        };
         let gone = || {
             Error::new(
                 ErrorCode::StaleHandle,
@@ -33,7 +40,7 @@ impl Shared {
                 ),
             )
         };
-        newest.map(Isolated).ok_or_else(gone).map(Some)
+        origin.map(Isolated).ok_or_else(gone).map(Some)
     }
 }
 

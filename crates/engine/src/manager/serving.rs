@@ -6,6 +6,7 @@ use wasm_molt_lifecycle::{Generation, TicketId};
 
 use crate::instance::pool::Pool;
 use crate::instance::replica::{Blueprint, Replica};
+use crate::instance::snapshot::Origin;
 
 /// Under one lock. A ticket names its replica by slot and cohort, so that one which was given out
 /// before a roll never reaches an instance of the generation after it.
@@ -31,6 +32,8 @@ struct Left {
     replica: Arc<Replica>,
     /// Not that of what serves, so that a call that does not end keeps no thread from it.
     pool: Arc<Pool>,
+    /// What its isolated calls begin with, where what serves is of another build.
+    origin: Option<Origin>,
 }
 
 impl Serving {
@@ -60,18 +63,29 @@ impl Serving {
         Some((Arc::clone(&left.replica), Arc::clone(&left.pool)))
     }
 
+    /// What an instance that was left behind begins isolated calls with.
+    pub(crate) fn origin_of_left(&self, replica: &Replica) -> Option<Origin> {
+        let mut left = self.left.iter();
+        left.find(|left| left.replica.id() == replica.id())?
+            .origin
+            .clone()
+    }
+
     /// What served so far is left behind; `replicas` serve, on `pool`. Returns the number of the roll.
+    ///
+    /// * `origin`: what isolated calls of the former begin with.
     pub(crate) fn roll(
         &mut self,
         generation: Generation,
         replicas: &[Arc<Replica>],
         pool: Arc<Pool>,
+        origin: Option<&Origin>,
     ) -> u64 {
         let generation = std::mem::replace(&mut self.generation, generation);
         let pool = std::mem::replace(&mut self.pool, pool);
         self.cohort += 1;
         for (slot, replica) in replicas.iter().enumerate() {
-            self.leave(slot, generation, &pool);
+            self.leave(slot, generation, &pool, origin);
             self.set(slot, replica);
         }
         self.cohort
@@ -82,12 +96,19 @@ impl Serving {
         let generation = std::mem::replace(&mut self.generation, replica.generation());
         let pool = std::mem::replace(&mut self.pool, pool);
         self.cohort += 1;
-        self.leave(replica.slot(), generation, &pool);
+        // Of the same build.
+        self.leave(replica.slot(), generation, &pool, None);
         self.set(replica.slot(), replica);
         self.cohort
     }
 
-    fn leave(&mut self, slot: usize, generation: Generation, pool: &Arc<Pool>) {
+    fn leave(
+        &mut self,
+        slot: usize,
+        generation: Generation,
+        pool: &Arc<Pool>,
+        origin: Option<&Origin>,
+    ) {
         let cohort = self.cohort_of(slot);
         if let Some(replica) = self.replicas.get(slot) {
             self.left.push(Left {
@@ -96,6 +117,7 @@ impl Serving {
                 generation,
                 replica: Arc::clone(replica),
                 pool: Arc::clone(pool),
+                origin: origin.cloned(),
             });
         }
     }

@@ -556,11 +556,14 @@ impl Backend for Swap<'_> {
                 return;
             }
             let started = Instant::now();
+            // Calls that have their instance, and no thread yet, begin after this.
+            let isolates = shared.isolates_calls();
+            let origin = isolates.then(|| shared.lock_snapshots().origin()).flatten();
             let roll = {
                 let mut serving = shared.lock_serving();
                 serving.blueprint = Some(Arc::clone(&blueprint));
                 let pool = pool.unwrap_or_else(|| Arc::clone(&serving.pool));
-                serving.roll(change.generation, &change.new, pool)
+                serving.roll(change.generation, &change.new, pool, origin.as_ref())
             };
             shared.adopt(&blueprint.module, captured);
             shared.begin_wear(&change.new);

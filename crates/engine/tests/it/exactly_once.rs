@@ -1,8 +1,8 @@
 //! Random histories: whatever happens, each call is answered once and has run at most once, in an order
 //! and on a generation that fit to when it was asked and answered.
 //!
-//! One thread makes up a history of calls, leases, stops, reloads, snapshots, resets, recycles, failures and
-//! an end, while pool, control and timer threads do what they do. There is no telling which of them comes
+//! One thread makes up a history of calls, leases, stops, reloads, snapshots, resets, forks, recycles, failures
+//! and an end, while pool, control and timer threads do what they do. There is no telling which of them comes
 //! first, so the model does not say how each call ends: it says how it *may* end, given what was done to it,
 //! and whether its code has then run.
 //!
@@ -21,9 +21,9 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use proptest::test_runner::{RngAlgorithm, TestError, TestRng, TestRunner};
 use wasm_molt_engine::{
-    Backoff, CallControl, CallLimits, Error, ErrorCode, HostRef, Lease, OnDrainTimeout, Outcome,
-    RecycleOptions, ReloadOptions, ReloadReport, ResetOptions, ResetReport, Snapshot, Source, Stop,
-    Value, WaitId,
+    Backoff, CallControl, CallLimits, Error, ErrorCode, HostRef, Isolation, Lease, OnDrainTimeout,
+    Outcome, RecycleOptions, RecycleStrategy, ReloadOptions, ReloadReport, ResetOptions,
+    ResetReport, Snapshot, Source, Stop, Value, WaitId,
 };
 use wasm_molt_testkit::door::Door;
 use wasm_molt_testkit::faults::Point;
@@ -121,6 +121,11 @@ enum Op {
         drain_ms: Option<u64>,
         interrupts: bool,
     },
+    /// A copy, which runs one call of its own in the end.
+    Fork,
+    ReloadNow(u8),
+    SnapshotNow,
+    ResetNow,
     /// The next hook of that kind fails.
     Fail(Point),
     /// In the middle of it all.
@@ -137,6 +142,9 @@ struct World {
     signals: bool,
     /// Calls until an instance is recycled.
     recycles: Option<u64>,
+    /// By a roll, for which there is no state to hand over.
+    recycle_rolls: bool,
+    isolates: bool,
     ends_with_close: bool,
 }
 
@@ -192,6 +200,10 @@ fn op() -> impl Strategy<Value = Op> {
         2 => Just(Op::Snapshot),
         2 => (prop::option::of(0..5u64), any::<bool>())
             .prop_map(|(drain_ms, interrupts)| Op::Reset { drain_ms, interrupts }),
+        1 => Just(Op::Fork),
+        2 => (0..2u8).prop_map(Op::ReloadNow),
+        1 => Just(Op::SnapshotNow),
+        3 => Just(Op::ResetNow),
         1 => prop_oneof![
             Just(Point::Imports),
             Just(Point::Initialize),
@@ -213,15 +225,29 @@ fn world() -> impl Strategy<Value = World> {
         any::<bool>(),
         prop::option::weighted(0.3, 2..6u64),
         any::<bool>(),
+        prop::bool::weighted(0.2),
+        any::<bool>(),
     )
         .prop_map(
-            |(instances, threads, max_queue, home, signals, recycles, ends_with_close)| World {
+            |(
                 instances,
                 threads,
                 max_queue,
                 home,
                 signals,
                 recycles,
+                recycle_rolls,
+                isolates,
+                ends_with_close,
+            )| World {
+                instances,
+                threads,
+                max_queue,
+                home,
+                signals,
+                recycles,
+                recycle_rolls: recycle_rolls && recycles.is_some(),
+                isolates,
                 ends_with_close,
             },
         )
@@ -281,6 +307,34 @@ struct Reload {
     ended: Option<wasm_molt_engine::Result<Arc<ReloadReport>>>,
 }
 
+/// A copy that was asked for, and what runs in it.
+struct Fork {
+    child: Rig,
+    notes: Notes,
+    answer: Answer<wasm_molt_engine::Result<()>>,
+}
+
+type Notes = Arc<Mutex<Vec<Note>>>;
+
+/// What the ledger imports.
+fn script(door: &Door, notes: &Notes) -> Script {
+    let log = Arc::clone(notes);
+    Script::new()
+        .function("note", move |call| {
+            let Value::I32(tag) = call.args[0] else {
+                panic!("{:?}", call.args)
+            };
+            let generation = call.replica.generation().get();
+            log.lock().unwrap().push(Note { tag, generation });
+            Ok(())
+        })
+        .function("hold", door.function())
+        .function("throw", |call| {
+            Err(Error::Thrown(HostRef::new(call.args[0].clone())))
+        })
+        .function("panic", |_| panic!("on purpose, in a host function"))
+}
+
 struct History {
     world: World,
     rig: Rig,
@@ -288,7 +342,7 @@ struct History {
     steps: usize,
     /// The newest generation that a reload has reported.
     reported: u64,
-    notes: Arc<Mutex<Vec<Note>>>,
+    notes: Notes,
     calls: Vec<Call>,
     /// Synchronous calls, with their outcome.
     sync: Vec<(i32, Kind, wasm_molt_engine::Result<Vec<Value>>)>,
@@ -297,6 +351,9 @@ struct History {
     reloads: Vec<Reload>,
     snapshots: Vec<Answer<wasm_molt_engine::Result<Arc<Snapshot>>>>,
     resets: Vec<Answer<wasm_molt_engine::Result<ResetReport>>>,
+    forks: Vec<Fork>,
+    /// What did not wait, and how it ended.
+    at_once: Vec<(&'static str, String)>,
     closed: Option<Answer<wasm_molt_engine::Result<()>>>,
     builds: [Source; 2],
     has_rolled: bool,
@@ -307,31 +364,28 @@ struct History {
 
 impl History {
     fn begin(world: World) -> Self {
-        let (door, notes) = (Door::new(), Arc::new(Mutex::new(Vec::new())));
-        let log = Arc::clone(&notes);
-        let script = Script::new()
-            .function("note", move |call| {
-                let Value::I32(tag) = call.args[0] else {
-                    panic!("{:?}", call.args)
-                };
-                let generation = call.replica.generation().get();
-                log.lock().unwrap().push(Note { tag, generation });
-                Ok(())
-            })
-            .function("hold", door.function())
-            .function("throw", |call| {
-                Err(Error::Thrown(HostRef::new(call.args[0].clone())))
-            })
-            .function("panic", |_| panic!("on purpose, in a host function"))
-            .save(|_, _| Ok(Some(HostRef::new(()))))
-            .restore(|_, _, _| Ok(()));
+        let (door, notes) = (Door::new(), Notes::default());
+        let mut script = script(&door, &notes);
+        if !world.recycle_rolls {
+            script = script
+                .save(|_, _| Ok(Some(HostRef::new(()))))
+                .restore(|_, _, _| Ok(()));
+        }
         let setup = Setup::new(LEDGER).script(script).options(|o| {
             o.instances = world.instances;
             o.threads = Some(world.threads);
             o.max_queue = world.max_queue;
             o.engine.signals_based_traps = world.signals;
+            if world.isolates {
+                o.isolation = Isolation::PerCall;
+            }
             o.recycle = world.recycles.map(|calls| RecycleOptions {
                 calls: Some(calls),
+                strategy: if world.recycle_rolls {
+                    RecycleStrategy::Rolling
+                } else {
+                    RecycleStrategy::Exclusive
+                },
                 backoff: Backoff {
                     initial: Duration::from_millis(1),
                     max: Duration::from_millis(4),
@@ -358,9 +412,11 @@ impl History {
             reloads: Vec::new(),
             snapshots: Vec::new(),
             resets: Vec::new(),
+            forks: Vec::new(),
+            at_once: Vec::new(),
             closed: None,
             builds: [guests::source(LEDGER), other_build()],
-            has_rolled: false,
+            has_rolled: world.recycle_rolls,
             next_tag: 0,
             may_interrupt: false,
             may_fail: false,
@@ -453,6 +509,35 @@ impl History {
         if let (Some(control), Bound::Signal) = (&call.control, call.bound) {
             call.is_aborted = true;
             control.stop(Stop::Aborted(HostRef::new(call.tag)));
+        }
+    }
+
+    fn fork(&mut self) {
+        let notes = Notes::default();
+        let setup = Setup::new(LEDGER).script(script(&self.door, &notes));
+        let child = setup
+            .options(|o| o.engine.signals_based_traps = self.world.signals)
+            .create();
+        let answer = self.rig.ask_fork(&child);
+        self.forks.push(Fork {
+            child,
+            notes,
+            answer,
+        });
+    }
+
+    /// What does not wait is refused where it would have to.
+    fn check_at_once<T>(&self, what: &str, ended: &wasm_molt_engine::Result<T>) {
+        let Err(error) = ended else { return };
+        match error.code() {
+            Some(ErrorCode::Busy | ErrorCode::Reloading) => {}
+            Some(ErrorCode::ReloadFailed) => assert!(self.may_fail, "{error}"),
+            // It is before the end.
+            Some(ErrorCode::Closed) => assert!(self.closed.is_some(), "{error}"),
+            Some(ErrorCode::StaleHandle | ErrorCode::InvalidArgument) => {
+                assert_eq!(what, "reset now", "{error}");
+            }
+            _ => panic!("{what} ended with {error}"),
         }
     }
 
@@ -554,11 +639,42 @@ impl History {
                 });
                 self.resets.push(reset);
             }
+            Op::Fork => self.fork(),
+            Op::ReloadNow(reason) => {
+                let options = ReloadOptions {
+                    reason: format!("reason {reason}"),
+                    ..ReloadOptions::default()
+                };
+                let ended = self.rig.reload_now(options);
+                self.check_at_once("reload now", &ended);
+                if let Ok(report) = &ended {
+                    self.reported = self.reported.max(report.generation.get());
+                }
+                let (_, none) = wasm_molt_testkit::wait::answer("taken");
+                self.reloads.push(Reload {
+                    what: "reload now",
+                    asked: self.steps,
+                    answer: none,
+                    ended: Some(ended),
+                });
+            }
+            Op::SnapshotNow => {
+                let ended = self.rig.snapshot_now();
+                self.check_at_once("snapshot now", &ended);
+                self.at_once.push(("snapshot now", word(&ended)));
+            }
+            Op::ResetNow => {
+                let ended = self.rig.reset_now(ResetOptions::default());
+                self.check_at_once("reset now", &ended);
+                self.at_once.push(("reset now", word(&ended)));
+            }
             Op::Close => {
                 if self.closed.is_none() {
                     self.closed = Some(self.rig.close(None));
                 }
             }
+            // What is asked for is a hook as well.
+            Op::Fail(Point::Save | Point::Restore) if self.world.recycle_rolls => {}
             Op::Fail(point) => {
                 self.may_fail = true;
                 self.rig
@@ -592,6 +708,7 @@ impl History {
         }
         self.check_reloads(tally);
         self.check_pauses(tally);
+        self.check_forks(tally);
         for call in &mut self.calls {
             if call.ended.is_none() {
                 let (_, none) = wasm_molt_testkit::wait::answer("taken");
@@ -617,7 +734,12 @@ impl History {
         // Only now: a call that was stopped while it waited is counted just before it is answered.
         let stats = self.rig.stats();
         if stats.reloads.contains_key("calls") {
-            count(tally, "recycle", "done");
+            let what = if self.world.recycle_rolls {
+                "recycle by a roll"
+            } else {
+                "recycle"
+            };
+            count(tally, what, "done");
         }
         let c = stats.calls;
         let counted = c.completed + c.failed + c.trapped + c.interrupted + c.rejected;
@@ -669,6 +791,9 @@ impl History {
                 Ok(report) => generations.push(report.generation.get()),
                 Err(error) => match error.code() {
                     Some(ErrorCode::DrainTimeout) => {}
+                    Some(ErrorCode::Busy | ErrorCode::Reloading) => {
+                        assert_eq!(reload.what, "reload now", "{error}");
+                    }
                     Some(ErrorCode::ReloadFailed) => assert!(self.may_fail, "{error}"),
                     Some(ErrorCode::Closed) => assert!(may_be_closed, "{error}"),
                     _ => panic!("a reload ended with {error}"),
@@ -696,6 +821,25 @@ impl History {
         for reset in std::mem::take(&mut self.resets) {
             let ended = reset.get();
             count(tally, "reset", &word(&ended));
+            self.check_pause(ended.err());
+        }
+        for (what, ended) in std::mem::take(&mut self.at_once) {
+            count(tally, what, &ended);
+        }
+    }
+
+    /// A copy answers for itself, once, whatever has become of its parent.
+    fn check_forks(&mut self, tally: &Tally) {
+        for fork in std::mem::take(&mut self.forks) {
+            let ended = fork.answer.get();
+            count(tally, "fork", &word(&ended));
+            if ended.is_ok() {
+                assert_eq!(fork.child.number("plain", &[1]), 1);
+            }
+            let notes = std::mem::take(&mut *fork.notes.lock().unwrap());
+            let ran: Vec<_> = notes.iter().map(|it| (it.tag, it.generation)).collect();
+            let must_have_run: &[_] = if ended.is_ok() { &[(1, 1)] } else { &[] };
+            assert_eq!(ran, must_have_run);
             self.check_pause(ended.err());
         }
     }
@@ -777,10 +921,10 @@ impl History {
         } = call;
         assert!(times <= 1, "call {tag} ran {times} times");
         let ended = ended.unwrap();
-        let place = if lease.is_some() {
-            "in a lease"
-        } else {
-            "call"
+        let place = match lease {
+            Some(_) => "in a lease",
+            None if self.world.isolates => "isolated",
+            None => "call",
         };
         count(tally, place, &word(&ended));
         let what = || format!("call {tag}, {kind:?}, {bound:?}, ran {times} times: {ended:?}");
@@ -874,7 +1018,7 @@ fn check_sync(kind: Kind, outcome: &wasm_molt_engine::Result<Vec<Value>>, times:
 }
 
 /// What a run must have come across to be worth anything.
-const ENDS: [&str; 19] = [
+const ENDS: [&str; 27] = [
     "call: done",
     "call: thrown",
     "call: aborted",
@@ -894,6 +1038,14 @@ const ENDS: [&str; 19] = [
     "snapshot: done",
     "reset: done",
     "recycle: done",
+    "recycle by a roll: done",
+    "isolated: done",
+    "isolated: ERR_WASM_TRAP",
+    "isolated: ERR_WASM_TIMEOUT",
+    "fork: done",
+    "reload now: done",
+    "snapshot now: done",
+    "reset now: done",
 ];
 
 pub(crate) fn seed() -> u64 {

@@ -2,18 +2,20 @@
 //! goes on, fails, panics, traps, is cut or loses its home.
 
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use wasm_molt_engine::{
-    Backoff, Error, ErrorCode, Lease, ManagerState, RecycleOptions, ReloadOptions, ReloadReport,
-    ResetOptions, ResetReport, Result, Snapshot, Stop, Strategy, Value,
+    Backoff, Error, ErrorCode, Isolation, Lease, ManagerState, RecycleOptions, ReloadOptions,
+    ReloadReport, ResetOptions, ResetReport, Result, Snapshot, Stop, Strategy, Value,
 };
 use wasm_molt_testkit::door::{Door, Pass};
 use wasm_molt_testkit::faults::{Held, Point, Then};
+use wasm_molt_testkit::guests;
 use wasm_molt_testkit::meter::{self, Reading};
 use wasm_molt_testkit::quiet::alone;
 use wasm_molt_testkit::rig::{Ended, Rig, Setup, because, number};
-use wasm_molt_testkit::wait::{Answer, eventually};
+use wasm_molt_testkit::wait::{Answer, answer, eventually};
 
 use super::{GUEST, HostRef, Phase, REPLICAS, Traps, script};
 
@@ -27,8 +29,16 @@ enum Action {
     Lease,
     Close,
     Destroy,
+    /// A reload to another build.
+    Swap,
+    Fork,
+    /// Synchronous, as those that follow.
+    ReloadNow,
+    SnapshotNow,
+    ResetNow,
 }
 
+/// Of these, three at a time.
 const ACTIONS: [Action; 8] = [
     Action::Reload,
     Action::Roll,
@@ -38,6 +48,22 @@ const ACTIONS: [Action; 8] = [
     Action::Lease,
     Action::Close,
     Action::Destroy,
+];
+
+const ALL: [Action; 13] = [
+    Action::Reload,
+    Action::Roll,
+    Action::Snapshot,
+    Action::Reset,
+    Action::Recycle,
+    Action::Lease,
+    Action::Close,
+    Action::Destroy,
+    Action::Swap,
+    Action::Fork,
+    Action::ReloadNow,
+    Action::SnapshotNow,
+    Action::ResetNow,
 ];
 
 /// Calls that an instance runs where there is a policy.
@@ -61,10 +87,21 @@ impl Action {
                 Phase::Save,
                 Phase::Restore,
             ],
-            Self::Snapshot | Self::Reset | Self::Lease | Self::Close => &[Phase::Drain],
+            Self::Swap => &[Phase::Initialize, Phase::Drain, Phase::Restore],
+            // No hook is asked: held before the gate is closed.
+            Self::Snapshot => &[Phase::Drain, Phase::AtHome(0)],
+            Self::Reset => &[Phase::Drain, Phase::Initialize],
+            Self::Lease | Self::Close | Self::Fork => &[Phase::Drain],
+            Self::ReloadNow => &[Phase::Initialize, Phase::Restore],
+            Self::SnapshotNow => &[Phase::AtHome(0)],
+            Self::ResetNow => &[Phase::Initialize],
             // It does not wait for anything that could be held.
             Self::Destroy => &[],
         }
+    }
+
+    fn is_sync(self) -> bool {
+        matches!(self, Self::ReloadNow | Self::SnapshotNow | Self::ResetNow)
     }
 }
 
@@ -103,6 +140,8 @@ struct Cell {
     /// What is asked for meanwhile.
     others: [Option<Action>; 2],
     has_home: bool,
+    /// Calls begin with a snapshot, each of them.
+    isolates: bool,
 }
 
 impl Cell {
@@ -118,20 +157,37 @@ impl Cell {
         self.is_cut() || self.has(Action::Close)
     }
 
+    fn resets(self) -> bool {
+        self.has(Action::Reset) || self.has(Action::ResetNow)
+    }
+
     fn can_happen(self) -> bool {
         let is_drain = self.phase == Phase::Drain;
-        match self.fault {
-            Fault::Trap => !is_drain,
+        let is_step = matches!(self.phase, Phase::AtHome(_));
+        let is_of_phase = match self.fault {
+            Fault::Error => !is_step,
+            Fault::Trap => !is_drain && !is_step,
             Fault::Abort => is_drain,
             Fault::HomeGone => self.has_home,
             _ => true,
-        }
+        };
+        // Where it is held is where everything else is asked for.
+        let is_of_thread = !self.held.is_sync() || !self.has_home;
+        is_of_phase && is_of_thread && (!self.isolates || self.can_isolate())
+    }
+
+    /// The variant is about calls in flight, and has no `reseed` to be held in.
+    fn can_isolate(self) -> bool {
+        let is_of_call = matches!(self.fault, Fault::None | Fault::Abort);
+        let is_of_phase = matches!(self.phase, Phase::Drain | Phase::Imports);
+        is_of_call && is_of_phase && !self.has_home && !self.held.is_sync()
     }
 
     /// With a snapshot instances begin from that, and what there is of `initialize` is `reseed`.
     fn point(self) -> Option<Point> {
+        let has_snapshot = self.resets() && self.held != Action::Swap;
         match self.phase {
-            Phase::Initialize if self.has(Action::Reset) => Some(Point::Reseed),
+            Phase::Initialize if has_snapshot => Some(Point::Reseed),
             phase => phase.point(),
         }
     }
@@ -145,6 +201,9 @@ enum Asked {
     /// By calls, which make an instance due.
     Recycle(Vec<Answer<Ended>>),
     Lease(Answer<Result<Arc<Lease>>>),
+    Fork(Box<Rig>, Answer<Result<()>>),
+    /// What cannot wait until it may be.
+    AtOnce(Result<()>),
     End(Answer<Result<()>>),
 }
 
@@ -154,6 +213,20 @@ fn rolling() -> ReloadOptions {
         skip_save: true,
         ..because("a roll")
     }
+}
+
+fn swapping() -> ReloadOptions {
+    ReloadOptions {
+        source: Some(guests::source(&GUEST.replace("$faulty", "$other"))),
+        ..because("a swap")
+    }
+}
+
+/// A copy to be.
+fn child() -> Box<Rig> {
+    let (door, traps) = (Door::new(), Arc::<Traps>::default());
+    let setup = Setup::new(GUEST).script(script(&door, &traps));
+    Box::new(setup.create())
 }
 
 fn ask(rig: &Rig, action: Action) -> Asked {
@@ -169,6 +242,38 @@ fn ask(rig: &Rig, action: Action) -> Asked {
         Action::Lease => Asked::Lease(rig.ask_lease().0),
         Action::Close => Asked::End(rig.close(None)),
         Action::Destroy => Asked::End(rig.destroy()),
+        Action::Swap => Asked::Reload(rig.ask_reload(swapping())),
+        Action::Fork => {
+            let child = child();
+            let forked = rig.ask_fork(&child);
+            Asked::Fork(child, forked)
+        }
+        Action::ReloadNow => Asked::AtOnce(rig.reload_now(because("at once")).map(drop)),
+        Action::SnapshotNow => Asked::AtOnce(rig.snapshot_now().map(drop)),
+        Action::ResetNow => Asked::AtOnce(rig.reset_now(ResetOptions::default()).map(drop)),
+    }
+}
+
+/// The same for what is to be held, and keeps its thread.
+fn ask_held(rig: &Rig, action: Action) -> Asked {
+    let manager = rig.manager.clone();
+    match action {
+        Action::ReloadNow => {
+            let (done, reloaded) = answer("reload_now()");
+            thread::spawn(move || done(manager.reload_now(None, &because("at once"))));
+            Asked::Reload(reloaded)
+        }
+        Action::SnapshotNow => {
+            let (done, taken) = answer("snapshot_now()");
+            thread::spawn(move || done(manager.snapshot_now(None)));
+            Asked::Snapshot(taken)
+        }
+        Action::ResetNow => {
+            let (done, reset) = answer("reset_now()");
+            thread::spawn(move || done(manager.reset_now(None, &ResetOptions::default())));
+            Asked::Reset(reset)
+        }
+        action => ask(rig, action),
     }
 }
 
@@ -199,6 +304,20 @@ impl Asked {
                 }
                 refused => check(cell, "a lease", refused),
             },
+            Self::Fork(child, answer) => match answer.get() {
+                Ok(()) => assert_eq!(number(child.call("get", &[]).get()), 0, "{cell:?}"),
+                refused => check(cell, "a fork", refused),
+            },
+            Self::AtOnce(outcome) => {
+                let code = outcome.as_ref().err().and_then(Error::code);
+                let is_refused = match code {
+                    Some(ErrorCode::Reloading) => true,
+                    Some(ErrorCode::Busy) => cell.held == Action::Lease,
+                    Some(ErrorCode::Closed) => cell.ends(),
+                    _ => false,
+                };
+                assert!(is_refused, "{cell:?}: {outcome:?}");
+            }
             Self::End(answer) => match answer.get() {
                 Ok(()) => {}
                 // What has lost its home can only be destroyed.
@@ -222,7 +341,12 @@ fn check<T: std::fmt::Debug>(cell: Cell, what: &str, outcome: Result<T>) {
     let is_of_the_fault = match cell.fault {
         Fault::None | Fault::Destroy | Fault::HomeGone => false,
         Fault::Error | Fault::Trap => {
-            matches!(error, Error::Thrown(_)) || error.code() == Some(ErrorCode::ReloadFailed)
+            let is_of_reseed = cell.fault == Fault::Trap
+                && matches!(cell.held, Action::Reset | Action::ResetNow)
+                && error.code() == Some(ErrorCode::Trap);
+            matches!(error, Error::Thrown(_))
+                || error.code() == Some(ErrorCode::ReloadFailed)
+                || is_of_reseed
         }
         Fault::Panic => matches!(
             error.code(),
@@ -234,9 +358,19 @@ fn check<T: std::fmt::Debug>(cell: Cell, what: &str, outcome: Result<T>) {
         }
     };
     // A snapshot is of no use to the build after it, and there may have been a reload in between.
-    let is_of_reset = cell.has(Action::Reset) && error.code() == Some(ErrorCode::StaleHandle);
+    let is_of_reset = cell.resets()
+        && match error.code() {
+            Some(ErrorCode::StaleHandle) => true,
+            Some(ErrorCode::InvalidArgument) => cell.has(Action::Swap),
+            _ => false,
+        };
+    // Held before the gate is closed, it finds calls inside when it comes to that.
+    let is_too_late = matches!(
+        (cell.held, cell.phase),
+        (Action::ReloadNow, Phase::Initialize) | (Action::SnapshotNow, Phase::AtHome(_))
+    ) && error.code() == Some(ErrorCode::Busy);
     assert!(
-        is_of_the_end || is_of_the_fault || is_of_reset,
+        is_of_the_end || is_of_the_fault || is_of_reset || is_too_late,
         "{cell:?}: {what} ended with {error}"
     );
 }
@@ -249,24 +383,30 @@ struct World {
 
 fn world(cell: Cell) -> World {
     let (door, traps) = (Door::new(), Arc::<Traps>::default());
-    let setup = Setup::new(GUEST)
-        .script(script(&door, &traps))
-        .options(|o| {
-            o.instances = REPLICAS;
-            o.threads = Some(2 * REPLICAS);
-            o.has_home = cell.has_home;
-            o.recycle = cell.has(Action::Recycle).then(|| RecycleOptions {
-                calls: Some(CALLS),
-                jitter: 0.0,
-                backoff: Backoff {
-                    initial: Duration::from_millis(1),
-                    max: Duration::from_millis(2),
-                },
-                ..RecycleOptions::default()
-            });
+    let mut script = script(&door, &traps);
+    if !cell.isolates {
+        let traps = Arc::clone(&traps);
+        script = script.reseed(move |lease| traps.strike(Traps::INITIALIZE, lease));
+    }
+    let setup = Setup::new(GUEST).script(script).options(|o| {
+        o.instances = REPLICAS;
+        o.threads = Some(2 * REPLICAS);
+        o.has_home = cell.has_home;
+        if cell.isolates {
+            o.isolation = Isolation::PerCall;
+        }
+        o.recycle = cell.has(Action::Recycle).then(|| RecycleOptions {
+            calls: Some(CALLS),
+            jitter: 0.0,
+            backoff: Backoff {
+                initial: Duration::from_millis(1),
+                max: Duration::from_millis(2),
+            },
+            ..RecycleOptions::default()
         });
+    });
     let rig = setup.start();
-    if cell.has(Action::Reset) {
+    if cell.resets() {
         rig.snapshot();
     }
     World { rig, door, traps }
@@ -285,7 +425,7 @@ fn hold(cell: Cell, world: &World) -> (Option<Held>, Vec<Asked>) {
             asked.push(ask(rig, cell.held));
         }
         let state = || rig.manager.state();
-        if matches!(cell.held, Action::Reload | Action::Snapshot | Action::Reset) {
+        if !matches!(cell.held, Action::Roll | Action::Lease | Action::Close) {
             eventually("it drains", || state() == ManagerState::Draining);
         }
         return (None, asked);
@@ -300,10 +440,12 @@ fn hold(cell: Cell, world: &World) -> (Option<Held>, Vec<Asked>) {
     }
     // Of the second replica, so that the first one's work has to be undone; a recycle is of one, and the first
     // one to run traps.
-    let is_of_second = cell.held != Action::Recycle && cell.fault != Fault::Trap;
+    let is_of_second = cell.held != Action::Recycle
+        && cell.fault != Fault::Trap
+        && !matches!(cell.phase, Phase::AtHome(_));
     let skip = usize::from(is_of_second);
     let held = rig.faults.hold_then(point, skip, then);
-    asked.push(ask(rig, cell.held));
+    asked.push(ask_held(rig, cell.held));
     // The hooks of the pause come only when nothing is in flight.
     held.wait();
     door.open();
@@ -436,17 +578,18 @@ fn check_rest(cell: Cell, rig: &Rig) {
 
 fn cells(others: impl Fn(Action, Fault) -> Vec<[Option<Action>; 2]>) -> Vec<Cell> {
     let mut cells = Vec::new();
-    for held in ACTIONS {
+    for held in ALL {
         for phase in held.phases() {
             for fault in FAULTS {
                 for others in others(held, fault) {
-                    for has_home in [false, true] {
+                    for (has_home, isolates) in [(false, false), (true, false), (false, true)] {
                         cells.push(Cell {
                             held,
                             phase: *phase,
                             fault,
                             others,
                             has_home,
+                            isolates,
                         });
                     }
                 }
@@ -457,33 +600,77 @@ fn cells(others: impl Fn(Action, Fault) -> Vec<[Option<Action>; 2]>) -> Vec<Cell
     cells
 }
 
+fn pairs() -> Vec<Cell> {
+    cells(|_, fault| {
+        // What is refused at once does not hear of what fails later.
+        let is_early = matches!(fault, Fault::None | Fault::Destroy);
+        let others = ALL.into_iter().filter(|other| is_early || !other.is_sync());
+        others.map(|other| [Some(other), None]).collect()
+    })
+}
+
 #[test]
 fn whatever_is_asked_for_in_the_middle_of_something_that_fails_is_answered() {
-    let pairs = cells(|_, _| ACTIONS.map(|other| [Some(other), None]).to_vec());
-    assert!(pairs.len() > 1000, "{} cells", pairs.len());
+    let pairs = pairs();
+    assert!(pairs.len() > 2000, "{} cells", pairs.len());
     pairs.into_iter().for_each(run);
 }
 
 #[test]
 fn two_things_asked_for_in_the_middle_of_a_third_are_answered() {
-    let triples = cells(|_, fault| {
-        if fault != Fault::None {
+    let mut triples = cells(|held, fault| {
+        if fault != Fault::None || !ACTIONS.contains(&held) {
             return Vec::new();
         }
         let of_first = |first| ACTIONS.map(move |second| [Some(first), Some(second)]);
         ACTIONS.into_iter().flat_map(of_first).collect()
     });
+    triples.retain(|cell| !cell.isolates);
     assert!(triples.len() > 1000, "{} cells", triples.len());
     triples.into_iter().for_each(run);
+}
+
+/// Its instance is of the build before when it comes to run.
+#[test]
+fn an_isolated_call_that_a_roll_to_another_build_overtakes_begins_with_the_snapshot_of_its_own() {
+    let (door, traps) = (Door::new(), Arc::<Traps>::default());
+    let script = script(&door, &traps);
+    let setup = Setup::new(GUEST).script(script).options(|o| {
+        o.instances = REPLICAS;
+        o.threads = Some(1);
+        o.isolation = Isolation::PerCall;
+    });
+    let rig = setup.start();
+    // What a lease leaves behind is not in the snapshot.
+    let leases: Vec<_> = (0..REPLICAS).map(|_| rig.lease()).collect();
+    for lease in &leases {
+        let set = rig.call_in(lease, "set", &[Value::I32(9)]);
+        assert!(set.get().is_ok());
+    }
+    leases.iter().for_each(|lease| rig.release(lease));
+    let held = rig.call("held", &[Value::I32(7)]);
+    assert_eq!(door.arrived(), 7);
+    // It has an instance, and no thread yet.
+    let overtaken = rig.call("get", &[]);
+    let roll = ReloadOptions {
+        strategy: Strategy::Rolling,
+        skip_save: true,
+        ..swapping()
+    };
+    assert!(rig.ask_reload(roll).get().is_ok());
+    door.go();
+    assert_eq!(number(held.get()), 7);
+    assert_eq!(number(overtaken.get()), 0);
+    assert_eq!(number(rig.call("get", &[]).get()), 0);
 }
 
 #[test]
 fn nothing_is_left_of_those_that_were_ended_in_the_middle() {
     let _alone = alone();
-    let ended: Vec<_> = cells(|_, _| ACTIONS.map(|other| [Some(other), None]).to_vec())
+    let ended: Vec<_> = pairs()
         .into_iter()
         .filter(|cell| cell.ends())
-        .step_by(7)
+        .step_by(11)
         .collect();
     let rounds = (0..6).filter_map(|_| {
         ended.iter().copied().for_each(run);
