@@ -113,6 +113,8 @@ export const POINTS: Record<string, Point> = {
       const manager = await create()
       const view = new Uint8Array(manager.memory.buffer)
       process.on('exit', () => { view.fill(7); globalThis.sum = view.reduce((sum, byte) => sum + byte, 0) })
+      // Collected, it would take the view along.
+      globalThis.manager = manager
       ready()`,
   },
   'close() waits for a call': {

@@ -275,6 +275,21 @@ for (const [kind, options] of KINDS) {
       assert.equal(manager.stats().instances.poisoned, 0)
     })
 
+    test('a replacement that a reset has made needless keeps no synchronous reset away', async (t) => {
+      // The replacement of the first trap ends on a thread of its own, at any moment of the reset.
+      for (let round = 0; round < 150; round += 1) {
+        const manager = await managed(t, leaky, options)
+        await manager.snapshot()
+        await failure(manager.call('trap'), 'ERR_WASM_TRAP')
+        assert.equal(await manager.call('load', [3]), 0)
+        for (const reset of [() => manager.reset(), () => manager.resetSync()]) {
+          assert.throws(() => manager.exports.trap?.(), hasCode('ERR_WASM_TRAP'))
+          await reset()
+        }
+        manager.destroy()
+      }
+    })
+
     test('a snapshot after a trap is of what took the place of the trapped instance', async (t) => {
       const manager = await managed(t, leaky, options)
       manager.exports.store?.(3, 33)
