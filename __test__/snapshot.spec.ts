@@ -277,7 +277,7 @@ for (const [kind, options] of KINDS) {
 
     test('a replacement that a reset has made needless keeps no synchronous reset away', async (t) => {
       // The replacement of the first trap ends on a thread of its own, at any moment of the reset.
-      for (let round = 0; round < 150; round += 1) {
+      for (let round = 0; round < 15; round += 1) {
         const manager = await managed(t, leaky, options)
         await manager.snapshot()
         await failure(manager.call('trap'), 'ERR_WASM_TRAP')
