@@ -38,9 +38,10 @@ test('views in wrong hands, in random order', { timeout: 300_000 }, async () => 
   const late = readings.at(-1)
   assert.ok(early && late)
   const text = JSON.stringify(readings)
-  assert.ok(late.resident - early.resident < 64 << 20, `resident memory grows: ${text}`)
+  // Ten managers, and threads whose arenas come when they want.
+  assert.ok(late.resident - early.resident < 160 << 20, `resident memory grows: ${text}`)
   assert.ok(late.space - early.space < 64 * 2 ** 30, `address space grows: ${text}`)
-  assert.ok(late.mappings - early.mappings < 400, `mappings grow: ${text}`)
+  assert.ok(late.mappings - early.mappings < 700, `mappings grow: ${text}`)
   assert.ok(late.threads - early.threads < 8, `threads grow: ${text}`)
 })
 
