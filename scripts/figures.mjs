@@ -1,7 +1,7 @@
 // node scripts/figures.mjs: copies the reference figures (npm run bench -- --save) into the README's table.
-import { readFileSync, writeFileSync } from 'node:fs'
+import { readFileSync } from 'node:fs'
 import { join } from 'node:path'
-import { root } from './tools.mjs'
+import { fill, root } from './tools.mjs'
 
 const result = JSON.parse(readFileSync(join(root, 'benchmark/results/reference.json'), 'utf8'))
 const rows = result.groups.flatMap((group) => group.figures.map((figure) => [group.name.split(':')[0], figure]))
@@ -19,13 +19,7 @@ const apart = result.groups.filter((group) => group.date !== undefined)
 const others = apart.map((group) => `${group.name.split(':')[0]} on ${group.date.slice(0, 10)}`).join(', ')
 const when = apart.length === 0 ? where : `${where}\nOn the same machine at another time: ${others}.`
 
-const path = join(root, 'README.md')
-const readme = readFileSync(path, 'utf8')
-const filled = readme.replace(
-  /<!-- figures -->[\s\S]*<!-- \/figures -->/,
-  `<!-- figures -->\n\n${when}\n\n${table}\n\n<!-- /figures -->`,
-)
-writeFileSync(path, filled)
+fill('README.md', 'figures', `${when}\n\n${table}`)
 
 function number(ratio) {
   return ratio >= 100 ? ratio.toFixed(0) : ratio.toPrecision(3)

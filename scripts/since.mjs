@@ -6,9 +6,8 @@ import { spawnSync } from 'node:child_process'
 import { existsSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { parseArgs } from 'node:util'
-import { fail, node, root, run, step } from './tools.mjs'
+import { fail, fill, node, root, run, step } from './tools.mjs'
 
-const MARKS = ['<!-- since:begin -->', '<!-- since:end -->']
 /** Of what both have: ourselves, and V8 as a measure of the machine. */
 const SHOWN = /manager|exclusive|rolling|no reload|interruptible|^V8/
 const PEERS = /respawned|longest call|processor time/
@@ -77,7 +76,7 @@ function publish() {
   const facts = {
     commit: git('rev-parse', '--short', commit),
     head: git('rev-parse', '--short', 'HEAD'),
-    date: date(),
+    date: new Date().toISOString().slice(0, 10),
     rounds,
   }
   const result = { ...facts, node: process.version, rows: rows.map(([what, a, b]) => ({ what, before: a, now: b })) }
@@ -89,16 +88,8 @@ function publish() {
     '| --- | --- | --- | --- |',
     ...rows.map(([what, a, b]) => `| ${what} | ${time(a)} | ${time(b)} | ${(b / a).toFixed(2)} |`),
   ].join('\n')
-  const path = join(root, 'docs/perf.md')
-  const page = readFileSync(path, 'utf8')
-  const [begin, end] = MARKS.map((mark) => page.indexOf(mark))
-  if (begin < 0 || end < begin) fail(`docs/perf.md has no ${MARKS.join(' … ')}`)
-  writeFileSync(path, `${page.slice(0, begin + MARKS[0].length)}\n\n${table}\n\n${page.slice(end)}`)
+  fill('docs/perf.md', 'since', table)
   console.log(table)
-}
-
-function date() {
-  return new Date().toISOString().slice(0, 10)
 }
 
 function time(ns) {

@@ -1,6 +1,6 @@
 // What the scripts share. Plain Node: these run before anything is installed.
 import { spawnSync } from 'node:child_process'
-import { existsSync, readdirSync, statSync } from 'node:fs'
+import { existsSync, readdirSync, readFileSync, statSync, writeFileSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { availableParallelism } from 'node:os'
 import { dirname, join, relative } from 'node:path'
@@ -101,4 +101,14 @@ export function files(folder, keep) {
     else if (keep(path)) found.push(path)
   }
   return found.sort()
+}
+
+/** Writes what a page of docs has between `<!-- name -->` and `<!-- /name -->`. */
+export function fill(page, name, text) {
+  const [begin, end] = [`<!-- ${name} -->`, `<!-- /${name} -->`]
+  const path = join(root, page)
+  const before = readFileSync(path, 'utf8')
+  const [from, to] = [before.indexOf(begin), before.indexOf(end)]
+  if (from < 0 || to < from) fail(`${page} has no ${begin} … ${end}`)
+  writeFileSync(path, `${before.slice(0, from)}${begin}\n\n${text}\n\n${before.slice(to)}`)
 }
