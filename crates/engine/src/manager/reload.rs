@@ -58,18 +58,8 @@ impl Shared {
     /// Repairs need not wait any more: those that have waited begin.
     fn end_swap(self: &Arc<Self>) {
         let due = Self::end_swapping(&mut self.lock_control());
-        self.repair_what_is_due(due);
+        self.repair_what_needs_it(due);
         self.recycle_next();
-    }
-
-    /// What the swap itself has put in order need not be repaired, and must not look as if it were: a synchronous
-    /// operation that follows would be refused.
-    fn repair_what_is_due(self: &Arc<Self>, due: Vec<usize>) {
-        for slot in due {
-            if self.repairable(slot).is_some() {
-                self.request_repair(slot);
-            }
-        }
     }
 
     /// Returns the slots whose repair has waited for the swap to end.
@@ -95,7 +85,7 @@ impl Shared {
         if has_begun && !is_put_off {
             self.swap_ended(&outcome);
         }
-        self.repair_what_is_due(due);
+        self.repair_what_needs_it(due);
         self.recycle_next();
         Box::new(move || {
             for done in done {

@@ -46,8 +46,7 @@ impl Shared {
             match outcome {
                 Err(error) => shared.repair_failed(&error),
                 // The fresh instance may have trapped already, while this repair still counted as going on.
-                Ok(()) if shared.repairable(slot).is_some() => shared.request_repair(slot),
-                Ok(()) => {}
+                Ok(()) => shared.repair_what_needs_it([slot]),
             }
             shared.recycle_next();
         });
@@ -67,8 +66,14 @@ impl Shared {
     ///
     /// Only retired slots: a poisoned instance that somebody is still inside retires when they leave.
     pub(super) fn repair_retired(self: &Arc<Self>) {
-        for slot in self.gate.retired_slots() {
-            // Others wait for a recycle.
+        // Others wait for a recycle.
+        self.repair_what_needs_it(self.gate.retired_slots());
+    }
+
+    /// Has those replaced that nobody has put in order meanwhile. What needs no replacement must not look as if it had
+    /// one: a synchronous operation that follows would be refused.
+    pub(super) fn repair_what_needs_it(self: &Arc<Self>, slots: impl IntoIterator<Item = usize>) {
+        for slot in slots {
             if self.repairable(slot).is_some() {
                 self.request_repair(slot);
             }
